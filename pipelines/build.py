@@ -1,0 +1,342 @@
+"""The whole job on one page: scan → plan → tokenize, encode, embed, score → index → commit."""
+
+import os
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from refrag.pipelines import assembly
+from refrag.pipelines.components import ModelOptions, Models, resolve_models
+from refrag.pipelines.engines import Engine
+from refrag.pipelines.indexing import BuiltIndex, build_vector_index, live_passages
+from refrag.pipelines.plan import Plan, Row, ShardSpec, default_shard_bytes, make_plan, without
+from refrag.pipelines.progress import Progress, Silent
+from refrag.pipelines.receipts import Receipt, Rejected
+from refrag.pipelines.scan import ScanResult, merge_runs, resolve_duplicates, scan_corpus
+from refrag.pipelines.stages import ShardResult, add_table
+from refrag_core.corpus.document import Reject, reject_row
+from refrag_core.corpus.sources import CorpusOptions
+from refrag_core.errors import FingerprintMismatchError
+from refrag_core.manifest import NOTHING, Manifest, ParentInfo, Shard, commit, latest_manifest, live_documents
+from refrag_core.storage import WORK, FileRecord, Store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildOptions:
+    """Everything that `refrag index build` can be told, but the engine."""
+
+    corpus: CorpusOptions
+    output: Path
+    models: ModelOptions = field(default_factory=ModelOptions)
+    score: bool = False
+    """Add the per-chunk perplexity column."""
+    min_recall: float = 0.95
+    """Recall@10 of the vector index under which nothing is published."""
+    shard_bytes: int | None = None
+    """Text bytes a shard; None follows the size of the corpus."""
+    rebuild: bool = False
+    """Make everything anew when the index was built with other models or settings."""
+    delete_missing: bool = False
+    """Remove documents that the corpus no longer has."""
+    retry_quarantined: bool = False
+    """Try documents again that a stage has quarantined before."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildReport:
+    """What a build did; the JSON result of `refrag index build`."""
+
+    documents_in: int
+    indexed: int
+    filtered: int
+    quarantined: int
+    passages: int
+    chunks: int
+    tokens: int
+    encoded_chunks: int
+    content_id: str
+    build_id: str
+    version: int
+    committed: bool
+    """False when the index already had exactly this content."""
+    new: int
+    changed: int
+    unchanged: int
+    deleted: int
+    missing: int
+    """Documents that the corpus no longer has and the index keeps."""
+    reasons: Mapping[str, int]
+    """Filtered and quarantined documents by reason."""
+    truncated_passages: int
+    """Passages longer than the retriever's positions."""
+    recall_at_10: float
+    seconds: float
+    steps: Mapping[str, float]
+    """Seconds of work in each step; tokenizing runs beside the others."""
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """What the stages made of the plan."""
+
+    shards: list[Shard] = field(default_factory=list)
+    receipts: list[Receipt] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+
+
+def build_index(options: BuildOptions, engine: Engine, progress: Progress | None = None) -> BuildReport:
+    """Bring the index at `options.output` up to the corpus; run again to resume or to update.
+
+    Raises a RefragError: nothing is committed then, and what was finished is kept for the next run.
+    """
+    store = Store(options.output)
+    with store.lock():
+        return _Build(options, engine, progress or Silent(), store).run()
+
+
+class _Build:
+    """One execution of the job."""
+
+    def __init__(self, options: BuildOptions, engine: Engine, progress: Progress, store: Store) -> None:
+        self.options = options
+        self.engine = engine
+        self.progress = progress
+        self.store = store
+        self.steps: defaultdict[str, float] = defaultdict(float)
+        self.duplicates: list[Reject] = []
+        # Intermediate files of this execution alone; receipts lie beside it and outlive it.
+        self.work = store.path(f"{WORK}/run-{os.uname().nodename}-{os.getpid()}")
+
+    def run(self) -> BuildReport:
+        """The job, step by step."""
+        started = time.perf_counter()
+        _clear_abandoned_runs(self.store)
+        models = resolve_models(self.store, self.options.models)
+        latest = latest_manifest(self.store)
+        parent = self._base(latest, models)
+        scan = self._scan(models)
+        plan = self._plan(scan, parent)
+        outcome = self._run_stages(models, plan, parent)
+        shards, removed = self._all_shards(models, parent, plan, outcome)
+        assembly.check_not_empty(shards, scan.documents_in, scan.reasons)
+        index = self._index(models, parent, shards, removed)
+        manifest, dispositions = self._assemble(models, latest, scan, plan, outcome, shards, removed, index)
+        committed = latest is None or set(latest.files) != set(manifest.files)
+        if committed:
+            commit(self.store, manifest)
+        self.store.remove(WORK)
+        seconds = time.perf_counter() - started
+        return self._report(manifest if committed else latest or manifest, committed, scan, plan, outcome, dispositions, seconds)
+
+    def _base(self, latest: Manifest | None, models: Models) -> Manifest | None:
+        """The generation to build on: the latest, or None when everything is to be made anew."""
+        differences = [] if latest is None else _differences(latest, models)
+        if differences and not self.options.rebuild:
+            raise FingerprintMismatchError(
+                f"{self.store.root} was built with other settings: {'; '.join(differences)}. Expected the same: give "
+                "them again, or pass --rebuild to encode the whole corpus anew"
+            )
+        return None if differences else latest
+
+    def _scan(self, models: Models) -> ScanResult:
+        self.progress.start("scan", None, "documents")
+        started = time.perf_counter()
+        scan = scan_corpus(
+            self.options.corpus,
+            self.work / "scan",
+            chunk_sizes=models.chunk_sizes,
+            default_chunk_size=models.parameters.chunk_size,
+            map_units=self.engine.map,
+            on_unit=lambda receipt: self.progress.advance(receipt.documents_in),
+        )
+        self.progress.finish()
+        self.steps["scan"] += time.perf_counter() - started
+        return scan
+
+    def _plan(self, scan: ScanResult, parent: Manifest | None) -> Plan:
+        keep_held = parent is not None and not self.options.retry_quarantined
+        return make_plan(
+            self._unique_rows(scan),
+            live_documents(self.store, parent) if parent is not None else iter(()),
+            folder=self.work / "plan",
+            target_shard_bytes=self.options.shard_bytes or default_shard_bytes(scan.text_bytes),
+            delete_missing=self.options.delete_missing,
+            held=assembly.held_digests(self.store, parent) if keep_held and parent else {},
+        )
+
+    def _unique_rows(self, scan: ScanResult) -> Iterator[Row]:
+        for row, rejects in resolve_duplicates(merge_runs(scan.runs, work=self.work / "scan")):
+            self.duplicates.extend(rejects)
+            yield row
+
+    def _run_stages(self, models: Models, plan: Plan, parent: Manifest | None) -> _Outcome:
+        stages = models.stages(score=self.options.score or _has_scores(parent))
+        outcome = _Outcome()
+        self.progress.start("encode", sum(spec.num_documents for spec in plan.shards), "documents")
+        waiting: Sequence[ShardSpec] = plan.shards
+        while waiting:
+            results = self.engine.run(self.store, stages, waiting)
+            waiting = [again for result in results for again in self._book(result, outcome)]
+        self.progress.finish()
+        return outcome
+
+    def _book(self, result: ShardResult, outcome: _Outcome) -> Iterator[ShardSpec]:
+        """Book one shard; yield it again without the documents that a device stage rejected, if any."""
+        for receipt in result.receipts:
+            outcome.receipts.append(receipt)
+            self.steps[receipt.stage] += 0 if receipt.reused else receipt.seconds
+        late = [entry for receipt in result.receipts[1:] for entry in receipt.rejected]
+        outcome.rejected += late or result.receipts[0].rejected
+        if late:
+            gone = frozenset(entry.document_id for entry in late)
+            yield from without(result.spec, gone, self.work / "plan")
+            return
+        self.progress.advance(result.spec.num_documents)
+        if result.shard is not None:
+            outcome.shards.append(result.shard)
+
+    def _all_shards(
+        self, models: Models, parent: Manifest | None, plan: Plan, outcome: _Outcome
+    ) -> tuple[list[Shard], assembly.Removed]:
+        """The shards of the new generation, and what is removed from them."""
+        kept = list(parent.shards) if parent is not None else []
+        if self.options.score:
+            kept = [self._scored(models, shard, outcome) for shard in kept]
+        removed = assembly.removed_documents(self.store, parent, plan.tombstones)
+        shards = assembly.surviving([*kept, *outcome.shards], removed)
+        names = {shard.name for shard in shards}
+        return shards, {name: rows for name, rows in removed.items() if name in names}
+
+    def _scored(self, models: Models, shard: Shard, outcome: _Outcome) -> Shard:
+        if "scores" in shard.tables:
+            return shard
+        scored, receipt = add_table(self.store, models.score_stage(), shard)
+        outcome.receipts.append(receipt)
+        return scored
+
+    def _index(
+        self, models: Models, parent: Manifest | None, shards: Sequence[Shard], removed: assembly.Removed
+    ) -> BuiltIndex:
+        self.progress.start("index", None, "passages")
+        started = time.perf_counter()
+        index = build_vector_index(
+            self.store,
+            self.engine,
+            shards,
+            dim=models.parameters.vector_dim,
+            live=live_passages(shards, removed),
+            retriever=models.load_retriever(),
+            parent=parent,
+            min_recall=self.options.min_recall,
+            progress=self.progress,
+        )
+        self.progress.finish()
+        self.steps["index"] += time.perf_counter() - started
+        return index
+
+    def _assemble(
+        self,
+        models: Models,
+        latest: Manifest | None,
+        scan: ScanResult,
+        plan: Plan,
+        outcome: _Outcome,
+        shards: Sequence[Shard],
+        removed: assembly.Removed,
+        index: BuiltIndex,
+    ) -> tuple[Manifest, Counter[str]]:
+        rows = [reject_row(reject) for reject in self.duplicates]
+        rows += [assembly.stage_reject_row(entry) for entry in outcome.rejected]
+        rows += assembly.held_rows(self.store, latest, plan)
+        quarantine, quarantine_file, dispositions = assembly.publish_quarantine(self.store, rows, scan.rejects)
+        tombstones, tombstone_file = assembly.publish_tombstones(self.store, removed)
+        known = dict(latest.files) if latest else {}
+        known |= {record.name: record for receipt in outcome.receipts for record in receipt.files.values()}
+        others = [*index.files, *models.checkpoint_files, quarantine_file, tombstone_file]
+        draft = Manifest(
+            version=1 if latest is None else latest.version + 1,
+            parent=None if latest is None else ParentInfo(latest.version, latest.build_id),
+            content_id="",
+            components=models.components(scorer=all("scores" in shard.tables for shard in shards)),
+            parameters=models.parameters,
+            counts=NOTHING,
+            shards=shards,
+            segments=index.segments,
+            vector_index=index.info,
+            quarantine=quarantine,
+            tombstones=tombstones,
+            checkpoint=models.checkpoint_info(),
+            files=assembly.collect_files(known, shards, others),
+        )
+        manifest = assembly.identified(self.store, draft)
+        assembly.check_accounts(
+            documents_in=scan.documents_in,
+            indexed=plan.unchanged + sum(shard.documents for shard in outcome.shards),
+            rejected=sum(quarantine.counts.values()),
+            missing=plan.missing,
+            held_in_index=manifest.counts.documents,
+        )
+        return manifest, dispositions
+
+    def _report(
+        self,
+        manifest: Manifest,
+        committed: bool,
+        scan: ScanResult,
+        plan: Plan,
+        outcome: _Outcome,
+        dispositions: Counter[str],
+        seconds: float,
+    ) -> BuildReport:
+        encoded = [r.rows["embeddings"] for r in outcome.receipts if r.stage == "embeddings" and not r.reused]
+        return BuildReport(
+            documents_in=scan.documents_in,
+            passages=manifest.counts.passages,
+            chunks=manifest.counts.chunks,
+            tokens=manifest.counts.tokens,
+            indexed=scan.documents_in - sum(dispositions.values()),
+            filtered=dispositions[assembly.FILTERED],
+            quarantined=sum(dispositions.values()) - dispositions[assembly.FILTERED],
+            encoded_chunks=sum(encoded),
+            content_id=manifest.content_id,
+            build_id=manifest.build_id,
+            version=manifest.version,
+            committed=committed,
+            new=plan.new,
+            changed=plan.changed,
+            unchanged=plan.unchanged,
+            deleted=plan.deleted,
+            missing=plan.missing,
+            reasons=manifest.quarantine.counts,
+            truncated_passages=sum(int(r.facts.get("truncated", 0)) for r in outcome.receipts),
+            recall_at_10=manifest.vector_index.recall_at_10,
+            seconds=round(seconds, 3),
+            steps={step: round(value, 3) for step, value in self.steps.items()},
+        )
+
+
+def _has_scores(parent: Manifest | None) -> bool:
+    return parent is not None and parent.components.scorer is not None
+
+
+def _differences(latest: Manifest, models: Models) -> list[str]:
+    """What the index was built with and this run would not use; fingerprints count, names do not."""
+    now = models.components(scorer=_has_scores(latest))
+    pairs = [(name, getattr(latest.components, name), getattr(now, name)) for name in ("tokenizer", "encoder", "retriever", "scorer")]
+    found = [
+        f"{name} {old.reference} ({old.fingerprint[:12]}), now {new.reference} ({new.fingerprint[:12]})"
+        for name, old, new in pairs
+        if old is not None and old.fingerprint != new.fingerprint
+    ]
+    before, after = asdict(latest.parameters), asdict(models.parameters)
+    return found + [f"{name} {before[name]}, now {after[name]}" for name in before if before[name] != after[name]]
+
+
+def _clear_abandoned_runs(store: Store) -> None:
+    """Remove what killed executions left, but for the receipts; the lock says that none is alive."""
+    work = store.path(WORK)
+    for folder in work.iterdir() if work.is_dir() else ():
+        if folder.name.startswith("run-") or folder.name == "tmp":
+            store.remove(f"{WORK}/{folder.name}")

@@ -1,0 +1,156 @@
+"""The models of one build: resolved, fingerprinted, and turned into stages."""
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from refrag.pipelines.stages import EmbedStage, EncodeStage, ScoreStage, Stages, TokenizeStage
+from refrag_core.checkpoint import Checkpoint, load_checkpoint
+from refrag_core.errors import ConfigError
+from refrag_core.manifest import CheckpointInfo, Component, Components, Parameters
+from refrag_core.models import DEFAULT_RETRIEVER, fingerprint_model, resolve_model
+from refrag_core.storage import FileRecord, Store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions:
+    """Which models to use, and how chunks and passages are cut for them."""
+
+    checkpoint: str | None = None
+    """Folder of a trained checkpoint; None is the deterministic, untrained initialisation."""
+    encoder: str | None = None
+    """Encoder body of the untrained initialisation."""
+    decoder: str | None = None
+    """Decoder of the untrained initialisation."""
+    retriever: str = DEFAULT_RETRIEVER
+    chunk_size: int | None = None
+    """Tokens a chunk; None is the checkpoint's default."""
+    chunk_size_field: str | None = None
+    max_passage_tokens: int = 256
+    device: str = "auto"
+
+
+def resolve_device(device: str) -> str:
+    """`auto` is the first CUDA device where there is one, else the CPU."""
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """Every model of a build by folder and fingerprint; weights are loaded by the stages."""
+
+    checkpoint: Checkpoint
+    checkpoint_folder: str
+    """Name of the checkpoint's folder below the index."""
+    checkpoint_files: Sequence[FileRecord]
+    decoder: Path
+    retriever_reference: str
+    retriever: Path
+    retriever_fingerprint: str
+    parameters: Parameters
+    device: str
+    root: Path
+
+    @property
+    def chunk_sizes(self) -> tuple[int, ...]:
+        """Chunk sizes that documents may have, ascending."""
+        if self.parameters.chunk_size_field is None:
+            return (self.parameters.chunk_size,)
+        return self.checkpoint.config.chunk_sizes
+
+    def stages(self, *, score: bool) -> Stages:
+        """The stages of this build."""
+        encode = EncodeStage(str(self.root / self.checkpoint_folder), self.checkpoint.encode_fingerprint, self.device)
+        embed = EmbedStage(str(self.retriever), self.retriever_fingerprint, self.device)
+        last = (self.score_stage(),) if score else ()
+        return Stages(self.tokenize_stage(), (encode, embed, *last))
+
+    def tokenize_stage(self) -> TokenizeStage:
+        """The stage that needs no device."""
+        fingerprint = self.checkpoint.config.decoder.tokenizer_fingerprint
+        return TokenizeStage(str(self.decoder), fingerprint, self.parameters.max_passage_tokens)
+
+    def score_stage(self) -> ScoreStage:
+        """The stage that adds the perplexity column."""
+        return ScoreStage(str(self.decoder), fingerprint_model(self.decoder), self.device)
+
+    def load_retriever(self) -> Any:
+        """The retriever, with weights."""
+        from refrag_core.retriever import load_retriever
+
+        return load_retriever(self.retriever, device=self.device)
+
+    def components(self, *, scorer: bool) -> Components:
+        """What the manifest says of the models."""
+        config = self.checkpoint.config
+        return Components(
+            tokenizer=Component(config.decoder.reference, config.decoder.tokenizer_fingerprint),
+            encoder=Component(config.encoder.reference, self.checkpoint.encode_fingerprint),
+            retriever=Component(self.retriever_reference, self.retriever_fingerprint),
+            scorer=Component(config.decoder.reference, fingerprint_model(self.decoder)) if scorer else None,
+        )
+
+    def checkpoint_info(self) -> CheckpointInfo:
+        """What the manifest says of the checkpoint."""
+        fingerprint = self.checkpoint.fingerprint
+        return CheckpointInfo(self.checkpoint_folder, fingerprint, self.checkpoint.config.trained)
+
+
+def resolve_models(store: Store, options: ModelOptions) -> Models:
+    """Find and fingerprint the models, and put the checkpoint into the index's folder for workers and hosts.
+
+    Raises ModelNotFoundError, FingerprintMismatchError, or ConfigError for a chunk size that the checkpoint
+    was not trained for.
+    """
+    checkpoint = load_checkpoint(options.checkpoint, encoder=options.encoder, decoder=options.decoder)
+    retriever = resolve_model(options.retriever)
+    folder = f"checkpoints/{checkpoint.fingerprint[:32]}"
+    return Models(
+        checkpoint=checkpoint,
+        checkpoint_folder=folder,
+        checkpoint_files=_publish_checkpoint(store, checkpoint, folder),
+        decoder=resolve_model(checkpoint.config.decoder.reference),
+        retriever_reference=options.retriever,
+        retriever=retriever,
+        retriever_fingerprint=fingerprint_model(retriever),
+        parameters=_parameters(checkpoint, retriever, options),
+        device=resolve_device(options.device),
+        root=store.root.resolve(),
+    )
+
+
+def _publish_checkpoint(store: Store, checkpoint: Checkpoint, folder: str) -> list[FileRecord]:
+    with tempfile.TemporaryDirectory() as temporary:
+        checkpoint.save(Path(temporary))
+        names = sorted(os.listdir(temporary))
+        return [store.publish(f"{folder}/{name}", _copy_of(Path(temporary, name))) for name in names]
+
+
+def _copy_of(source: Path) -> Any:
+    return lambda path: path.write_bytes(source.read_bytes())
+
+
+def _parameters(checkpoint: Checkpoint, retriever: Path, options: ModelOptions) -> Parameters:
+    config = checkpoint.config
+    chunk_size = options.chunk_size or config.chunk_size
+    if chunk_size not in config.chunk_sizes:
+        raise ConfigError(
+            f"chunk size {chunk_size} was asked for, the checkpoint was made for {list(config.chunk_sizes)}: "
+            "take one of these with --chunk-size, or another checkpoint"
+        )
+    return Parameters(
+        max_passage_tokens=options.max_passage_tokens,
+        chunk_size=chunk_size,
+        chunk_size_field=options.chunk_size_field,
+        embedding_dim=config.d_enc,
+        embedding_dtype="float16",
+        vector_dim=int(json.loads((retriever / "config.json").read_text())["hidden_size"]),
+    )

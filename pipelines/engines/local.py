@@ -1,0 +1,114 @@
+"""The local engine: worker processes tokenize ahead while this process runs the device stages."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from types import TracebackType
+from typing import Any, TypeVar
+
+from refrag.pipelines.plan import ShardSpec
+from refrag.pipelines.stages import ShardResult, Stages, run_device_stages
+from refrag_core.errors import StageError
+from refrag_core.storage import Store
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+_ATTEMPTS = 3
+_PARENT_CHECK_SECONDS = 0.5
+
+
+def default_workers() -> int:
+    """Worker processes: the CPUs of this process less one for the device stages, at least 1, at most 16."""
+    return max(1, min(16, len(os.sched_getaffinity(0)) - 1))
+
+
+def _start_worker(parent: int) -> None:
+    """Leave Ctrl-C to the parent, and end when the parent is gone, however it went."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_PARENT_CHECK_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class LocalEngine:
+    """One machine. `workers` processes for CPU stages; 0 runs everything in this process.
+
+    Use as a context manager: leaving it ends the workers.
+    """
+
+    def __init__(self, workers: int | None = None) -> None:
+        self.workers = default_workers() if workers is None else workers
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "LocalEngine":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=error is None, cancel_futures=True)
+            self._pool = None
+
+    def _submit(self, function: Callable[[Item], Made], item: Item) -> "Future[Made]":
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self.workers, context, _start_worker, (os.getpid(),))
+        return self._pool.submit(function, item)
+
+    def map(self, function: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
+        """Results in the order of the items; at most two items a worker are under way.
+
+        A worker that dies is replaced and its items are run again; raises StageError after three deaths.
+        """
+        if self.workers == 0:
+            yield from map(function, items)
+            return
+        waiting: deque[tuple[Item, Future[Any]]] = deque()
+        for item in items:
+            waiting.append((item, self._submit(function, item)))
+            if len(waiting) > 2 * self.workers:
+                yield self._next(function, waiting)
+        while waiting:
+            yield self._next(function, waiting)
+
+    def _next(self, function: Callable[[Item], Made], waiting: "deque[tuple[Item, Future[Any]]]") -> Made:
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                result: Made = waiting[0][1].result()
+            except BrokenProcessPool:
+                if attempt == _ATTEMPTS:
+                    raise StageError(
+                        f"a worker process died {_ATTEMPTS} times on the same work (out of memory?), expected it "
+                        "to finish: use fewer --workers or a smaller --shard-bytes and run the command again"
+                    ) from None
+                self._pool = None
+                again = [(item, self._submit(function, item)) for item, _ in waiting]
+                waiting.clear()
+                waiting.extend(again)
+            else:
+                waiting.popleft()
+                return result
+        raise AssertionError("unreachable")
+
+    def run(self, store: Store, stages: Stages, specs: Iterable[ShardSpec]) -> Iterator[ShardResult]:
+        """Tokenize in the workers, a few shards ahead; encode, embed and score here, in plan order."""
+        order: deque[ShardSpec] = deque()
+
+        def noted() -> Iterator[ShardSpec]:
+            for spec in specs:
+                order.append(spec)
+                yield spec
+
+        for tokenized in self.map(partial(stages.tokenize, store), noted()):
+            yield run_device_stages(store, stages.device, order.popleft(), tokenized)

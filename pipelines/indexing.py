@@ -1,0 +1,272 @@
+"""The index stage: passage embeddings of all shards → FAISS segments, and their measured recall."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from refrag.pipelines.engines import Engine
+from refrag.pipelines.progress import Progress
+from refrag_core.digests import digest_json
+from refrag_core.errors import RecallGateError
+from refrag_core.manifest import Manifest, Segment, Shard, VectorIndexInfo
+from refrag_core.storage import FileRecord, Store
+from refrag_core.tables import MappedColumn, iterate_rows, open_table
+from refrag_core.vector_index import (
+    IndexSpec,
+    VectorIndex,
+    build_segment,
+    choose_index,
+    exact_search,
+    sample_rows,
+    train_quantizer,
+    tune_nprobe,
+)
+
+SEGMENT_ROWS = 1 << 20
+GATE_QUERIES = 200
+_TRAIN_ROWS_A_LIST = 64
+_RETRAIN_FACTOR = 4
+_SENTENCE = re.compile(r"[^.!?。！？\n]{20,400}[.!?。！？]?")
+
+Live = Mapping[str, npt.NDArray[np.bool_]]
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltIndex:
+    """Segments of a generation, their files, and what the gate measured."""
+
+    segments: Sequence[Segment]
+    info: VectorIndexInfo
+    files: Sequence[FileRecord]
+
+
+def vectors_of(store: Store, shard: Shard, dim: int) -> MappedColumn:
+    """A shard's passage embeddings, float16 `[passages, dim]`, mapped."""
+    return MappedColumn(store.path(shard.tables["vectors"]), "vector", "<f2", dim)
+
+
+def _blocks(store: Store, shards: Sequence[Shard], dim: int) -> Iterator[npt.NDArray[np.float16]]:
+    for shard in shards:
+        yield from vectors_of(store, shard, dim).blocks()
+
+
+def _sample(store: Store, shards: Sequence[Shard], dim: int, size: int) -> npt.NDArray[np.float32]:
+    picked = sample_rows([shard.passages for shard in shards], size)
+    parts = []
+    for shard, rows in zip(shards, picked, strict=True):
+        if len(rows):
+            column = vectors_of(store, shard, dim)
+            parts.append(np.concatenate([column.slice(int(row), int(row) + 1) for row in rows]))
+    return np.concatenate(parts).astype(np.float32)
+
+
+def _quantizer(store: Store, shards: Sequence[Shard], spec: IndexSpec) -> FileRecord:
+    """Train on a sample that is spread evenly over all passages; the name follows from its input."""
+    key = digest_json(["quantizer/1", spec.kind, spec.dim, spec.nlist, [shard.tables["vectors"] for shard in shards]])
+    sample = _sample(store, shards, spec.dim, max(1024, _TRAIN_ROWS_A_LIST * spec.nlist))
+    data = train_quantizer(sample, spec)
+    return store.publish(f"segments/quantizer-{key[:32]}.faiss", lambda path: _write(path, data))
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def _groups(shards: Sequence[Shard]) -> Iterator[list[Shard]]:
+    group: list[Shard] = []
+    for shard in shards:
+        if group and sum(s.passages for s in group) + shard.passages > SEGMENT_ROWS:
+            yield group
+            group = []
+        group.append(shard)
+    if group:
+        yield group
+
+
+def _segment(store: Store, quantizer: str, dim: int, shards: list[Shard]) -> tuple[Segment, FileRecord]:
+    """Build one segment; the name follows from the quantizer and the shards' embeddings."""
+    key = digest_json(["segment/1", quantizer, [shard.tables["vectors"] for shard in shards]])
+    trained = store.path(quantizer).read_bytes()
+
+    def write(path: Path) -> None:
+        build_segment(trained, _blocks(store, shards, dim), path)
+
+    record = store.publish(f"segments/{key[:32]}.faiss", write)
+    return Segment(record.name, [s.name for s in shards], sum(s.passages for s in shards)), record
+
+
+def _kept(parent: Manifest | None, spec: IndexSpec, shards: Sequence[Shard]) -> list[Segment]:
+    """The parent's segments when its quantizer still fits: same kind, list count within a factor of 4."""
+    if parent is None:
+        return []
+    info, present = parent.vector_index, {shard.name for shard in shards}
+    fits = info.kind == spec.kind and info.nlist * _RETRAIN_FACTOR >= spec.nlist
+    whole = all(name in present for segment in parent.segments for name in segment.shards)
+    return list(parent.segments) if fits and whole else []
+
+
+def build_vector_index(
+    store: Store,
+    engine: Engine,
+    shards: Sequence[Shard],
+    *,
+    dim: int,
+    live: Live,
+    retriever: Any,
+    parent: Manifest | None,
+    min_recall: float,
+    progress: Progress,
+) -> BuiltIndex:
+    """Segments over all shards; those of the parent are kept while recall stays above the gate.
+
+    Args:
+        dim: d_ret.
+        live: per shard name a bool `[passages]`, for shards with removed passages.
+        retriever: embeds the held-out queries (sentences of sampled passages).
+        min_recall: recall@10 under which nothing is published.
+
+    Raises RecallGateError when even freshly trained segments stay below `min_recall`.
+    """
+    spec = choose_index(sum(shard.passages for shard in shards), dim)
+    kept = _kept(parent, spec, shards)
+    queries = _held_out_queries(store, shards, live, retriever)
+    if kept and parent is not None:
+        built = _extend(store, engine, shards, kept, parent, dim=dim, live=live, queries=queries)
+        if built.info.recall_at_10 >= min_recall:
+            return built
+        progress.note(f"recall@10 fell to {built.info.recall_at_10:.3f}: training the index anew")
+    built = _train(store, engine, shards, spec, live=live, queries=queries)
+    if built.info.recall_at_10 < min_recall:
+        raise RecallGateError(
+            f"recall@10 is {built.info.recall_at_10:.3f} on {len(queries)} held-out queries, expected at least "
+            f"{min_recall}: nothing was published; lower --min-recall if that is good enough"
+        )
+    return built
+
+
+def _train(
+    store: Store, engine: Engine, shards: Sequence[Shard], spec: IndexSpec, *, live: Live, queries: npt.NDArray[np.float32]
+) -> BuiltIndex:
+    quantizer = _quantizer(store, shards, spec)
+    made = list(engine.map(partial(_segment, store, quantizer.name, spec.dim), _groups(shards)))
+    segments, files = [segment for segment, _ in made], [quantizer, *(record for _, record in made)]
+    return _measured(store, shards, segments, files, spec.kind, spec.nlist, spec.dim, live, queries)
+
+
+def _extend(
+    store: Store,
+    engine: Engine,
+    shards: Sequence[Shard],
+    kept: Sequence[Segment],
+    parent: Manifest,
+    *,
+    dim: int,
+    live: Live,
+    queries: npt.NDArray[np.float32],
+) -> BuiltIndex:
+    info = parent.vector_index
+    covered = {name for segment in kept for name in segment.shards}
+    added = [shard for shard in shards if shard.name not in covered]
+    made = list(engine.map(partial(_segment, store, info.quantizer, dim), _groups(added)))
+    segments = [*kept, *(segment for segment, _ in made)]
+    old = [parent.files[name] for name in (info.quantizer, *(segment.file for segment in kept))]
+    files = [*old, *(record for _, record in made)]
+    return _measured(store, shards, segments, files, info.kind, info.nlist, dim, live, queries)
+
+
+def _measured(
+    store: Store,
+    shards: Sequence[Shard],
+    segments: Sequence[Segment],
+    files: Sequence[FileRecord],
+    kind: str,
+    nlist: int,
+    dim: int,
+    live: Live,
+    queries: npt.NDArray[np.float32],
+) -> BuiltIndex:
+    """Tune nprobe on the held-out queries against exact search over the stored embeddings."""
+    by_name = {shard.name: shard for shard in shards}
+    order = [by_name[name] for segment in segments for name in segment.shards]
+    masks = live_by_segment(segments, by_name, live)
+    index = VectorIndex.open([store.path(segment.file) for segment in segments], nprobe=1)
+    blocks = (list(_blocks(store, [by_name[name] for name in segment.shards], dim)) for segment in segments)
+    nprobe, recall = _tune(index, blocks, queries, masks)
+    info = VectorIndexInfo(
+        kind=kind, nlist=nlist, nprobe=nprobe, quantizer=files[0].name, recall_at_10=round(recall, 4), queries=len(queries)
+    )
+    assert len(order) == len(shards)
+    return BuiltIndex(segments, info, files)
+
+
+def _tune(
+    index: VectorIndex, segments: Iterable[list[Any]], queries: npt.NDArray[np.float32], masks: Sequence[Any]
+) -> tuple[int, float]:
+    exact = exact_search(segments, queries, k=10, live=masks)
+    tuned = tune_nprobe(index, exact, queries, k=10, live=masks)
+    return tuned.nprobe, tuned.recall
+
+
+def live_by_segment(
+    segments: Sequence[Segment], shards: Mapping[str, Shard], live: Live
+) -> list[npt.NDArray[np.bool_] | None]:
+    """For each segment a bool `[rows]` of what is live, or None where all of it is."""
+    masks: list[npt.NDArray[np.bool_] | None] = []
+    for segment in segments:
+        if not any(name in live for name in segment.shards):
+            masks.append(None)
+            continue
+        parts = [live.get(name, np.ones(shards[name].passages, bool)) for name in segment.shards]
+        masks.append(np.concatenate(parts))
+    return masks
+
+
+def _held_out_queries(
+    store: Store, shards: Sequence[Shard], live: Live, retriever: Any
+) -> npt.NDArray[np.float32]:
+    """Sentences from evenly sampled live passages: close to what is asked, and never an indexed vector."""
+    picked = sample_rows([shard.passages for shard in shards], GATE_QUERIES)
+    sentences = []
+    for shard, rows in zip(shards, picked, strict=True):
+        mask = live.get(shard.name)
+        wanted = {int(row) for row in rows if mask is None or mask[row]}
+        texts = _texts(store, shard, wanted)
+        sentences += [sentence for text in texts if (sentence := _middle_sentence(text))]
+    return np.asarray(retriever.embed_queries(sentences or ["?"]), np.float32)
+
+
+def _texts(store: Store, shard: Shard, rows: set[int]) -> list[str]:
+    if not rows:
+        return []
+    path = store.path(shard.tables["passages"])
+    return [row["text"] for at, row in enumerate(iterate_rows(path, ["text"])) if at in rows]
+
+
+def _middle_sentence(text: str) -> str:
+    sentences = _SENTENCE.findall(text)
+    chosen = sentences[len(sentences) // 2].strip() if sentences else text[:200].strip()
+    return chosen if chosen != text.strip() else chosen[: max(1, len(chosen) * 2 // 3)]
+
+
+def live_passages(shards: Sequence[Shard], removed: Mapping[str, Sequence[tuple[int, int, int]]]) -> Live:
+    """Per shard with removed documents a bool `[passages]`, False for their passages."""
+    live: dict[str, npt.NDArray[np.bool_]] = {}
+    for shard in shards:
+        if shard.name in removed:
+            mask = np.ones(shard.passages, bool)
+            for _, first, count in removed[shard.name]:
+                mask[first : first + count] = False
+            live[shard.name] = mask
+    return live
+
+
+def check_rows(store: Store, shard: Shard) -> bool:
+    """Whether the vectors table has one row a passage."""
+    with open_table(store.path(shard.tables["vectors"])) as file:
+        return int(file.metadata.num_rows) == shard.passages

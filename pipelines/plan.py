@@ -1,0 +1,222 @@
+"""What a build has to do: the scanned corpus joined with the parent generation, cut into shards.
+
+Both sides are streams ordered by document id, so that no step holds all ids. Documents that are new or
+changed go into shards; a shard ends where a document's id says so (content-defined boundaries), so that
+the same documents give the same shards whatever order, worker count or file layout they came in.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from refrag.schemas import arrow
+from refrag_core.manifest import LiveDocument, document_key
+
+MIN_SHARD_BYTES = 256 << 10
+MAX_SHARD_BYTES = 64 << 20
+_SHARDS_AIMED_AT = 64
+_ROWS_A_BATCH = 4096
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSpec:
+    """The unit of work and retry: which documents, and the name that follows from their content."""
+
+    name: str
+    """32 hexadecimal characters: digest of the chunk size and the documents' ids and digests."""
+    documents: str
+    """Path of the Parquet list of documents (schemas.arrow.SCAN_RUN)."""
+    chunk_size: int
+    num_documents: int
+    num_bytes: int
+    """UTF-8 bytes of the documents' text."""
+
+
+@dataclass(slots=True)
+class Plan:
+    """A build's work, and what becomes of the parent's documents."""
+
+    shards: list[ShardSpec] = field(default_factory=list)
+    tombstones: list[LiveDocument] = field(default_factory=list)
+    """Documents of the parent that this generation no longer has."""
+    new: int = 0
+    changed: int = 0
+    unchanged: int = 0
+    deleted: int = 0
+    """Documents of the parent that are no longer in the corpus and leave the index."""
+    missing: int = 0
+    """Documents of the parent that are no longer in the corpus and stay in the index."""
+    held: list[Row] = field(default_factory=list)
+    """Scanned documents that stay quarantined: they failed in a stage before and have not changed."""
+
+
+def default_shard_bytes(corpus_bytes: int) -> int:
+    """Target text bytes of a shard: a power of two, so that a growing corpus rarely moves boundaries."""
+    aimed = max(MIN_SHARD_BYTES, min(MAX_SHARD_BYTES, corpus_bytes // _SHARDS_AIMED_AT))
+    return 1 << (aimed.bit_length() - 1)
+
+
+def ends_shard(document_id: str, num_bytes: int, filled: int, target_shard_bytes: int) -> bool:
+    """Whether a shard of `filled` bytes ends with this document, decided by its id and the sizes alone.
+
+    From half the target on, each document ends the shard with a chance of its bytes over half the target,
+    drawn from its id; so cuts fall into step again soon after an insertion. Twice the target ends any shard.
+    """
+    half = target_shard_bytes // 2
+    if filled < half:
+        return False
+    draw = int.from_bytes(hashlib.blake2b(document_key(document_id), digest_size=8).digest(), "big") / 2**64
+    return filled >= 2 * target_shard_bytes or draw * half < num_bytes
+
+
+class _ShardWriter:
+    """Cuts one stream of rows, all of one chunk size, into shards and writes their lists of documents."""
+
+    def __init__(self, folder: Path, chunk_size: int, target_shard_bytes: int) -> None:
+        self._folder = folder
+        self._chunk_size = chunk_size
+        self._target = target_shard_bytes
+        self._rows: list[Row] = []
+        self._open()
+
+    def _open(self) -> None:
+        self._hasher = hashlib.sha256(self._chunk_size.to_bytes(4, "little"))
+        self._count = self._bytes = 0
+        self._writer: pq.ParquetWriter | None = None
+
+    def _flush(self) -> None:
+        if self._writer is None:
+            self._path = self._folder / f"open-{self._chunk_size}.parquet"
+            self._writer = pq.ParquetWriter(self._path, arrow.SCAN_RUN, compression="zstd")
+        self._writer.write_table(pa.Table.from_pylist(self._rows, schema=arrow.SCAN_RUN))
+        self._rows = []
+
+    def add(self, row: Row) -> ShardSpec | None:
+        """Take one row; the finished shard when this row ends one."""
+        key = document_key(row["document_id"])
+        self._hasher.update(len(key).to_bytes(8, "little") + key + row["source_digest"])
+        self._rows.append(row)
+        self._count += 1
+        self._bytes += row["num_bytes"]
+        if len(self._rows) >= _ROWS_A_BATCH:
+            self._flush()
+        if ends_shard(row["document_id"], row["num_bytes"], self._bytes, self._target):
+            return self.close()
+        return None
+
+    def close(self) -> ShardSpec | None:
+        """Finish the open shard; None when it has no rows."""
+        if self._count == 0:
+            return None
+        self._flush()
+        assert self._writer is not None
+        self._writer.close()
+        name = self._hasher.hexdigest()[:32]
+        path = self._path.rename(self._folder / f"{name}.parquet")
+        spec = ShardSpec(name, str(path), self._chunk_size, self._count, self._bytes)
+        self._open()
+        return spec
+
+
+def cut_shards(rows: Iterable[Row], folder: Path, target_shard_bytes: int) -> Iterator[ShardSpec]:
+    """Shards over `rows` (ordered by document id), one stream of shards for each chunk size.
+
+    Writes each shard's list of documents into `folder`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    writers: dict[int, _ShardWriter] = {}
+    for row in rows:
+        chunk_size = row["chunk_size"]
+        if chunk_size not in writers:
+            writers[chunk_size] = _ShardWriter(folder, chunk_size, target_shard_bytes)
+        if spec := writers[chunk_size].add(row):
+            yield spec
+    for chunk_size in sorted(writers):
+        if spec := writers[chunk_size].close():
+            yield spec
+
+
+def _same(row: Row, live: LiveDocument) -> bool:
+    return bool(row["source_digest"] == live.source_digest and row["chunk_size"] == live.chunk_size)
+
+
+def _joined(
+    rows: Iterable[Row], parent: Iterator[LiveDocument]
+) -> Iterator[tuple[Row | None, LiveDocument | None]]:
+    """Full outer join of two streams ordered by document id."""
+    live = next(parent, None)
+    for row in rows:
+        key = document_key(row["document_id"])
+        while live is not None and document_key(live.document_id) < key:
+            yield None, live
+            live = next(parent, None)
+        if live is not None and live.document_id == row["document_id"]:
+            yield row, live
+            live = next(parent, None)
+        else:
+            yield row, None
+    while live is not None:
+        yield None, live
+        live = next(parent, None)
+
+
+def make_plan(
+    rows: Iterable[Row],
+    parent: Iterator[LiveDocument],
+    *,
+    folder: Path,
+    target_shard_bytes: int,
+    delete_missing: bool,
+    held: Mapping[str, bytes],
+) -> Plan:
+    """Join the scan with the parent generation and cut the new and changed documents into shards.
+
+    Args:
+        rows: the scanned documents, unique and ordered by id (schemas.arrow.SCAN_RUN).
+        parent: the parent generation's live documents, ordered by id; empty for a first build.
+        folder: where the shards' lists of documents are written.
+        target_shard_bytes: text bytes a shard.
+        delete_missing: whether documents that the corpus no longer has leave the index.
+        held: source digest of each document that a stage has quarantined before.
+    """
+    plan = Plan()
+
+    def to_build() -> Iterator[Row]:
+        for row, live in _joined(rows, parent):
+            if row is None:
+                assert live is not None
+                _retire(plan, live, delete_missing)
+            elif live is not None and _same(row, live):
+                plan.unchanged += 1
+            elif held.get(row["document_id"]) == row["source_digest"]:
+                plan.held.append(row)
+            else:
+                yield row
+                plan.new += live is None
+                plan.changed += live is not None
+                if live is not None:
+                    plan.tombstones.append(live)
+
+    plan.shards.extend(cut_shards(to_build(), folder, target_shard_bytes))
+    return plan
+
+
+def _retire(plan: Plan, live: LiveDocument, delete_missing: bool) -> None:
+    if delete_missing:
+        plan.deleted += 1
+        plan.tombstones.append(live)
+    else:
+        plan.missing += 1
+
+
+def without(spec: ShardSpec, document_ids: frozenset[str], folder: Path) -> Iterator[ShardSpec]:
+    """The same shard without some documents, under the name that follows from the rest."""
+    rows = (row for row in pq.read_table(spec.documents).to_pylist() if row["document_id"] not in document_ids)
+    yield from cut_shards(rows, folder / "without", 1 << 62)

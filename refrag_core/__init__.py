@@ -1,0 +1,1 @@
+"""refrag's library: chunking, models, storage and the runtime that answers from a prebuilt index."""

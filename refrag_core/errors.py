@@ -1,0 +1,98 @@
+"""Every error that refrag raises on purpose.
+
+Each takes one positional message that says what was found, what was expected and what to do, so that an
+instance survives pickling when an engine carries it from a worker to the driver.
+"""
+
+__all__ = [
+    "AccountingError",
+    "CommitConflictError",
+    "ConfigError",
+    "CorpusChangedError",
+    "CorpusError",
+    "CorruptIndexError",
+    "FingerprintMismatchError",
+    "IndexLockedError",
+    "IndexNotFoundError",
+    "MissingExtraError",
+    "MissingScoresError",
+    "ModelNotFoundError",
+    "RecallGateError",
+    "RefragError",
+    "StageError",
+    "UnsupportedDecoderError",
+    "UntrainedProjectionError",
+    "UsageError",
+]
+
+
+class RefragError(Exception):
+    """Base of all: the command line prints the message alone and exits 1."""
+
+
+class UsageError(RefragError):
+    """The request itself cannot be served as it was put: the command line exits 2."""
+
+
+class ConfigError(UsageError):
+    """A setting is out of range, unknown, or contradicts another."""
+
+
+class MissingExtraError(UsageError):
+    """An optional dependency is not installed."""
+
+
+class MissingScoresError(UsageError):
+    """The perplexity policy was asked for on an index without the score column."""
+
+
+class UntrainedProjectionError(UsageError):
+    """Compressed chunks were asked for with a projection that was never trained."""
+
+
+class CorpusError(RefragError):
+    """The corpus as a whole cannot be read (a bad record is quarantined instead)."""
+
+
+class CorpusChangedError(CorpusError):
+    """A document changed between the scan and the read of the same build."""
+
+
+class ModelNotFoundError(RefragError):
+    """A model reference resolves to nothing on this machine."""
+
+
+class UnsupportedDecoderError(RefragError):
+    """The decoder cannot take embeddings in place of token ids."""
+
+
+class FingerprintMismatchError(RefragError):
+    """A component differs from the one that the index was built with."""
+
+
+class IndexNotFoundError(RefragError):
+    """No index, or no committed generation, at this path."""
+
+
+class CorruptIndexError(RefragError):
+    """A file of the index is missing, truncated, altered or not of this format."""
+
+
+class IndexLockedError(RefragError):
+    """Another live process is building this index."""
+
+
+class CommitConflictError(RefragError):
+    """Another builder committed the version that this run was going to commit."""
+
+
+class StageError(RefragError):
+    """A stage failed on a shard for a reason that no single record explains."""
+
+
+class AccountingError(RefragError):
+    """Documents in and documents accounted for differ."""
+
+
+class RecallGateError(RefragError):
+    """The vector index finds fewer of the true neighbours than the gate asks for."""

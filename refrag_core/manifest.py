@@ -1,0 +1,417 @@
+"""Manifests: what one committed generation of an index consists of (schemas/BUNDLE.md is the spec).
+
+`versions/<n>.json` is written last and only if no file has that name; everything that a reader uses is
+named in it with size and digest. Its bytes are canonical JSON and carry their own digest, so that any
+altered byte shows.
+"""
+
+import hashlib
+import heapq
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+
+from refrag.schemas import FORMAT, FORMAT_VERSION, manifest_schema
+from refrag_core.digests import JSON, canonical_json, digest_json
+from refrag_core.errors import CommitConflictError, CorruptIndexError, IndexNotFoundError
+from refrag_core.storage import FileRecord, Store, check_name
+from refrag_core.tables import iterate_rows
+
+VERSIONS = "versions"
+CURRENT = "CURRENT"
+_VERSION_NAME = re.compile(r"^[1-9][0-9]*\.json$")
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """A model that the index was built with: how it was named, and the fingerprint that counts."""
+
+    reference: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Components:
+    """The models behind an index's columns; their fingerprints are part of the content id."""
+
+    tokenizer: Component
+    encoder: Component
+    retriever: Component
+    scorer: Component | None
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Settings that shape the content of an index."""
+
+    max_passage_tokens: int
+    chunk_size: int
+    chunk_size_field: str | None
+    embedding_dim: int
+    embedding_dtype: str
+    vector_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What is live in a generation."""
+
+    documents: int
+    passages: int
+    chunks: int
+    tokens: int
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(
+            self.documents + other.documents,
+            self.passages + other.passages,
+            self.chunks + other.chunks,
+            self.tokens + other.tokens,
+        )
+
+
+NOTHING = Counts(0, 0, 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One shard's rows, tombstoned ones included, and the files that hold its tables."""
+
+    name: str
+    chunk_size: int
+    first_document: str
+    last_document: str
+    documents: int
+    passages: int
+    chunks: int
+    tokens: int
+    tables: Mapping[str, str]
+
+    @property
+    def counts(self) -> Counts:
+        """Rows of this shard."""
+        return Counts(self.documents, self.passages, self.chunks, self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One FAISS file: the passages of `shards`, one after another, `rows` in all."""
+
+    file: str
+    shards: Sequence[str]
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class VectorIndexInfo:
+    """How the segments were made and what the recall gate measured."""
+
+    kind: str
+    nlist: int
+    nprobe: int
+    quantizer: str
+    recall_at_10: float
+    queries: int
+
+
+@dataclass(frozen=True, slots=True)
+class QuarantineInfo:
+    """Where the records lie that are not in the index, and how many for each reason."""
+
+    file: str | None
+    counts: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class TombstoneInfo:
+    """Where the removed documents of kept shards are listed."""
+
+    file: str
+    documents: int
+    passages: int
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointInfo:
+    """The folder that holds the projection, the policy and the prompt template."""
+
+    folder: str
+    fingerprint: str
+    trained: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ParentInfo:
+    """The generation that this one was built on."""
+
+    version: int
+    build_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """One generation. `files` is the only place with sizes and digests."""
+
+    version: int
+    parent: ParentInfo | None
+    content_id: str
+    components: Components
+    parameters: Parameters
+    counts: Counts
+    shards: Sequence[Shard]
+    segments: Sequence[Segment]
+    vector_index: VectorIndexInfo
+    quarantine: QuarantineInfo
+    tombstones: TombstoneInfo | None
+    checkpoint: CheckpointInfo
+    files: Mapping[str, FileRecord] = field(default_factory=dict)
+
+    @property
+    def build_id(self) -> str:
+        """Digest of the parent, the content id and the digests of every file; names the generation."""
+        parent = self.parent.build_id if self.parent else None
+        digests: dict[str, JSON] = {name: record.digest for name, record in self.files.items()}
+        return digest_json({"parent": parent, "content_id": self.content_id, "files": digests})
+
+    @property
+    def name(self) -> str:
+        """Name of its file below the index."""
+        return version_name(self.version)
+
+
+def version_name(version: int) -> str:
+    """Name of the manifest of generation `version`."""
+    return f"{VERSIONS}/{version}.json"
+
+
+def _to_json(manifest: Manifest) -> dict[str, Any]:
+    body = asdict(manifest)
+    body["files"] = {r.name: {"bytes": r.bytes, "digest": r.digest} for r in manifest.files.values()}
+    body |= {"format": FORMAT, "format_version": FORMAT_VERSION, "build_id": manifest.build_id}
+    return body
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The bytes of `versions/<n>.json`: canonical JSON, its own digest included, and a newline."""
+    body = _to_json(manifest)
+    return canonical_json(body | {"manifest_digest": digest_json(body)}) + b"\n"
+
+
+def decode_manifest(data: bytes, *, where: str) -> Manifest:
+    """Check and read the bytes of a manifest; `where` names it in errors.
+
+    Raises CorruptIndexError for altered bytes, another format, or a name that leaves the index.
+    """
+    body = _parse(data, where)
+    if body.get("format") == FORMAT and body.get("format_version", 0) > FORMAT_VERSION:
+        raise CorruptIndexError(
+            f"{where} has format version {body['format_version']}, this refrag reads up to {FORMAT_VERSION}: "
+            "install a newer refrag"
+        )
+    _check_names(body)
+    _check_schema(body, where)
+    _check_bytes(body, data, where)
+    manifest = _from_json(body)
+    if manifest.build_id != body["build_id"]:
+        raise CorruptIndexError(f"{where}: its build id is not the digest of what it lists. {_REFETCH}")
+    _check_references(manifest, where)
+    return manifest
+
+
+_REFETCH = "It was altered or damaged: fetch the index again, or build it anew with `refrag index build`."
+
+
+def _parse(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError):
+        raise CorruptIndexError(f"{where} is not JSON. {_REFETCH}") from None
+    if not isinstance(body, dict):
+        raise CorruptIndexError(f"{where} is not a JSON object. {_REFETCH}")
+    return body
+
+
+def _check_names(body: Mapping[str, Any]) -> None:
+    files = body.get("files")
+    for name in files if isinstance(files, dict) else ():
+        check_name(name)
+
+
+def _check_schema(body: Mapping[str, Any], where: str) -> None:
+    validator = jsonschema.Draft202012Validator(manifest_schema())
+    error = jsonschema.exceptions.best_match(validator.iter_errors(body))
+    if error is not None:
+        raise CorruptIndexError(f"{where} at {error.json_path}: {error.message[:200]}. {_REFETCH}")
+
+
+def _check_bytes(body: Mapping[str, Any], data: bytes, where: str) -> None:
+    rest = {key: value for key, value in body.items() if key != "manifest_digest"}
+    if digest_json(rest) != body["manifest_digest"] or canonical_json(dict(body)) + b"\n" != data:
+        raise CorruptIndexError(f"{where} does not match its own digest. {_REFETCH}")
+
+
+def _check_references(manifest: Manifest, where: str) -> None:
+    named = {name for shard in manifest.shards for name in shard.tables.values()}
+    named |= {segment.file for segment in manifest.segments} | {manifest.vector_index.quantizer}
+    named |= {info.file for info in (manifest.quarantine, manifest.tombstones) if info and info.file}
+    unlisted = sorted(named - set(manifest.files))
+    if unlisted:
+        raise CorruptIndexError(f"{where} names {unlisted[0]} but lists no digest for it. {_REFETCH}")
+    shards = {shard.name for shard in manifest.shards}
+    if any(name not in shards for segment in manifest.segments for name in segment.shards):
+        raise CorruptIndexError(f"{where} has a segment over a shard that it does not list. {_REFETCH}")
+
+
+def _from_json(body: Mapping[str, Any]) -> Manifest:
+    models = {k: Component(**v) if v else None for k, v in body["components"].items()}
+    return Manifest(
+        version=body["version"],
+        parent=ParentInfo(**body["parent"]) if body["parent"] else None,
+        content_id=body["content_id"],
+        components=Components(**models),
+        parameters=Parameters(**body["parameters"]),
+        counts=Counts(**body["counts"]),
+        shards=[Shard(**shard) for shard in body["shards"]],
+        segments=[Segment(**segment) for segment in body["segments"]],
+        vector_index=VectorIndexInfo(**body["vector_index"]),
+        quarantine=QuarantineInfo(**body["quarantine"]),
+        tombstones=TombstoneInfo(**body["tombstones"]) if body["tombstones"] else None,
+        checkpoint=CheckpointInfo(**body["checkpoint"]),
+        files={name: FileRecord(name, **record) for name, record in body["files"].items()},
+    )
+
+
+def list_versions(store: Store) -> list[int]:
+    """Numbers of the committed generations, ascending."""
+    folder = store.path(VERSIONS)
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.stem) for path in folder.iterdir() if _VERSION_NAME.match(path.name))
+
+
+def read_manifest(store: Store, version: int | None = None) -> Manifest:
+    """The manifest of generation `version`, the newest by default.
+
+    Raises IndexNotFoundError where nothing is committed and CorruptIndexError for an altered manifest.
+    """
+    versions = list_versions(store)
+    if not versions or (version is not None and version not in versions):
+        wanted = "a committed generation" if version is None else f"generation {version}"
+        raise IndexNotFoundError(
+            f"{store.root} holds no {wanted.removeprefix('a ')}: expected {wanted} under {VERSIONS}/; "
+            f"build one with `refrag index build CORPUS -o {store.root}`"
+        )
+    name = version_name(version or versions[-1])
+    manifest = decode_manifest(store.path(name).read_bytes(), where=str(store.root / name))
+    if manifest.name != name:
+        raise CorruptIndexError(f"{store.root / name} is the manifest of version {manifest.version}. {_REFETCH}")
+    return manifest
+
+
+def latest_manifest(store: Store) -> Manifest | None:
+    """The newest generation, or None for a new index."""
+    return read_manifest(store) if list_versions(store) else None
+
+
+def commit(store: Store, manifest: Manifest) -> None:
+    """Make `manifest` the next generation: create its file if that version is free.
+
+    Raises CommitConflictError, leaving the winner's generation as it is, when another builder was first.
+    """
+    if not store.create(manifest.name, encode_manifest(manifest)):
+        raise CommitConflictError(
+            f"another build committed version {manifest.version} of {store.root} while this one ran: "
+            "nothing of this one was committed; run the command again, what is already encoded is reused"
+        )
+    store.replace(CURRENT, f"{manifest.version}\n".encode())
+
+
+@dataclass(frozen=True, slots=True)
+class LiveDocument:
+    """A document of a generation and where its rows are."""
+
+    document_id: str
+    source_digest: bytes
+    content_digest: bytes
+    chunk_size: int
+    shard: str
+    row: int
+    first_passage: int
+    num_passages: int
+    num_chunks: int
+    num_tokens: int
+
+
+def read_tombstones(store: Store, manifest: Manifest) -> dict[str, list[tuple[int, int, int]]]:
+    """Removed documents of each shard: `(document row, first passage row, number of passages)`."""
+    removed: dict[str, list[tuple[int, int, int]]] = {}
+    if manifest.tombstones is None:
+        return removed
+    for row in iterate_rows(store.path(manifest.tombstones.file)):
+        entry = (row["document"], row["first_passage"], row["num_passages"])
+        removed.setdefault(row["shard"], []).append(entry)
+    return removed
+
+
+_DOCUMENT_COLUMNS = (
+    "document_id", "source_digest", "content_digest", "chunk_size", "num_passages", "num_chunks", "num_tokens",
+)  # fmt: skip
+
+
+def _shard_documents(store: Store, shard: Shard, removed: Iterable[int]) -> Iterator[LiveDocument]:
+    skip = set(removed)
+    first_passage = 0
+    for row, entry in enumerate(iterate_rows(store.path(shard.tables["documents"]), _DOCUMENT_COLUMNS)):
+        if row not in skip:
+            yield LiveDocument(shard=shard.name, row=row, first_passage=first_passage, **entry)
+        first_passage += entry["num_passages"]
+
+
+def document_key(document_id: str) -> bytes:
+    """Sort key of a document id: its UTF-8 bytes, the order of all tables."""
+    return document_id.encode("utf-8")
+
+
+def live_documents(store: Store, manifest: Manifest) -> Iterator[LiveDocument]:
+    """All live documents ordered by id; a shard's table is open only while its range of ids is passed."""
+    removed = read_tombstones(store, manifest)
+    heap: list[tuple[bytes, int, LiveDocument | None, Iterator[LiveDocument]]] = []
+    for number, shard in enumerate(manifest.shards):
+        rows = _shard_documents(store, shard, (entry[0] for entry in removed.get(shard.name, ())))
+        heap.append((document_key(shard.first_document), number, None, rows))
+    heapq.heapify(heap)
+    while heap:
+        _, number, document, rows = heap[0]
+        if document is not None:
+            yield document
+        following = next(rows, None)
+        if following is None:
+            heapq.heappop(heap)
+        else:
+            heapq.heapreplace(heap, (document_key(following.document_id), number, following, rows))
+
+
+def content_id(
+    documents: Iterable[tuple[str, bytes]], components: Components, parameters: Parameters
+) -> str:
+    """Digest of an index's logical content: `(document id, content digest)` in order of the ids.
+
+    Independent of engine, table format, worker count, shard boundaries and history.
+    """
+    models = {k: v["fingerprint"] if v else None for k, v in asdict(components).items()}
+    header: dict[str, JSON] = {"format_version": FORMAT_VERSION, "components": models, "parameters": asdict(parameters)}
+    hasher = hashlib.sha256(canonical_json(header))
+    for document_id, digest in documents:
+        key = document_key(document_id)
+        hasher.update(len(key).to_bytes(8, "little") + key + digest)
+    return hasher.hexdigest()
+
+
+def manifest_path(root: Path, version: int) -> Path:
+    """Path of the manifest of generation `version` of the index at `root`."""
+    return root / version_name(version)

@@ -1,0 +1,656 @@
+"""The passage index: one trained quantizer, immutable FAISS segments, and exact search to judge them by.
+
+The only file that imports faiss. Notation: `q` queries, `n` rows, `d` the retriever's width, `k` hits.
+Vectors have unit length, so the inner product is the cosine. A hit is (segment, row): the number of a
+segment in the order in which its files were given, and the number of a vector in the order added to it.
+"""
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from refrag_core.errors import (
+    ConfigError,
+    CorruptIndexError,
+    IndexNotFoundError,
+    MissingExtraError,
+    StageError,
+    UsageError,
+)
+
+__all__ = [
+    "IndexKind",
+    "IndexSpec",
+    "NprobeMeasurement",
+    "NprobeTuning",
+    "SearchResult",
+    "VectorIndex",
+    "build_segment",
+    "choose_index",
+    "exact_search",
+    "measure_recall",
+    "sample_rows",
+    "train_quantizer",
+    "training_size",
+    "tune_nprobe",
+]
+
+Floats = NDArray[np.float32]
+Vectors = NDArray[np.float16] | NDArray[np.float32]
+RowMask = NDArray[np.bool_]
+Masks = Sequence[RowMask | None]
+IndexKind = Literal["flat", "ivf_sqfp16", "ivf_sq8"]
+
+FLAT_MAX_VECTORS = 4_096
+"""Up to here every vector is compared: exact, and faster than going through lists."""
+
+TRAINING_ROWS_PER_LIST = 128
+RECALL_TARGET = 0.98
+RECALL_DEPTH = 10
+
+_SEED = 1234
+_ID_BYTES = 8
+_ADD_ROWS = 16_384  # fixed, so that how the caller cuts its blocks cannot change a byte of a segment
+_TILE_ROWS = 8_192
+_PREFILTER_SLACK = 1e-4  # far above the rounding of a float32 product of unit vectors (~1e-6)
+_ROW_BITS = 40
+_TIMED_QUERIES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class IndexSpec:
+    """What to train.
+
+    Raises ConfigError for an unknown kind, a width below 1, or lists on a flat index (or none on another).
+    """
+
+    kind: IndexKind
+    """`flat`: float16, exhaustive; `ivf_sqfp16`: inverted lists of float16; `ivf_sq8`: of 8-bit residuals."""
+    dim: int
+    nlist: int
+    """Number of inverted lists; 0 for `flat`."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(IndexKind):
+            raise ConfigError(
+                f"index kind is {self.kind!r}; expected one of {', '.join(get_args(IndexKind))}"
+            )
+        if self.dim < 1:
+            raise ConfigError(f"index width is {self.dim}; expected at least 1")
+        if (self.kind == "flat") != (self.nlist == 0):
+            raise ConfigError(
+                f"{self.kind} index with nlist {self.nlist}; expected 0 for flat, at least 1 otherwise"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class SearchResult:
+    """The best hits of each query, best first, ties in the order of (segment, row).
+
+    Places without a hit hold score -inf, segment -1 and row -1, after all hits.
+    """
+
+    scores: Floats
+    """`[q, k]` float32, inner products."""
+    segments: NDArray[np.int32]
+    """`[q, k]`."""
+    rows: NDArray[np.int64]
+    """`[q, k]`."""
+
+
+@dataclass(frozen=True, slots=True)
+class NprobeMeasurement:
+    """What visiting `nprobe` lists gives: recall@k in [0, 1], median milliseconds of a single query."""
+
+    nprobe: int
+    recall: float
+    milliseconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class NprobeTuning:
+    """The `nprobe` chosen, its recall@k, and every value that was tried, in increasing order."""
+
+    nprobe: int
+    recall: float
+    table: tuple[NprobeMeasurement, ...]
+
+
+def _faiss() -> ModuleType:
+    try:
+        import faiss
+    except ImportError as error:
+        raise MissingExtraError(
+            "faiss is not installed and searching or building an index needs it; run "
+            "`pip install 'refrag[cpu]'`, or `pip install 'refrag[gpu]'` on a host with a GPU (never both)"
+        ) from error
+    module: ModuleType = faiss
+    return module
+
+
+def _has_gpu(faiss: ModuleType) -> bool:
+    # without a device, the GPU wheel's index_cpu_to_all_gpus gives a replica that dies on its first search
+    return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
+
+
+# ---------------------------------------------------------------------------------------------- choosing
+
+
+def choose_index(num_vectors: int, dim: int, memory_budget_bytes: int | None = None) -> IndexSpec:
+    """The index for `num_vectors` of width `dim`.
+
+    Exhaustive up to `FLAT_MAX_VECTORS`; then inverted lists of float16; of 8-bit codes where the float16
+    lists (2·dim + 8 bytes a vector) would exceed `memory_budget_bytes` (None: no bound).
+    """
+    if num_vectors <= FLAT_MAX_VECTORS:
+        return IndexSpec(kind="flat", dim=dim, nlist=0)
+    fp16_bytes = num_vectors * (2 * dim + _ID_BYTES)
+    fits = memory_budget_bytes is None or fp16_bytes <= memory_budget_bytes
+    return IndexSpec(kind="ivf_sqfp16" if fits else "ivf_sq8", dim=dim, nlist=_num_lists(num_vectors))
+
+
+def _num_lists(num_vectors: int) -> int:
+    """The largest power of two up to 2·sqrt(N): 128 lists for 10k vectors, 512 for 100k, 16,384 for 100M."""
+    return 1 << (int(2 * num_vectors**0.5).bit_length() - 1)
+
+
+def training_size(spec: IndexSpec) -> int:
+    """How many sampled vectors to train `spec` on; 0 where it needs no training."""
+    return TRAINING_ROWS_PER_LIST * spec.nlist
+
+
+def sample_rows(num_rows_per_shard: Sequence[int], size: int) -> list[NDArray[np.int64]]:
+    """Row numbers per shard (increasing) of `size` rows spread evenly over all shards; all rows if fewer.
+
+    A function of its arguments alone: each of `size` equal stretches of the whole gives its middle row.
+    """
+    ends = np.cumsum(np.asarray(num_rows_per_shard, dtype=np.int64))
+    total = int(ends[-1]) if len(ends) else 0
+    size = min(size, total)
+    picks = ((2 * np.arange(size, dtype=np.int64) + 1) * total) // (2 * max(size, 1))
+    starts = ends - np.asarray(num_rows_per_shard, dtype=np.int64)
+    cuts = np.searchsorted(picks, ends)
+    return (
+        [part - start for part, start in zip(np.split(picks, cuts[:-1]), starts, strict=True)]
+        if total
+        else [np.empty(0, dtype=np.int64) for _ in num_rows_per_shard]
+    )
+
+
+# ---------------------------------------------------------------------------------------------- building
+
+
+def train_quantizer(sample: Floats, spec: IndexSpec) -> bytes:
+    """Train on `sample` float32 `[m, d]` and return the serialised, empty index that segments start from.
+
+    Deterministic for one faiss build on a CPU, whatever the number of threads. A flat index learns
+    nothing from the sample. Raises ConfigError for a sample of another width or of fewer rows than lists.
+    """
+    if sample.ndim != 2 or sample.shape[1] != spec.dim:
+        raise ConfigError(f"training sample has shape {sample.shape}; expected [rows, {spec.dim}]")
+    if len(sample) < spec.nlist:
+        raise ConfigError(
+            f"training sample has {len(sample)} rows for {spec.nlist} lists; expected at least one a list: "
+            "sample more rows or choose fewer lists"
+        )
+    faiss = _faiss()
+    index = _untrained(faiss, spec)
+    if not index.is_trained:
+        index.train(np.ascontiguousarray(sample, dtype=np.float32))
+        index.clustering_index = None
+    return bytes(faiss.serialize_index(index).tobytes())
+
+
+def _untrained(faiss: ModuleType, spec: IndexSpec) -> Any:
+    codes = faiss.ScalarQuantizer.QT_8bit if spec.kind == "ivf_sq8" else faiss.ScalarQuantizer.QT_fp16
+    metric = faiss.METRIC_INNER_PRODUCT
+    if spec.kind == "flat":
+        return faiss.IndexScalarQuantizer(spec.dim, codes, metric)
+    coarse = faiss.IndexFlatIP(spec.dim)
+    # residuals make 8-bit codes finer; float16 keeps the vector itself, so its scores are the exact ones
+    by_residual = spec.kind == "ivf_sq8"
+    index = faiss.IndexIVFScalarQuantizer(coarse, spec.dim, spec.nlist, codes, metric, by_residual)
+    index.cp.seed = _SEED
+    index.cp.min_points_per_centroid = 1  # our own bound is training_size: no warning on stderr for less
+    if _has_gpu(faiss):
+        index.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(spec.dim))
+    return index
+
+
+def build_segment(quantizer: bytes, blocks: Iterable[Vectors], path: Path) -> int:
+    """Add `blocks` (`[n, d]`, in order) to a copy of `quantizer`, write it to `path`, return the row count.
+
+    Byte-identical between runs, numbers of threads and ways of cutting the same rows into blocks (CPU).
+    Holds one segment's codes and 16,384 float32 rows in memory. Publishing `path` is the caller's.
+    Raises CorruptIndexError for a quantizer that is none, StageError for a block of another width.
+    """
+    faiss = _faiss()
+    index = _deserialize(faiss, quantizer)
+    coarse = _coarse_quantizer(faiss, index)
+    for rows in _regrouped(blocks, index.d, _ADD_ROWS):
+        _add(faiss, index, coarse, rows)
+    faiss.write_index(index, str(path))
+    return int(index.ntotal)
+
+
+def _deserialize(faiss: ModuleType, quantizer: bytes) -> Any:
+    try:
+        return faiss.deserialize_index(np.frombuffer(quantizer, dtype=np.uint8))
+    except RuntimeError as error:
+        raise CorruptIndexError(
+            f"the trained quantizer ({len(quantizer)} bytes) is not a faiss index; expected the output of "
+            f"train_quantizer: train again ({error})"
+        ) from error
+
+
+def _coarse_quantizer(faiss: ModuleType, index: Any) -> Any:
+    """What assigns vectors to lists (on the GPUs where there are any); None for a flat index."""
+    coarse = getattr(index, "quantizer", None)
+    return faiss.index_cpu_to_all_gpus(coarse) if coarse is not None and _has_gpu(faiss) else coarse
+
+
+def _add(faiss: ModuleType, index: Any, coarse: Any, rows: Floats) -> None:
+    if coarse is None:
+        index.add(rows)
+        return
+    _, lists = coarse.search(rows, 1)
+    index.add_core(len(rows), faiss.swig_ptr(rows), None, faiss.swig_ptr(lists))
+
+
+def _regrouped(blocks: Iterable[Vectors], dim: int, size: int) -> Iterator[Floats]:
+    """The rows of `blocks` as contiguous float32 blocks of `size` rows, the last one shorter."""
+    buffer = np.empty((size, dim), dtype=np.float32)
+    filled = 0
+    for block in blocks:
+        if block.ndim != 2 or block.shape[1] != dim:
+            raise StageError(f"block of vectors has shape {block.shape}; expected [rows, {dim}] as trained")
+        start = 0
+        while start < len(block):
+            taken = min(size - filled, len(block) - start)
+            buffer[filled : filled + taken] = block[start : start + taken]
+            filled, start = filled + taken, start + taken
+            if filled == size:
+                yield buffer
+                filled = 0
+    if filled:
+        yield buffer[:filled]
+
+
+# --------------------------------------------------------------------------------------------- searching
+
+
+class VectorIndex:
+    """Segments of one trained quantizer, mapped in place and searched as one. Build it with `open`."""
+
+    def __init__(self, segments: Sequence[Any], paths: Sequence[Path], nprobe: int) -> None:
+        self._faiss = _faiss()
+        self._segments = segments
+        self._paths = paths
+        self._packed: dict[int, tuple[RowMask, NDArray[np.uint8]]] = {}
+        self.dim = int(segments[0].d)
+        self.nlist = int(getattr(segments[0], "nlist", 0))
+        self.nprobe = self._clamped(nprobe)
+        self.num_rows = tuple(int(segment.ntotal) for segment in segments)
+
+    @classmethod
+    def open(cls, paths: Sequence[Path], nprobe: int) -> "VectorIndex":
+        """Map the segments at `paths`; writes nothing and copies none of their vectors.
+
+        `nprobe` is how many lists a search visits (at most all; without meaning for a flat index).
+        Raises IndexNotFoundError without any path or for a missing file, and CorruptIndexError, naming the
+        file, for one that is truncated, no index of this module, or trained apart from the first.
+        """
+        if not paths:
+            raise IndexNotFoundError(
+                "no segment files were given; expected at least one: build the index first"
+            )
+        faiss = _faiss()
+        segments = [_map_segment(faiss, path) for path in paths]
+        for segment, path in zip(segments, paths, strict=True):
+            if not _same_quantizer(segments[0], segment):
+                raise CorruptIndexError(
+                    f"{path} was built from another trained quantizer than {paths[0]}; expected one for all "
+                    "segments: rebuild the vector index"
+                )
+        return cls(segments, list(paths), nprobe)
+
+    @property
+    def num_segments(self) -> int:
+        """How many segments are searched."""
+        return len(self._segments)
+
+    def search(
+        self,
+        queries: Floats,
+        k: int,
+        live: Masks | None = None,
+        *,
+        allowed: Masks | None = None,
+        nprobe: int | None = None,
+    ) -> SearchResult:
+        """The `k` best live and allowed rows of all segments for `queries` float32 `[q, d]`.
+
+        Args:
+            live: one bool mask `[rows]` a segment, or None where nothing was deleted (the tombstones'
+                complement). A read-only array is packed once and remembered.
+            allowed: likewise, for one request's filter. Where few rows are left, lists that are not
+                visited may hold them: use `exact_search`.
+            nprobe: lists to visit, in place of the index's own.
+
+        A row's score does not depend on the batch, and all candidates tied at the last place are
+        compared, so that the order by (score, segment, row) is exact among the rows visited.
+        Raises UsageError for a k below 1, queries of another width, or masks that do not fit the segments.
+        """
+        queries = self._checked_queries(queries, k)
+        bitmaps = [self._bitmap(number, live, allowed) for number in range(self.num_segments)]
+        lists = self._nearest_lists(queries, self.nprobe if nprobe is None else self._clamped(nprobe))
+        found = [
+            _resolve_ties(
+                lambda depth, s=segment, b=bitmap: self._raw_search(s, queries, depth, lists, b), k, rows
+            )
+            for segment, bitmap, rows in zip(self._segments, bitmaps, self.num_rows, strict=True)
+        ]
+        return _merge(found, k)
+
+    def _clamped(self, nprobe: int) -> int:
+        if nprobe < 1:
+            raise UsageError(f"nprobe is {nprobe}; expected at least 1")
+        return min(nprobe, max(self.nlist, 1))
+
+    def _checked_queries(self, queries: Floats, k: int) -> Floats:
+        if k < 1:
+            raise UsageError(f"asked for {k} hits; expected at least 1")
+        if queries.ndim != 2 or queries.shape[1] != self.dim:
+            raise UsageError(
+                f"queries have shape {queries.shape}; expected [queries, {self.dim}]: embed them with the "
+                "retriever that the index was built with"
+            )
+        return np.ascontiguousarray(queries, dtype=np.float32)
+
+    def _bitmap(self, number: int, live: Masks | None, allowed: Masks | None) -> NDArray[np.uint8] | None:
+        """Bits of the rows of segment `number` that may be found; None for all of them."""
+        alive = self._mask(number, live, "tombstones")
+        passing = self._mask(number, allowed, "filter")
+        if passing is not None:
+            return np.packbits(passing if alive is None else passing & alive, bitorder="little")
+        if alive is None:
+            return None
+        if alive.flags.writeable:
+            return np.packbits(alive, bitorder="little")
+        if number not in self._packed or self._packed[number][0] is not alive:
+            self._packed[number] = (alive, np.packbits(alive, bitorder="little"))
+        return self._packed[number][1]
+
+    def _mask(self, number: int, masks: Masks | None, name: str) -> RowMask | None:
+        if masks is None:
+            return None
+        if len(masks) != self.num_segments:
+            raise UsageError(
+                f"{name} of {len(masks)} segments for an index of {self.num_segments}; expected one each"
+            )
+        mask = masks[number]
+        if mask is not None and (mask.dtype != np.bool_ or mask.shape != (self.num_rows[number],)):
+            raise UsageError(
+                f"{name} of {self._paths[number].name} are {mask.dtype} {mask.shape}; expected bool "
+                f"({self.num_rows[number]},), one a row"
+            )
+        return mask
+
+    def _nearest_lists(self, queries: Floats, nprobe: int) -> tuple[Floats, NDArray[np.int64]] | None:
+        """Scores and numbers of the lists to visit, found once: all segments share their centroids."""
+        if not self.nlist:
+            return None
+        return self._segments[0].quantizer.search(queries, nprobe)  # type: ignore[no-any-return]
+
+    def _raw_search(
+        self,
+        segment: Any,
+        queries: Floats,
+        depth: int,
+        lists: tuple[Floats, NDArray[np.int64]] | None,
+        bitmap: NDArray[np.uint8] | None,
+    ) -> tuple[Floats, NDArray[np.int64]]:
+        """Up to `depth` best hits of one segment, best first, padded with row -1."""
+        faiss = self._faiss
+        selector = None if bitmap is None else faiss.IDSelectorBitmap(bitmap)
+        if lists is None:
+            return segment.search(queries, depth, params=faiss.SearchParameters(sel=selector))  # type: ignore[no-any-return]
+        scores = np.empty((len(queries), depth), dtype=np.float32)
+        rows = np.empty((len(queries), depth), dtype=np.int64)
+        list_scores, list_numbers = lists
+        segment.search_preassigned_c(
+            *(len(queries), faiss.swig_ptr(queries), depth),
+            *(faiss.swig_ptr(list_numbers), faiss.swig_ptr(list_scores)),
+            *(faiss.swig_ptr(scores), faiss.swig_ptr(rows), False),
+            faiss.SearchParametersIVF(sel=selector, nprobe=list_numbers.shape[1]),
+        )
+        return scores, rows
+
+
+def _map_segment(faiss: ModuleType, path: Path) -> Any:
+    if not path.is_file():
+        raise IndexNotFoundError(
+            f"{path} is missing; expected a segment of the vector index: verify the index"
+        )
+    try:
+        segment = _read(faiss, path)
+    except (RuntimeError, MemoryError) as error:
+        raise CorruptIndexError(
+            f"{path} ({path.stat().st_size} bytes) is not a whole faiss index; expected a segment: "
+            f"verify the index and repair it ({error})"
+        ) from error
+    known = isinstance(segment, faiss.IndexScalarQuantizer | faiss.IndexIVFScalarQuantizer)
+    if not known or segment.metric_type != faiss.METRIC_INNER_PRODUCT:
+        raise CorruptIndexError(
+            f"{path} holds a {type(segment).__name__}; expected a scalar-quantised inner-product index as "
+            "build_segment writes it: rebuild the vector index"
+        )
+    return segment
+
+
+def _read(faiss: ModuleType, path: Path) -> Any:
+    """Mapped where the file system can (`IO_FLAG_MMAP_IFC`), else read into memory."""
+    try:
+        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+    except (AttributeError, RuntimeError):
+        return faiss.read_index(str(path))
+
+
+def _same_quantizer(first: Any, other: Any) -> bool:
+    """Equal type, width and lists; three centroids stand for all, so that opening stays cheap."""
+    nlist = getattr(first, "nlist", 0)
+    if (type(first), first.d, nlist) != (type(other), other.d, getattr(other, "nlist", 0)):
+        return False
+    if first.sq.qtype != other.sq.qtype:
+        return False
+    return all(
+        np.array_equal(first.quantizer.reconstruct(i), other.quantizer.reconstruct(i))
+        for i in ([0, nlist // 2, nlist - 1] if nlist else [])
+    )
+
+
+def _resolve_ties(search: Any, k: int, num_rows: int) -> tuple[Floats, NDArray[np.int64]]:
+    """Search deeper until no query's last place is tied with rows beyond the depth; FAISS drops some of those."""
+    depth = min(k + 1, num_rows) or 1
+    while True:
+        scores, rows = search(depth)
+        tied = (rows[:, -1] >= 0) & (scores[:, -1] == scores[:, min(k, depth) - 1])
+        if depth >= num_rows or not tied.any():
+            return scores, rows
+        depth = min(2 * depth, num_rows)
+
+
+def _merge(found: Sequence[tuple[Floats, NDArray[np.int64]]], k: int) -> SearchResult:
+    """The best `k` of all segments' hits `[q, depth]`; row -1 marks no hit."""
+    segments = np.concatenate(
+        [np.where(rows < 0, -1, number).astype(np.int32) for number, (_, rows) in enumerate(found)], axis=1
+    )
+    rows = np.concatenate([rows for _, rows in found], axis=1)
+    scores = np.where(rows < 0, -np.inf, np.concatenate([scores for scores, _ in found], axis=1)).astype(
+        np.float32
+    )
+    order = np.lexsort((rows, segments, -scores), axis=1)[:, :k]
+    padding = ((0, 0), (0, k - order.shape[1]))
+    return SearchResult(
+        scores=np.pad(np.take_along_axis(scores, order, axis=1), padding, constant_values=-np.inf),
+        segments=np.pad(np.take_along_axis(segments, order, axis=1), padding, constant_values=-1),
+        rows=np.pad(np.take_along_axis(rows, order, axis=1), padding, constant_values=-1),
+    )
+
+
+def exact_search(
+    segments: Iterable[Iterable[Vectors]], queries: Floats, k: int, live: Masks | None = None
+) -> SearchResult:
+    """The true `k` best rows for `queries` float32 `[q, d]`, comparing every live row. Needs no FAISS.
+
+    Args:
+        segments: for each segment its vectors as blocks `[n, d]` in order (memory maps will do: 8,192
+            rows are converted at a time); the blocks need not be those that the index was built from.
+        live: one bool mask a segment over the rows of all its blocks, or None for all.
+
+    Equal vectors get equal scores, so ties fall in the order of (segment, row) here as in the index.
+    Raises UsageError for a k below 1 or masks that do not fit.
+    """
+    if k < 1:
+        raise UsageError(f"asked for {k} hits; expected at least 1")
+    best = _merge([(_no_scores(len(queries)), _no_rows(len(queries)))], k)
+    number = -1
+    for number, blocks in enumerate(segments):
+        mask = None if live is None or number >= len(live) else live[number]
+        best = _exact_segment(blocks, number, queries, mask, best)
+    if live is not None and len(live) != number + 1:
+        raise UsageError(
+            f"masks of {len(live)} segments for {number + 1} segments of vectors; expected one each"
+        )
+    return best
+
+
+def _no_scores(num_queries: int) -> Floats:
+    return np.full((num_queries, 1), -np.inf, dtype=np.float32)
+
+
+def _no_rows(num_queries: int) -> NDArray[np.int64]:
+    return np.full((num_queries, 1), -1, dtype=np.int64)
+
+
+def _exact_segment(
+    blocks: Iterable[Vectors], number: int, queries: Floats, mask: RowMask | None, best: SearchResult
+) -> SearchResult:
+    start = 0
+    for block in blocks:
+        for offset in range(0, len(block), _TILE_ROWS):
+            tile = block[offset : offset + _TILE_ROWS]
+            rows = np.arange(start, start + len(tile), dtype=np.int64)
+            start += len(tile)
+            if mask is not None:
+                if start > len(mask):
+                    raise UsageError(
+                        f"mask of segment {number} has {len(mask)} rows; expected one for every vector"
+                    )
+                kept = mask[rows]
+                tile, rows = tile[kept], rows[kept]
+            if len(rows):
+                best = _with_tile(best, number, rows, np.asarray(tile, dtype=np.float32), queries)
+    if mask is not None and start != len(mask):
+        raise UsageError(f"mask of segment {number} has {len(mask)} rows; expected {start}, one a vector")
+    return best
+
+
+def _with_tile(
+    best: SearchResult, number: int, rows: NDArray[np.int64], tile: Floats, queries: Floats
+) -> SearchResult:
+    """`best` with the rows of `tile` `[n, d]` taken in; rows come in increasing (segment, row) order."""
+    approximate = queries @ tile.T
+    k = best.rows.shape[1]
+    floor = best.scores[:, -1] - np.float32(_PREFILTER_SLACK)
+    if len(rows) > k:
+        kth = np.partition(approximate, len(rows) - k, axis=1)[:, len(rows) - k]
+        floor = np.maximum(floor, kth - np.float32(_PREFILTER_SLACK))
+    scores, segments, kept_rows = best.scores.copy(), best.segments.copy(), best.rows.copy()
+    for query in range(len(queries)):
+        candidates = np.flatnonzero(approximate[query] >= floor[query])
+        # a matrix product rounds equal rows differently by their place in it; a sum along each row does not
+        exact = np.concatenate([best.scores[query], (tile[candidates] * queries[query]).sum(axis=1)])
+        order = np.argsort(-exact, kind="stable")[:k]
+        scores[query] = exact[order]
+        segments[query] = np.concatenate([best.segments[query], np.full(len(candidates), number, np.int32)])[
+            order
+        ]
+        kept_rows[query] = np.concatenate([best.rows[query], rows[candidates]])[order]
+    return SearchResult(scores=scores, segments=segments, rows=kept_rows)
+
+
+# --------------------------------------------------------------------------------------------- measuring
+
+
+def measure_recall(
+    index: VectorIndex,
+    exact_hits: SearchResult,
+    queries: Floats,
+    k: int = RECALL_DEPTH,
+    *,
+    live: Masks | None = None,
+    nprobe: int | None = None,
+) -> float:
+    """Recall@k in [0, 1]: the share of the true hits (`exact_search` of the same rows) that `index` finds.
+
+    Raises UsageError when `exact_hits` are fewer than k wide, of other queries, or empty.
+    """
+    if exact_hits.rows.shape[0] != len(queries) or exact_hits.rows.shape[1] < k:
+        raise UsageError(
+            f"exact hits have shape {exact_hits.rows.shape}; expected [{len(queries)}, at least {k}]"
+        )
+    truth = _hit_numbers(exact_hits)[:, :k]
+    num_true = int((truth >= 0).sum())
+    if not num_true:
+        raise UsageError("no query has a true hit; expected at least one live row and one query")
+    found = _hit_numbers(index.search(queries, k, live, nprobe=nprobe))
+    num_found = sum(int(np.isin(t[t >= 0], f).sum()) for t, f in zip(truth, found, strict=True))
+    return num_found / num_true
+
+
+def _hit_numbers(hits: SearchResult) -> NDArray[np.int64]:
+    """One number a hit; negative for none."""
+    return (hits.segments.astype(np.int64) << _ROW_BITS) + hits.rows
+
+
+def tune_nprobe(
+    index: VectorIndex,
+    exact_hits: SearchResult,
+    queries: Floats,
+    *,
+    target: float = RECALL_TARGET,
+    k: int = RECALL_DEPTH,
+    live: Masks | None = None,
+) -> NprobeTuning:
+    """The smallest power of two whose recall@k reaches `target`, else the largest that the lists allow.
+
+    Whether the recall reached suffices is the caller's to judge (RecallGateError). `milliseconds` is a
+    clock's and differs between runs; the choice does not depend on it.
+    """
+    table: list[NprobeMeasurement] = []
+    nprobe = 1
+    while True:
+        recall = measure_recall(index, exact_hits, queries, k, live=live, nprobe=nprobe)
+        milliseconds = _median_milliseconds(index, queries, k, live, nprobe)
+        table.append(NprobeMeasurement(nprobe=nprobe, recall=recall, milliseconds=milliseconds))
+        if recall >= target or nprobe >= index.nlist:
+            return NprobeTuning(nprobe=nprobe, recall=recall, table=tuple(table))
+        nprobe = min(2 * nprobe, index.nlist)
+
+
+def _median_milliseconds(
+    index: VectorIndex, queries: Floats, k: int, live: Masks | None, nprobe: int
+) -> float:
+    seconds = []
+    for query in queries[:_TIMED_QUERIES]:
+        start = time.perf_counter()
+        index.search(query[None], k, live, nprobe=nprobe)
+        seconds.append(time.perf_counter() - start)
+    return 1000 * float(np.median(seconds))

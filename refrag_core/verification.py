@@ -1,0 +1,176 @@
+"""Verification: every file of an index against its digest, every table against what refers to it."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from refrag_core.digests import digest_file
+from refrag_core.errors import CorruptIndexError, IndexNotFoundError, RefragError
+from refrag_core.manifest import (
+    CURRENT,
+    Manifest,
+    Shard,
+    content_id,
+    list_versions,
+    live_documents,
+    read_manifest,
+    version_name,
+)
+from refrag_core.storage import FileRecord, Store
+from refrag_core.tables import open_table
+from refrag_core.vector_index import VectorIndex
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something wrong with an index, and the file that it lies in."""
+
+    file: str
+    found: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """The result of `refrag index verify`."""
+
+    version: int | None
+    content_id: str | None
+    files: int
+    """Files checked."""
+    bytes: int
+    problems: tuple[Problem, ...]
+    unlisted: tuple[str, ...]
+    """Files that no generation names (left by an interrupted build); harmless."""
+
+
+def verify_index(store: Store, on_file: Callable[[FileRecord], None] = lambda record: None) -> Verification:
+    """Check all generations of an index: digests of every file, then row counts, references and the content id.
+
+    Raises IndexNotFoundError where no generation was ever committed.
+    """
+    manifests, problems = _read_manifests(store)
+    problems += _check_current(store, manifests)
+    files = {record.name: record for manifest in manifests for record in manifest.files.values()}
+    for record in files.values():
+        problems += _check_file(store, record)
+        on_file(record)
+    newest = max(manifests, key=lambda manifest: manifest.version, default=None)
+    damaged = {problem.file for problem in problems}
+    if newest is not None and not damaged & set(newest.files):
+        problems += _check_content(store, newest)
+    named = set(files) | {version_name(version) for version in list_versions(store)} | {CURRENT}
+    return Verification(
+        version=newest.version if newest else None,
+        content_id=newest.content_id if newest else None,
+        files=len(files) + len(manifests) + 1,
+        bytes=sum(record.bytes for record in files.values()),
+        problems=tuple(problems),
+        unlisted=tuple(name for name in store.files() if name not in named),
+    )
+
+
+def _read_manifests(store: Store) -> tuple[list[Manifest], list[Problem]]:
+    versions = list_versions(store)
+    if not versions and not store.exists(CURRENT):
+        raise IndexNotFoundError(
+            f"{store.root} holds no index: expected {version_name(1)}; build one with "
+            f"`refrag index build CORPUS -o {store.root}`"
+        )
+    manifests, problems = [], []
+    for version in versions:
+        try:
+            manifests.append(read_manifest(store, version))
+        except CorruptIndexError as error:
+            problems.append(Problem(version_name(version), str(error)))
+    expected = {manifest.parent.version for manifest in manifests if manifest.parent}
+    problems += [Problem(version_name(v), "missing: a later generation was built on it") for v in expected - set(versions)]
+    return manifests, problems
+
+
+def _check_current(store: Store, manifests: list[Manifest]) -> list[Problem]:
+    versions = list_versions(store)
+    try:
+        hint = store.path(CURRENT).read_text(encoding="ascii")
+    except (OSError, ValueError):
+        return [Problem(CURRENT, "missing or not readable")]
+    if versions and hint == f"{versions[-1]}\n":
+        return []
+    number = int(hint) if hint.strip().isascii() and hint.strip().isdigit() and len(hint) < 20 else None
+    if number is not None and hint == f"{number}\n" and number == (versions[-1] if versions else 0) + 1:
+        return [Problem(version_name(number), f"missing: {CURRENT} says that it was committed")]
+    return [Problem(CURRENT, f"says {hint[:20]!r}, the newest generation is {versions[-1] if versions else 'missing'}")]
+
+
+def _check_file(store: Store, record: FileRecord) -> list[Problem]:
+    path = store.path(record.name)
+    if not path.is_file():
+        return [Problem(record.name, "missing")]
+    size = path.stat().st_size
+    if size != record.bytes:
+        return [Problem(record.name, f"{size} bytes, expected {record.bytes}")]
+    if digest_file(path) != record.digest:
+        return [Problem(record.name, f"its bytes changed: SHA-256 is not {record.digest[:16]}…")]
+    return []
+
+
+def _check_content(store: Store, manifest: Manifest) -> Iterator[Problem]:
+    for shard in manifest.shards:
+        try:
+            yield from _check_shard(store, manifest, shard)
+        except RefragError as error:
+            yield Problem(shard.tables["passages"], str(error))
+    yield from _check_segments(store, manifest)
+    documents = ((live.document_id, live.content_digest) for live in live_documents(store, manifest))
+    if content_id(documents, manifest.components, manifest.parameters) != manifest.content_id:
+        yield Problem(manifest.name, "the documents' digests do not give its content id")
+
+
+def _check_shard(store: Store, manifest: Manifest, shard: Shard) -> Iterator[Problem]:
+    expected = {
+        "documents": shard.documents,
+        "passages": shard.passages,
+        "chunks": shard.chunks,
+        "embeddings": shard.chunks,
+        "vectors": shard.passages,
+        "scores": shard.chunks,
+    }
+    for table, name in shard.tables.items():
+        with open_table(store.path(name)) as file:
+            if file.metadata.num_rows != expected[table]:
+                yield Problem(name, f"{file.metadata.num_rows} rows, expected {expected[table]}")
+    yield from _check_references(store, shard)
+
+
+def _columns(store: Store, name: str, *columns: str) -> dict[str, Any]:
+    with open_table(store.path(name)) as file:
+        table = file.read(columns=list(columns))
+    return {column: table.column(column).to_numpy(zero_copy_only=False) for column in columns}
+
+
+def _check_references(store: Store, shard: Shard) -> Iterator[Problem]:
+    """Passages partition the chunks in order, and documents the passages."""
+    passages = _columns(store, shard.tables["passages"], "document_id", "first_chunk", "num_chunks", "num_tokens")
+    documents = _columns(store, shard.tables["documents"], "document_id", "num_passages")
+    chunks = _columns(store, shard.tables["chunks"], "passage")
+    starts = np.cumsum(passages["num_chunks"]) - passages["num_chunks"]
+    if not np.array_equal(starts, passages["first_chunk"]):
+        yield Problem(shard.tables["passages"], "its passages do not follow one another in the chunks")
+    if not np.array_equal(-(-passages["num_tokens"] // shard.chunk_size), passages["num_chunks"]):
+        yield Problem(shard.tables["passages"], "a passage's number of chunks does not follow from its tokens")
+    if not np.array_equal(chunks["passage"], np.repeat(np.arange(shard.passages), passages["num_chunks"])):
+        yield Problem(shard.tables["chunks"], "its chunks refer to other passages than those that hold them")
+    if not np.array_equal(np.repeat(documents["document_id"], documents["num_passages"]), passages["document_id"]):
+        yield Problem(shard.tables["passages"], "its passages belong to other documents than the documents table says")
+
+
+def _check_segments(store: Store, manifest: Manifest) -> Iterator[Problem]:
+    passages = {shard.name: shard.passages for shard in manifest.shards}
+    covered = sorted(name for segment in manifest.segments for name in segment.shards)
+    if covered != sorted(passages):
+        yield Problem(manifest.name, "its segments do not cover every shard exactly once")
+    for segment in manifest.segments:
+        rows = VectorIndex.open([store.path(segment.file)], nprobe=1).num_rows
+        if not rows == segment.rows == sum(passages[name] for name in segment.shards):
+            yield Problem(segment.file, f"{rows} vectors, expected {segment.rows}")
