@@ -1,0 +1,709 @@
+"""The command line: parse → options → one call → print. Results go to stdout, the log to stderr.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but records were quarantined, 130 interrupted.
+"""
+
+import json
+import signal
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, is_dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from refrag_core.errors import RefragError, UsageError
+
+if TYPE_CHECKING:
+    from refrag.pipelines.build import BuildOptions, BuildReport
+    from refrag.pipelines.engines.local import LocalEngine
+    from refrag.pipelines.progress import Progress
+    from refrag_core.runtime import Answer, AskOptions, Runtime
+
+FAILED, WRONG_USAGE, QUARANTINED, INTERRUPTED = 1, 2, 3, 130
+
+app = typer.Typer(
+    name="refrag",
+    help="REFRAG for real corpora: precompute chunk embeddings offline, answer with an early first token.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+index_app = typer.Typer(help="Build, check and read indexes.", no_args_is_help=True)
+eval_app = typer.Typer(help="Measure retrieval and answers on questions with known documents.", no_args_is_help=True)
+app.add_typer(index_app, name="index")
+app.add_typer(eval_app, name="eval")
+
+
+class EngineName(StrEnum):
+    """Engines that drive a build."""
+
+    LOCAL = "local"
+
+
+class PolicyName(StrEnum):
+    """Selections of chunks to expand."""
+
+    LEARNED = "learned"
+    PERPLEXITY = "perplexity"
+    RANDOM = "random"
+    ALL = "all"
+    NONE = "none"
+
+
+# --- options that several commands share -------------------------------------------------------------
+
+IndexArgument = Annotated[Path, typer.Argument(help="Folder of the index.", show_default=False)]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the index.")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Corpus = Annotated[
+    list[str], typer.Argument(help="Folders, globs or files: .txt .md .html .jsonl .parquet, .gz and .zst of them.", show_default=False)
+]
+IdField = Annotated[str, typer.Option(help="Field of a record that holds its id; '' makes ids from the content.")]
+TextField = Annotated[str, typer.Option(help="Field of a record that holds its text.")]
+MetadataFields = Annotated[
+    str | None, typer.Option(help="Fields to keep as metadata, separated by commas; default: every scalar field.")
+]
+MaxLineBytes = Annotated[int, typer.Option(help="Longest line of a .jsonl file; longer ones are quarantined.")]
+MaxDocumentBytes = Annotated[int, typer.Option(help="Longest document; longer ones are quarantined.")]
+Checkpoint = Annotated[
+    str | None, typer.Option(help="Folder of a trained checkpoint; default: an untrained, deterministic one.")
+]
+Encoder = Annotated[str | None, typer.Option(help="Encoder body of the untrained checkpoint: folder, hub id or package.")]
+Decoder = Annotated[str | None, typer.Option(help="Decoder: folder, hub id (with @revision) or package.")]
+Retriever = Annotated[str | None, typer.Option(help="Retriever: folder, hub id or package. Default: all-minilm-l6-v2.")]
+ChunkSize = Annotated[int | None, typer.Option(help="Tokens a chunk (k); default: the checkpoint's.")]
+ChunkSizeField = Annotated[
+    str | None, typer.Option(help="Field with a document's importance in [0, 1]: important ones get smaller chunks.")
+]
+MaxPassageTokens = Annotated[int, typer.Option(help="Tokens a passage at most.", min=1)]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
+Workers = Annotated[int | None, typer.Option(help="Tokenizing processes; 0 runs in this process. Default: CPUs - 1.", min=0)]
+Score = Annotated[bool, typer.Option("--score", help="Add per-chunk perplexity, which the perplexity policy needs.")]
+MinRecall = Annotated[float, typer.Option(help="Recall@10 of the vector index under which nothing is published.", min=0, max=1)]
+ShardBytes = Annotated[int | None, typer.Option(help="Text bytes a shard; default: by the size of the corpus.", min=1)]
+Rebuild = Annotated[bool, typer.Option("--rebuild", help="Encode all anew where models or settings have changed.")]
+DeleteMissing = Annotated[
+    bool, typer.Option("--delete-missing", help="Remove documents that the corpus no longer has.")
+]
+RetryQuarantined = Annotated[
+    bool, typer.Option("--retry-quarantined", help="Try documents again that a stage has quarantined before.")
+]
+TopK = Annotated[int, typer.Option("--top-k", help="Passages to retrieve.", min=1)]
+ExpansionFraction = Annotated[
+    float | None, typer.Option(help="Share of chunks given as full tokens (p). Default: .1; all where untrained.", min=0, max=1)
+]
+Policy = Annotated[PolicyName | None, typer.Option(help="Who chooses the chunks to expand. Default: learned.")]
+AllowUntrained = Annotated[
+    bool, typer.Option("--allow-untrained", help="Compress with an untrained projection all the same (noise).")
+]
+Questions = Annotated[
+    Path, typer.Option(help='JSON lines: {"id", "question", "answers": […], "gold": [document ids]}.', show_default=False)
+]
+
+
+# --- output -------------------------------------------------------------------------------------------
+
+
+def _plain(value: Any) -> Any:
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(_plain(value), ensure_ascii=False, indent=2, default=_plain))
+
+
+def _print_rows(rows: Iterable[tuple[str, object]]) -> None:
+    entries = [(name, f"{value:,}" if isinstance(value, int) else str(value)) for name, value in rows]
+    width = max(len(name) for name, _ in entries)
+    for name, value in entries:
+        print(f"{name:<{width}}  {value}")
+
+
+def _warn(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def _bytes(count: int) -> str:
+    size, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):  # noqa: B007
+        if size < 1024 or unit == "TiB":
+            break
+        size /= 1024
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def _progress() -> "Progress":
+    from refrag.pipelines.terminal import progress_for, stderr_console
+
+    return progress_for(stderr_console())
+
+
+def _build_options(
+    *,
+    corpus: list[str],
+    output: Path,
+    id_field: str,
+    text_field: str,
+    metadata_fields: str | None,
+    max_line_bytes: int,
+    max_document_bytes: int,
+    checkpoint: str | None,
+    encoder: str | None,
+    decoder: str | None,
+    retriever: str | None,
+    chunk_size: int | None,
+    chunk_size_field: str | None,
+    max_passage_tokens: int,
+    device: str,
+    **rest: Any,
+) -> "BuildOptions":
+    from refrag.pipelines.build import BuildOptions
+    from refrag.pipelines.components import ModelOptions
+    from refrag_core.corpus.sources import CorpusOptions
+
+    return BuildOptions(
+        corpus=CorpusOptions(
+            roots=tuple(corpus),
+            id_field=id_field,
+            text_field=text_field,
+            metadata_fields=None if metadata_fields is None else tuple(filter(None, metadata_fields.split(","))),
+            chunk_size_field=chunk_size_field,
+            max_line_bytes=max_line_bytes,
+            max_document_bytes=max_document_bytes,
+        ),
+        output=output,
+        models=ModelOptions(
+            checkpoint=checkpoint,
+            encoder=encoder,
+            decoder=decoder,
+            chunk_size=chunk_size,
+            chunk_size_field=chunk_size_field,
+            max_passage_tokens=max_passage_tokens,
+            device=device,
+            **({} if retriever is None else {"retriever": retriever}),
+        ),
+        **rest,
+    )
+
+
+def _engine(name: EngineName, workers: int | None) -> "LocalEngine":
+    from refrag.pipelines.engines.local import LocalEngine
+
+    assert name is EngineName.LOCAL
+    return LocalEngine(workers)
+
+
+# --- refrag index -------------------------------------------------------------------------------------
+
+
+@index_app.command("build")
+def index_build(
+    corpus: Corpus,
+    output: Output = Path("refrag-index"),
+    engine: Annotated[EngineName, typer.Option(help="What drives the build.")] = EngineName.LOCAL,
+    checkpoint: Checkpoint = None,
+    encoder: Encoder = None,
+    decoder: Decoder = None,
+    retriever: Retriever = None,
+    chunk_size: ChunkSize = None,
+    chunk_size_field: ChunkSizeField = None,
+    max_passage_tokens: MaxPassageTokens = 256,
+    id_field: IdField = "id",
+    text_field: TextField = "text",
+    metadata_fields: MetadataFields = None,
+    max_line_bytes: MaxLineBytes = 64 << 20,
+    max_document_bytes: MaxDocumentBytes = 64 << 20,
+    device: Device = "auto",
+    workers: Workers = None,
+    score: Score = False,
+    min_recall: MinRecall = 0.95,
+    shard_bytes: ShardBytes = None,
+    rebuild: Rebuild = False,
+    delete_missing: DeleteMissing = False,
+    retry_quarantined: RetryQuarantined = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Build the index of a corpus, or bring it up to date; run again to go on after an interruption."""
+    from refrag.pipelines.build import build_index
+
+    options = _build_options(
+        corpus=corpus,
+        output=output,
+        id_field=id_field,
+        text_field=text_field,
+        metadata_fields=metadata_fields,
+        max_line_bytes=max_line_bytes,
+        max_document_bytes=max_document_bytes,
+        checkpoint=checkpoint,
+        encoder=encoder,
+        decoder=decoder,
+        retriever=retriever,
+        chunk_size=chunk_size,
+        chunk_size_field=chunk_size_field,
+        max_passage_tokens=max_passage_tokens,
+        device=device,
+        score=score,
+        min_recall=min_recall,
+        shard_bytes=shard_bytes,
+        rebuild=rebuild,
+        delete_missing=delete_missing,
+        retry_quarantined=retry_quarantined,
+    )
+    with _engine(engine, workers) as running:
+        report = build_index(options, running, _progress())
+    if as_json:
+        _print_json(report)
+    else:
+        _print_build(report, output)
+    if report.quarantined:
+        _warn(f"{report.quarantined} records were quarantined; see `refrag index inspect {output} --quarantine`")
+        raise typer.Exit(QUARANTINED)
+
+
+def _print_build(report: "BuildReport", output: Path) -> None:
+    state = "committed" if report.committed else "already up to date"
+    changes = f"{report.new:,} new, {report.changed:,} changed, {report.unchanged:,} unchanged, {report.deleted:,} deleted"
+    _print_rows(
+        [
+            ("index", f"{output} version {report.version}, {state}"),
+            ("documents in", report.documents_in),
+            ("indexed", f"{report.indexed:,} ({changes})"),
+            ("filtered", report.filtered),
+            ("quarantined", report.quarantined),
+            ("passages", report.passages),
+            ("chunks", f"{report.chunks:,} ({report.encoded_chunks:,} encoded in this run)"),
+            ("tokens", report.tokens),
+            ("recall@10", f"{report.recall_at_10:.3f} of the vector index against exact search"),
+            ("content id", report.content_id),
+            ("build id", report.build_id),
+            ("seconds", f"{report.seconds:,.1f} ({', '.join(f'{k} {v:,.1f}' for k, v in report.steps.items())})"),
+        ]
+    )
+    for reason, count in report.reasons.items():
+        print(f"  {reason}: {count:,}")
+    if report.missing:
+        print(f"{report.missing:,} documents are no longer in the corpus and were kept; --delete-missing removes them")
+    if report.truncated_passages:
+        print(f"{report.truncated_passages:,} passages are longer than the retriever reads; it saw their beginning")
+
+
+@index_app.command("plan")
+def index_plan(
+    corpus: Corpus,
+    output: Output = Path("refrag-index"),
+    checkpoint: Checkpoint = None,
+    encoder: Encoder = None,
+    decoder: Decoder = None,
+    retriever: Retriever = None,
+    chunk_size: ChunkSize = None,
+    chunk_size_field: ChunkSizeField = None,
+    max_passage_tokens: MaxPassageTokens = 256,
+    id_field: IdField = "id",
+    text_field: TextField = "text",
+    metadata_fields: MetadataFields = None,
+    max_line_bytes: MaxLineBytes = 64 << 20,
+    max_document_bytes: MaxDocumentBytes = 64 << 20,
+    device: Device = "auto",
+    workers: Workers = None,
+    score: Score = False,
+    shard_bytes: ShardBytes = None,
+    delete_missing: DeleteMissing = False,
+    retry_quarantined: RetryQuarantined = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Dry run: what a build would do, make and take, from a scan and a short calibration. Writes nothing."""
+    from refrag.pipelines.estimate import estimate_build
+
+    options = _build_options(
+        corpus=corpus,
+        output=output,
+        id_field=id_field,
+        text_field=text_field,
+        metadata_fields=metadata_fields,
+        max_line_bytes=max_line_bytes,
+        max_document_bytes=max_document_bytes,
+        checkpoint=checkpoint,
+        encoder=encoder,
+        decoder=decoder,
+        retriever=retriever,
+        chunk_size=chunk_size,
+        chunk_size_field=chunk_size_field,
+        max_passage_tokens=max_passage_tokens,
+        device=device,
+        score=score,
+        shard_bytes=shard_bytes,
+        delete_missing=delete_missing,
+        retry_quarantined=retry_quarantined,
+    )
+    with _engine(EngineName.LOCAL, workers) as running:
+        report = estimate_build(options, running)
+    if as_json:
+        _print_json(report)
+        return
+    changes = f"{report.new:,} new, {report.changed:,} changed, {report.unchanged:,} unchanged"
+    _print_rows(
+        [
+            ("documents in", f"{report.documents_in:,} ({changes})"),
+            ("rejected", sum(report.rejected.values())),
+            ("shards", report.shards),
+            ("text", _bytes(report.text_bytes)),
+            ("tokens", f"~{report.tokens:,}"),
+            ("passages", f"~{report.passages:,}"),
+            ("chunks", f"~{report.chunks:,}"),
+            ("disk", f"~{_bytes(report.disk_bytes)}"),
+            ("time", f"~{report.total_seconds:,.0f} s on {report.device}"),
+            *((f"  {stage}", f"~{seconds:,.1f} s") for stage, seconds in report.seconds.items()),
+        ]
+    )
+    print(f"Estimated from a sample of {report.sample_documents:,} documents; models' loading time comes on top.")
+    for difference in report.differences:
+        print(f"needs --rebuild: {difference}")
+
+
+@index_app.command("verify")
+def index_verify(index: IndexArgument, as_json: JsonFlag = False) -> None:
+    """Check every file of an index against its digest, and the tables against each other."""
+    from refrag_core.storage import Store
+    from refrag_core.verification import verify_index
+
+    result = verify_index(Store(index))
+    if as_json:
+        _print_json(result)
+    else:
+        for problem in result.problems:
+            print(f"{problem.file}: {problem.found}")
+        for name in result.unlisted:
+            print(f"{name}: not part of any generation (left by an interrupted build; harmless)")
+        state = f"{len(result.problems)} problems" if result.problems else "all good"
+        print(f"{result.files:,} files, {_bytes(result.bytes)}: {state}")
+    if result.problems:
+        _warn(f"mend it with `refrag index repair {index} CORPUS`")
+        raise typer.Exit(FAILED)
+
+
+@index_app.command("repair")
+def index_repair(
+    index: IndexArgument,
+    corpus: Annotated[
+        list[str] | None, typer.Argument(help="The corpus; needed when documents, passages or chunks are damaged.")
+    ] = None,
+    checkpoint: Checkpoint = None,
+    id_field: IdField = "id",
+    text_field: TextField = "text",
+    metadata_fields: MetadataFields = None,
+    device: Device = "auto",
+    workers: Workers = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Make the files again that `verify` condemns, by running their shards' stages again."""
+    from refrag.pipelines.repair import RepairOptions, repair_index
+    from refrag_core.corpus.sources import CorpusOptions
+
+    fields = None if metadata_fields is None else tuple(filter(None, metadata_fields.split(",")))
+    source = CorpusOptions(tuple(corpus), id_field, text_field, fields) if corpus else None
+    options = RepairOptions(index=index, corpus=source, checkpoint=checkpoint, device=device)
+    with _engine(EngineName.LOCAL, workers) as running:
+        report = repair_index(options, running, _progress())
+    if as_json:
+        _print_json(report)
+        return
+    for name in report.repaired:
+        print(f"repaired {name}")
+    print(f"{len(report.repaired)} files repaired, version {report.version}, build id {report.build_id}")
+
+
+@index_app.command("inspect")
+def index_inspect(
+    index: IndexArgument,
+    passage: Annotated[str | None, typer.Option(help="Show one passage with its chunks: its id, or DOCUMENT#ORDINAL.")] = None,
+    quarantine: Annotated[bool, typer.Option("--quarantine", help="List the records that are not in the index.")] = False,
+    version: Annotated[int | None, typer.Option(help="Generation; default: the newest.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show what an index holds, one passage with its chunks, or the quarantine."""
+    from refrag_core import inspection
+
+    if passage is not None:
+        shown = inspection.inspect_passage(index, passage, version)
+        _print_json(shown) if as_json else _print_passage(shown)
+        return
+    if quarantine:
+        records = inspection.inspect_quarantine(index, version)
+        if as_json:
+            _print_json(records)
+        for record in () if as_json else records:
+            name = record["document_id"] or f"{record['source']}:{record['position']}"
+            print(f"{record['disposition']}: {record['reason']}: {name}: {record['detail']}")
+        return
+    summary = inspection.inspect_index(index, version)
+    if as_json:
+        _print_json(summary)
+        return
+    for title, rows in summary.items():
+        print(title)
+        for name, value in rows.items() if isinstance(rows, dict) else ():
+            print(f"  {name:<20} {f'{value:,}' if isinstance(value, int) and not isinstance(value, bool) else value}")
+
+
+def _print_passage(shown: dict[str, Any]) -> None:
+    _print_rows((name, value) for name, value in shown.items() if name != "chunks")
+    for chunk in shown["chunks"]:
+        score = f" nll {chunk['nll']:.2f}" if chunk["nll"] is not None else ""
+        print(f"  chunk {chunk['ordinal']:>3} {chunk['num_tokens']:>3} tokens{score}  {chunk['text']!r}")
+
+
+@index_app.command("search")
+def index_search(
+    index: IndexArgument,
+    query: Annotated[str, typer.Argument(help="What to look for.", show_default=False)],
+    top_k: TopK = 5,
+    retriever: Retriever = None,
+    device: Device = "auto",
+    as_json: JsonFlag = False,
+) -> None:
+    """Retrieve passages; no decoder is loaded."""
+    from refrag_core.retrieval import open_searcher
+
+    hits = open_searcher(index, retriever=retriever, device=device).search(query, top_k)
+    if as_json:
+        _print_json({"query": query, "hits": [asdict(hit) for hit in hits]})
+        return
+    for hit in hits:
+        print(f"{hit.rank}. {hit.score:.3f}  {hit.doc_id}\n   {_one_line(hit.text, 200)}")
+
+
+def _one_line(text: str, width: int) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+# --- refrag ask ---------------------------------------------------------------------------------------
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text ({error}): expected a text file; convert it first") from error
+
+
+def _open_runtime(
+    index: Path,
+    decoder: str | None,
+    retriever: str | None,
+    checkpoint: str | None,
+    device: str,
+    chunk_cache: Path | None = None,
+) -> "Runtime":
+    from refrag_core.runtime import Runtime
+
+    runtime = Runtime.open(
+        index, decoder=decoder, retriever=retriever, checkpoint=checkpoint, device=device, chunk_cache=chunk_cache
+    )
+    if not runtime.trained:
+        _warn(
+            "WARNING: this index was built with an UNTRAINED projection: a compressed chunk means nothing to the "
+            "decoder. Answers are right only with every chunk expanded, which gives no speed-up."
+        )
+    return runtime
+
+
+def _ask_options(
+    runtime: "Runtime", policy: PolicyName | None, expansion_fraction: float | None, allow_untrained: bool, **rest: Any
+) -> "AskOptions":
+    from refrag_core.runtime import AskOptions, check_untrained
+
+    check_untrained(runtime.trained, policy and policy.value, expansion_fraction, allow_untrained)
+    if not runtime.trained and policy is None and expansion_fraction is None:
+        policy = PolicyName.ALL
+    return AskOptions(
+        policy=(policy or PolicyName.LEARNED).value,
+        expansion_fraction=0.1 if expansion_fraction is None else expansion_fraction,
+        **rest,
+    )
+
+
+@app.command("ask")
+def ask(
+    index: IndexArgument,
+    question: Annotated[str, typer.Argument(help="The question.", show_default=False)],
+    top_k: TopK = 5,
+    expansion_fraction: ExpansionFraction = None,
+    policy: Policy = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.", min=1)] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus of the sampling.", min=0, max=1)] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of sampling and of the random policy.")] = 0,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail instead of dropping passages that do not fit.")] = False,
+    context: Annotated[
+        list[Path] | None, typer.Option(help="Text files to read besides the index; encoded now. May be repeated.")
+    ] = None,
+    chunk_cache: Annotated[
+        Path | None, typer.Option(help="File that keeps the embeddings of --context texts between runs.")
+    ] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it is generated.")] = False,
+    allow_untrained: AllowUntrained = False,
+    decoder: Decoder = None,
+    retriever: Retriever = None,
+    checkpoint: Checkpoint = None,
+    device: Device = "auto",
+    as_json: JsonFlag = False,
+) -> None:
+    """Answer a question from an index, with the passages used and a latency breakdown."""
+    given = {str(path): _read_text(path) for path in context or []}
+    runtime = _open_runtime(index, decoder, retriever, checkpoint, device, chunk_cache)
+    options = _ask_options(
+        runtime,
+        policy,
+        expansion_fraction,
+        allow_untrained,
+        top_k=top_k,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        strict=strict,
+    )
+    on_text = (lambda text: print(text, end="", flush=True)) if stream and not as_json else None
+    answer = runtime.ask(question, options, given=given, on_text=on_text)
+    if as_json:
+        _print_json(answer)
+        return
+    print("" if stream else answer.answer)
+    _print_answer(answer)
+
+
+def _print_answer(answer: "Answer") -> None:
+    print("\npassages (# chunk expanded to its tokens, · chunk as one embedding)")
+    for passage in answer.passages:
+        chunks = "".join("#" if i in set(passage.expanded) else "·" for i in range(passage.num_chunks))
+        score = "given" if passage.score is None else f"{passage.score:.3f}"
+        print(f"  {passage.rank}. {score} {passage.doc_id}  [{chunks}]  {_one_line(passage.text, 80)}")
+    for document_id in answer.dropped:
+        print(f"  dropped, does not fit the decoder: {document_id}")
+    s = answer.stats
+    print(
+        f"\nfirst token {s.ttft_ms:,.1f} ms = retrieval {s.retrieval_ms:,.1f} + fetch {s.fetch_ms:,.2f} + policy "
+        f"{s.policy_ms:,.2f} + compose {s.compose_ms:,.1f} + prefill {s.prefill_ms:,.1f}; then {s.ttit_ms:,.1f} ms a token\n"
+        f"{s.context_tokens:,} context tokens in {s.num_chunks:,} chunks, {s.num_expanded:,} expanded: "
+        f"{s.decoder_positions:,} decoder positions, compression {s.compression:.2f}x"
+    )
+
+
+# --- refrag eval --------------------------------------------------------------------------------------
+
+
+@eval_app.command("retrieval")
+def eval_retrieval(
+    index: IndexArgument,
+    questions: Questions,
+    retriever: Retriever = None,
+    device: Device = "auto",
+    bm25: Annotated[bool, typer.Option(help="Also rank with BM25 over the same passages.")] = True,
+    as_json: JsonFlag = False,
+) -> None:
+    """Recall@1/5/20 and MRR of the index's retriever, BM25 beside it."""
+    from refrag_core.evaluation.run_retrieval import evaluate_retrieval
+
+    report = evaluate_retrieval(index, questions, retriever=retriever, device=device, bm25=bm25)
+    if as_json:
+        _print_json(report)
+        return
+    print(f"{report['questions']} questions, {report['passages']:,} passages, version {report['version']}")
+    for name, scores in report["systems"].items():
+        print(f"  {name:<8} " + "  ".join(f"{metric} {value:.3f}" for metric, value in scores.items()))
+
+
+@eval_app.command("qa")
+def eval_qa(
+    index: IndexArgument,
+    questions: Questions,
+    top_k: TopK = 3,
+    expansion_fraction: Annotated[
+        str | None, typer.Option(help="Fractions to try, separated by commas. Default: 0,.1,.25; none where untrained.")
+    ] = None,
+    policy: Policy = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.", min=1)] = 32,
+    allow_untrained: AllowUntrained = False,
+    decoder: Decoder = None,
+    retriever: Retriever = None,
+    checkpoint: Checkpoint = None,
+    device: Device = "auto",
+    as_json: JsonFlag = False,
+) -> None:
+    """Answers scored against known ones: no context, full text, and compressed at several fractions."""
+    from refrag_core.evaluation.run_qa import evaluate_qa
+
+    runtime = _open_runtime(index, decoder, retriever, checkpoint, device)
+    fractions = _fractions(expansion_fraction, trained=runtime.trained)
+    for fraction in fractions:
+        _ask_options(runtime, policy, fraction, allow_untrained)
+    report = evaluate_qa(
+        runtime,
+        questions,
+        top_k=top_k,
+        fractions=fractions,
+        policy=(policy or PolicyName.LEARNED).value,
+        max_new_tokens=max_new_tokens,
+        on_answer=_warn,
+    )
+    if as_json:
+        _print_json(report)
+        return
+    found = report["gold_retrieved"]
+    print(f"{report['questions']} questions; the right document is among the top {top_k} passages of {found}")
+    for name, scores in report["settings"].items():
+        print(
+            f"  {name:<14} answered {scores['answered']:>3}  from the right passage {scores['answered_from_gold']:>3}  "
+            f"EM {scores['em']:.3f}  F1 {scores['f1']:.3f}  positions {scores['decoder_positions']:,.0f}"
+        )
+
+
+def _fractions(text: str | None, *, trained: bool) -> list[float]:
+    if text is None:
+        return [0.0, 0.1, 0.25] if trained else []
+    try:
+        fractions = [float(part) for part in text.split(",") if part]
+    except ValueError:
+        fractions = [-1.0]
+    if not all(0 <= fraction <= 1 for fraction in fractions):
+        raise UsageError(f"--expansion-fraction {text!r}: expected numbers from 0 to 1 separated by commas, like 0,.1,.25")
+    return fractions
+
+
+# --- entry --------------------------------------------------------------------------------------------
+
+
+class _Interrupted(BaseException):
+    """Ctrl-C or SIGTERM. Not KeyboardInterrupt, which Typer would turn into exit code 1 without a word."""
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise _Interrupted
+
+
+def main() -> None:
+    """Run the command line; refrag's own errors become one line and an exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    try:
+        app()
+    except UsageError as error:
+        _warn(f"error: {error}")
+        sys.exit(WRONG_USAGE)
+    except RefragError as error:
+        _warn(f"error: {error}")
+        sys.exit(FAILED)
+    except OSError as error:
+        _warn(f"error: {error}: nothing half-written is left; mend the cause and run the command again")
+        sys.exit(FAILED)
+    except _Interrupted:
+        _warn("interrupted: what is finished is kept; run the same command again to go on")
+        sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,6 @@
 """The whole job on one page: scan → plan → tokenize, encode, embed, score → index → commit."""
 
+import contextlib
 import os
 import time
 from collections import Counter, defaultdict
@@ -92,8 +93,41 @@ def build_index(options: BuildOptions, engine: Engine, progress: Progress | None
     Raises a RefragError: nothing is committed then, and what was finished is kept for the next run.
     """
     store = Store(options.output)
+    with lock_and_clear(store):
+        models = resolve_models(store, options.models)
+        latest = latest_manifest(store)
+        parent = _base(store, latest, models, rebuild=options.rebuild)
+        return build_from(options, engine, progress or Silent(), store=store, models=models, latest=latest, parent=parent)
+
+
+def build_from(
+    options: BuildOptions,
+    engine: Engine,
+    progress: Progress,
+    *,
+    store: Store,
+    models: Models,
+    latest: Manifest | None,
+    parent: Manifest | None,
+) -> BuildReport:
+    """The build itself, on a locked store.
+
+    Args:
+        latest: the newest generation, which the new one follows; None for the first.
+        parent: the generation whose documents and shards stand; None to make everything anew.
+    """
+    return _Build(options, engine, progress, store).run(models, latest, parent)
+
+
+@contextlib.contextmanager
+def lock_and_clear(store: Store) -> Iterator[None]:
+    """Hold the index's lock, and remove what killed executions left but for their receipts."""
     with store.lock():
-        return _Build(options, engine, progress or Silent(), store).run()
+        work = store.path(WORK)
+        for folder in work.iterdir():
+            if folder.name.startswith("run-") or folder.name == "tmp":
+                store.remove(f"{WORK}/{folder.name}")
+        yield
 
 
 class _Build:
@@ -109,36 +143,22 @@ class _Build:
         # Intermediate files of this execution alone; receipts lie beside it and outlive it.
         self.work = store.path(f"{WORK}/run-{os.uname().nodename}-{os.getpid()}")
 
-    def run(self) -> BuildReport:
+    def run(self, models: Models, latest: Manifest | None, parent: Manifest | None) -> BuildReport:
         """The job, step by step."""
         started = time.perf_counter()
-        _clear_abandoned_runs(self.store)
-        models = resolve_models(self.store, self.options.models)
-        latest = latest_manifest(self.store)
-        parent = self._base(latest, models)
         scan = self._scan(models)
         plan = self._plan(scan, parent)
         outcome = self._run_stages(models, plan, parent)
         shards, removed = self._all_shards(models, parent, plan, outcome)
         assembly.check_not_empty(shards, scan.documents_in, scan.reasons)
         index = self._index(models, parent, shards, removed)
-        manifest, dispositions = self._assemble(models, latest, scan, plan, outcome, shards, removed, index)
-        committed = latest is None or set(latest.files) != set(manifest.files)
+        manifest, dispositions = self._assemble(models, latest, parent, scan, plan, outcome, shards, removed, index)
+        committed = latest is None or latest.files != manifest.files
         if committed:
             commit(self.store, manifest)
         self.store.remove(WORK)
-        seconds = time.perf_counter() - started
-        return self._report(manifest if committed else latest or manifest, committed, scan, plan, outcome, dispositions, seconds)
-
-    def _base(self, latest: Manifest | None, models: Models) -> Manifest | None:
-        """The generation to build on: the latest, or None when everything is to be made anew."""
-        differences = [] if latest is None else _differences(latest, models)
-        if differences and not self.options.rebuild:
-            raise FingerprintMismatchError(
-                f"{self.store.root} was built with other settings: {'; '.join(differences)}. Expected the same: give "
-                "them again, or pass --rebuild to encode the whole corpus anew"
-            )
-        return None if differences else latest
+        standing = manifest if committed or latest is None else latest
+        return self._report(standing, committed, scan, plan, outcome, dispositions, time.perf_counter() - started)
 
     def _scan(self, models: Models) -> ScanResult:
         self.progress.start("scan", None, "documents")
@@ -156,14 +176,13 @@ class _Build:
         return scan
 
     def _plan(self, scan: ScanResult, parent: Manifest | None) -> Plan:
-        keep_held = parent is not None and not self.options.retry_quarantined
         return make_plan(
             self._unique_rows(scan),
             live_documents(self.store, parent) if parent is not None else iter(()),
             folder=self.work / "plan",
             target_shard_bytes=self.options.shard_bytes or default_shard_bytes(scan.text_bytes),
             delete_missing=self.options.delete_missing,
-            held=assembly.held_digests(self.store, parent) if keep_held and parent else {},
+            held=held_by(self.store, parent, self.options),
         )
 
     def _unique_rows(self, scan: ScanResult) -> Iterator[Row]:
@@ -240,6 +259,7 @@ class _Build:
         self,
         models: Models,
         latest: Manifest | None,
+        parent: Manifest | None,
         scan: ScanResult,
         plan: Plan,
         outcome: _Outcome,
@@ -249,7 +269,7 @@ class _Build:
     ) -> tuple[Manifest, Counter[str]]:
         rows = [reject_row(reject) for reject in self.duplicates]
         rows += [assembly.stage_reject_row(entry) for entry in outcome.rejected]
-        rows += assembly.held_rows(self.store, latest, plan)
+        rows += assembly.held_rows(self.store, parent, plan)
         quarantine, quarantine_file, dispositions = assembly.publish_quarantine(self.store, rows, scan.rejects)
         tombstones, tombstone_file = assembly.publish_tombstones(self.store, removed)
         known = dict(latest.files) if latest else {}
@@ -317,11 +337,27 @@ class _Build:
         )
 
 
+def _base(store: Store, latest: Manifest | None, models: Models, *, rebuild: bool) -> Manifest | None:
+    """The generation to build on: the latest, or None when everything is to be made anew."""
+    changes = [] if latest is None else differences(latest, models)
+    if changes and not rebuild:
+        raise FingerprintMismatchError(
+            f"{store.root} was built with other settings: {'; '.join(changes)}. Expected the same: give them again, or "
+            "pass --rebuild to encode the whole corpus anew"
+        )
+    return None if changes else latest
+
+
 def _has_scores(parent: Manifest | None) -> bool:
     return parent is not None and parent.components.scorer is not None
 
 
-def _differences(latest: Manifest, models: Models) -> list[str]:
+def held_by(store: Store, parent: Manifest | None, options: BuildOptions) -> dict[str, bytes]:
+    """Documents that a stage has quarantined before and that this build is not to try again."""
+    return {} if parent is None or options.retry_quarantined else assembly.held_digests(store, parent)
+
+
+def differences(latest: Manifest, models: Models) -> list[str]:
     """What the index was built with and this run would not use; fingerprints count, names do not."""
     now = models.components(scorer=_has_scores(latest))
     pairs = [(name, getattr(latest.components, name), getattr(now, name)) for name in ("tokenizer", "encoder", "retriever", "scorer")]
@@ -333,10 +369,3 @@ def _differences(latest: Manifest, models: Models) -> list[str]:
     before, after = asdict(latest.parameters), asdict(models.parameters)
     return found + [f"{name} {before[name]}, now {after[name]}" for name in before if before[name] != after[name]]
 
-
-def _clear_abandoned_runs(store: Store) -> None:
-    """Remove what killed executions left, but for the receipts; the lock says that none is alive."""
-    work = store.path(WORK)
-    for folder in work.iterdir() if work.is_dir() else ():
-        if folder.name.startswith("run-") or folder.name == "tmp":
-            store.remove(f"{WORK}/{folder.name}")

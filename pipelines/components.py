@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from refrag.pipelines.stages import EmbedStage, EncodeStage, ScoreStage, Stages, TokenizeStage
-from refrag_core.checkpoint import Checkpoint, load_checkpoint
+from refrag_core.checkpoint import DEFAULT_DECODER, DEFAULT_ENCODER, Checkpoint, initialise_checkpoint, load_checkpoint
+from refrag_core.devices import resolve_device
 from refrag_core.errors import ConfigError
 from refrag_core.manifest import CheckpointInfo, Component, Components, Parameters
 from refrag_core.models import DEFAULT_RETRIEVER, fingerprint_model, resolve_model
@@ -32,15 +33,6 @@ class ModelOptions:
     chunk_size_field: str | None = None
     max_passage_tokens: int = 256
     device: str = "auto"
-
-
-def resolve_device(device: str) -> str:
-    """`auto` is the first CUDA device where there is one, else the CPU."""
-    if device != "auto":
-        return device
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,21 +102,36 @@ def resolve_models(store: Store, options: ModelOptions) -> Models:
     Raises ModelNotFoundError, FingerprintMismatchError, or ConfigError for a chunk size that the checkpoint
     was not trained for.
     """
-    checkpoint = load_checkpoint(options.checkpoint, encoder=options.encoder, decoder=options.decoder)
+    from refrag_core.retriever import retriever_fingerprint
+
+    checkpoint = _checkpoint(options)
     retriever = resolve_model(options.retriever)
     folder = f"checkpoints/{checkpoint.fingerprint[:32]}"
     return Models(
         checkpoint=checkpoint,
         checkpoint_folder=folder,
         checkpoint_files=_publish_checkpoint(store, checkpoint, folder),
-        decoder=resolve_model(checkpoint.config.decoder.reference),
+        decoder=checkpoint.decoder_folder(),
         retriever_reference=options.retriever,
         retriever=retriever,
-        retriever_fingerprint=fingerprint_model(retriever),
+        retriever_fingerprint=retriever_fingerprint(retriever),
         parameters=_parameters(checkpoint, retriever, options),
         device=resolve_device(options.device),
         root=store.root.resolve(),
     )
+
+
+def _checkpoint(options: ModelOptions) -> Checkpoint:
+    if options.checkpoint is None:
+        return initialise_checkpoint(
+            encoder_reference=options.encoder or DEFAULT_ENCODER, decoder_reference=options.decoder or DEFAULT_DECODER
+        )
+    if options.encoder or options.decoder:
+        raise ConfigError(
+            "--checkpoint was given with --encoder or --decoder: a checkpoint names both itself; leave them out, or leave "
+            "out --checkpoint for an untrained one over these two"
+        )
+    return load_checkpoint(options.checkpoint)
 
 
 def _publish_checkpoint(store: Store, checkpoint: Checkpoint, folder: str) -> list[FileRecord]:

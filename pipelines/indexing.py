@@ -16,7 +16,7 @@ from refrag_core.digests import digest_json
 from refrag_core.errors import RecallGateError
 from refrag_core.manifest import Manifest, Segment, Shard, VectorIndexInfo
 from refrag_core.storage import FileRecord, Store
-from refrag_core.tables import MappedColumn, iterate_rows, open_table
+from refrag_core.tables import MappedColumn, iterate_rows
 from refrag_core.vector_index import (
     IndexSpec,
     VectorIndex,
@@ -25,12 +25,12 @@ from refrag_core.vector_index import (
     exact_search,
     sample_rows,
     train_quantizer,
+    training_size,
     tune_nprobe,
 )
 
 SEGMENT_ROWS = 1 << 20
 GATE_QUERIES = 200
-_TRAIN_ROWS_A_LIST = 64
 _RETRAIN_FACTOR = 4
 _SENTENCE = re.compile(r"[^.!?。！？\n]{20,400}[.!?。！？]?")
 
@@ -69,7 +69,7 @@ def _sample(store: Store, shards: Sequence[Shard], dim: int, size: int) -> npt.N
 def _quantizer(store: Store, shards: Sequence[Shard], spec: IndexSpec) -> FileRecord:
     """Train on a sample that is spread evenly over all passages; the name follows from its input."""
     key = digest_json(["quantizer/1", spec.kind, spec.dim, spec.nlist, [shard.tables["vectors"] for shard in shards]])
-    sample = _sample(store, shards, spec.dim, max(1024, _TRAIN_ROWS_A_LIST * spec.nlist))
+    sample = _sample(store, shards, spec.dim, max(1, training_size(spec)))
     data = train_quantizer(sample, spec)
     return store.publish(f"segments/quantizer-{key[:32]}.faiss", lambda path: _write(path, data))
 
@@ -266,7 +266,9 @@ def live_passages(shards: Sequence[Shard], removed: Mapping[str, Sequence[tuple[
     return live
 
 
-def check_rows(store: Store, shard: Shard) -> bool:
-    """Whether the vectors table has one row a passage."""
-    with open_table(store.path(shard.tables["vectors"])) as file:
-        return int(file.metadata.num_rows) == shard.passages
+
+def remake_segment(store: Store, manifest: Manifest, segment: Segment) -> None:
+    """Build one segment of a committed generation again, from its quantizer and its shards' embeddings."""
+    by_name = {shard.name: shard for shard in manifest.shards}
+    shards = [by_name[name] for name in segment.shards]
+    _segment(store, manifest.vector_index.quantizer, manifest.parameters.vector_dim, shards)

@@ -491,11 +491,11 @@ class EmbedStage:
 
 
 @lru_cache(maxsize=1)
-def _scorer(decoder: str, device: str) -> Any:
-    from refrag_core.decoder import load_decoder
+def _scorer(decoder: str, fingerprint: str, device: str) -> Any:
+    from refrag_core.decoder import Decoder
     from refrag_core.scoring import ChunkScorer
 
-    return ChunkScorer(load_decoder(Path(decoder), device=device))
+    return ChunkScorer(Decoder.load(Path(decoder), device=device), fingerprint=fingerprint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -518,7 +518,7 @@ class ScoreStage:
 
         def make() -> tuple[pa.Table | None, Sequence[Rejected], dict[str, Any]]:
             passages = _passage_tokens(store, shard)
-            scores = _scorer(self.decoder, self.device).score(passages, shard.chunk_size)
+            scores = _scorer(self.decoder, self.decoder_fingerprint, self.device).score(passages, shard.chunk_size)
             rows = np.concatenate([np.empty(0, np.float32), *scores])
             if not np.isfinite(rows).all():
                 raise StageError(

@@ -153,20 +153,28 @@ class IndexReader:
         return VectorIndex.open(paths, nprobe=self.manifest.vector_index.nprobe)
 
     @cached_property
-    def live(self) -> list[npt.NDArray[np.bool_] | None]:
-        """For each segment a bool `[rows]` of what is live, None where all of it is."""
-        removed = read_tombstones(self.store, self.manifest)
-        return [self._live(shards, removed) for shards in self._segment_shards]
+    def _removed(self) -> dict[str, list[tuple[int, int, int]]]:
+        return read_tombstones(self.store, self.manifest)
 
-    def _live(
-        self, shards: Sequence[int], removed: Mapping[str, Sequence[tuple[int, int, int]]]
-    ) -> npt.NDArray[np.bool_] | None:
-        starts = self._starts(shards)
-        mask = np.ones(starts[-1], bool)
-        for start, number in zip(starts, shards, strict=False):
-            for _, first, count in removed.get(self.manifest.shards[number].name, ()):
-                mask[start + first : start + first + count] = False
-        return None if mask.all() else mask
+    def live_rows(self, number: int) -> npt.NDArray[np.bool_]:
+        """Which passages of shard `number` are live, bool `[passages]`."""
+        shard = self.manifest.shards[number]
+        mask = np.ones(shard.passages, bool)
+        for _, first, count in self._removed.get(shard.name, ()):
+            mask[first : first + count] = False
+        return mask
+
+    @cached_property
+    def live(self) -> list[npt.NDArray[np.bool_] | None]:
+        """For each segment a read-only bool `[rows]` of what is live, None where all of it is."""
+        return [self._live(shards) for shards in self._segment_shards]
+
+    def _live(self, shards: Sequence[int]) -> npt.NDArray[np.bool_] | None:
+        if not any(self.manifest.shards[number].name in self._removed for number in shards):
+            return None
+        mask = np.concatenate([self.live_rows(number) for number in shards])
+        mask.flags.writeable = False
+        return mask
 
     def locate(self, segment: int, row: int) -> PassageRef:
         """The passage behind a hit of the vector index."""

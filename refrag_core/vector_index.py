@@ -5,9 +5,11 @@ Vectors have unit length, so the inner product is the cosine. A hit is (segment,
 segment in the order in which its files were given, and the number of a vector in the order added to it.
 """
 
+import struct
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args
@@ -45,6 +47,7 @@ Floats = NDArray[np.float32]
 Vectors = NDArray[np.float16] | NDArray[np.float32]
 RowMask = NDArray[np.bool_]
 Masks = Sequence[RowMask | None]
+_Hits = tuple[Floats, NDArray[np.int64]]
 IndexKind = Literal["flat", "ivf_sqfp16", "ivf_sq8"]
 
 FLAT_MAX_VECTORS = 4_096
@@ -55,12 +58,15 @@ RECALL_TARGET = 0.98
 RECALL_DEPTH = 10
 
 _SEED = 1234
+_RANGE_MARGIN = 0.1  # 8-bit codes clip what lies outside the sample's range: later segments get this share more
 _ID_BYTES = 8
 _ADD_ROWS = 16_384  # fixed, so that how the caller cuts its blocks cannot change a byte of a segment
 _TILE_ROWS = 8_192
 _PREFILTER_SLACK = 1e-4  # far above the rounding of a float32 product of unit vectors (~1e-6)
 _ROW_BITS = 40
 _TIMED_QUERIES = 32
+_SEAL = struct.Struct("<8sQ")
+_SEAL_MAGIC = b"refragvi"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +84,11 @@ class IndexSpec:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(IndexKind):
-            raise ConfigError(
-                f"index kind is {self.kind!r}; expected one of {', '.join(get_args(IndexKind))}"
-            )
+            raise ConfigError(f"index kind is {self.kind!r}; expected one of {', '.join(get_args(IndexKind))}")
         if self.dim < 1:
             raise ConfigError(f"index width is {self.dim}; expected at least 1")
         if (self.kind == "flat") != (self.nlist == 0):
-            raise ConfigError(
-                f"{self.kind} index with nlist {self.nlist}; expected 0 for flat, at least 1 otherwise"
-            )
+            raise ConfigError(f"{self.kind} index with nlist {self.nlist}; expected 0 for flat, at least 1 otherwise")
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,17 +172,14 @@ def sample_rows(num_rows_per_shard: Sequence[int], size: int) -> list[NDArray[np
 
     A function of its arguments alone: each of `size` equal stretches of the whole gives its middle row.
     """
-    ends = np.cumsum(np.asarray(num_rows_per_shard, dtype=np.int64))
-    total = int(ends[-1]) if len(ends) else 0
-    size = min(size, total)
-    picks = ((2 * np.arange(size, dtype=np.int64) + 1) * total) // (2 * max(size, 1))
-    starts = ends - np.asarray(num_rows_per_shard, dtype=np.int64)
-    cuts = np.searchsorted(picks, ends)
-    return (
-        [part - start for part, start in zip(np.split(picks, cuts[:-1]), starts, strict=True)]
-        if total
-        else [np.empty(0, dtype=np.int64) for _ in num_rows_per_shard]
-    )
+    if not num_rows_per_shard:
+        return []
+    lengths = np.asarray(num_rows_per_shard, dtype=np.int64)
+    ends = np.cumsum(lengths)
+    size = min(size, int(ends[-1]))
+    picks = ((2 * np.arange(size, dtype=np.int64) + 1) * ends[-1]) // (2 * max(size, 1))
+    parts = np.split(picks, np.searchsorted(picks, ends[:-1]))
+    return [part - start for part, start in zip(parts, ends - lengths, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------- building
@@ -216,6 +215,7 @@ def _untrained(faiss: ModuleType, spec: IndexSpec) -> Any:
     # residuals make 8-bit codes finer; float16 keeps the vector itself, so its scores are the exact ones
     by_residual = spec.kind == "ivf_sq8"
     index = faiss.IndexIVFScalarQuantizer(coarse, spec.dim, spec.nlist, codes, metric, by_residual)
+    index.sq.rangestat_arg = _RANGE_MARGIN
     index.cp.seed = _SEED
     index.cp.min_points_per_centroid = 1  # our own bound is training_size: no warning on stderr for less
     if _has_gpu(faiss):
@@ -226,6 +226,7 @@ def _untrained(faiss: ModuleType, spec: IndexSpec) -> Any:
 def build_segment(quantizer: bytes, blocks: Iterable[Vectors], path: Path) -> int:
     """Add `blocks` (`[n, d]`, in order) to a copy of `quantizer`, write it to `path`, return the row count.
 
+    The file is a faiss index followed by a magic and its length (16 bytes, which faiss itself ignores).
     Byte-identical between runs, numbers of threads and ways of cutting the same rows into blocks (CPU).
     Holds one segment's codes and 16,384 float32 rows in memory. Publishing `path` is the caller's.
     Raises CorruptIndexError for a quantizer that is none, StageError for a block of another width.
@@ -236,7 +237,23 @@ def build_segment(quantizer: bytes, blocks: Iterable[Vectors], path: Path) -> in
     for rows in _regrouped(blocks, index.d, _ADD_ROWS):
         _add(faiss, index, coarse, rows)
     faiss.write_index(index, str(path))
+    _seal(path)
     return int(index.ntotal)
+
+
+def _seal(path: Path) -> None:
+    """Append the file's length: mapping a file that was cut short can crash faiss or go unnoticed by it."""
+    with path.open("ab") as stream:
+        stream.write(_SEAL.pack(_SEAL_MAGIC, stream.tell()))
+
+
+def _is_whole(path: Path) -> bool:
+    length = path.stat().st_size - _SEAL.size
+    if length < 0:
+        return False
+    with path.open("rb") as stream:
+        stream.seek(length)
+        return stream.read() == _SEAL.pack(_SEAL_MAGIC, length)
 
 
 def _deserialize(faiss: ModuleType, quantizer: bytes) -> Any:
@@ -296,20 +313,19 @@ class VectorIndex:
         self.dim = int(segments[0].d)
         self.nlist = int(getattr(segments[0], "nlist", 0))
         self.nprobe = self._clamped(nprobe)
-        self.num_rows = tuple(int(segment.ntotal) for segment in segments)
+        self.rows_per_segment = tuple(int(segment.ntotal) for segment in segments)
 
     @classmethod
     def open(cls, paths: Sequence[Path], nprobe: int) -> "VectorIndex":
         """Map the segments at `paths`; writes nothing and copies none of their vectors.
 
         `nprobe` is how many lists a search visits (at most all; without meaning for a flat index).
+        Truncation is found here; altered bytes are for the manifest's digests to find, before opening.
         Raises IndexNotFoundError without any path or for a missing file, and CorruptIndexError, naming the
         file, for one that is truncated, no index of this module, or trained apart from the first.
         """
         if not paths:
-            raise IndexNotFoundError(
-                "no segment files were given; expected at least one: build the index first"
-            )
+            raise IndexNotFoundError("no segment files were given; expected at least one: build the index first")
         faiss = _faiss()
         segments = [_map_segment(faiss, path) for path in paths]
         for segment, path in zip(segments, paths, strict=True):
@@ -324,6 +340,11 @@ class VectorIndex:
     def num_segments(self) -> int:
         """How many segments are searched."""
         return len(self._segments)
+
+    @property
+    def num_rows(self) -> int:
+        """Vectors in all segments, deleted ones included."""
+        return sum(self.rows_per_segment)
 
     def search(
         self,
@@ -343,18 +364,16 @@ class VectorIndex:
                 visited may hold them: use `exact_search`.
             nprobe: lists to visit, in place of the index's own.
 
-        A row's score does not depend on the batch, and all candidates tied at the last place are
-        compared, so that the order by (score, segment, row) is exact among the rows visited.
+        All rows tied at the last place are compared, so that the order by (score, segment, row) is exact
+        among the rows visited.
         Raises UsageError for a k below 1, queries of another width, or masks that do not fit the segments.
         """
         queries = self._checked_queries(queries, k)
         bitmaps = [self._bitmap(number, live, allowed) for number in range(self.num_segments)]
         lists = self._nearest_lists(queries, self.nprobe if nprobe is None else self._clamped(nprobe))
         found = [
-            _resolve_ties(
-                lambda depth, s=segment, b=bitmap: self._raw_search(s, queries, depth, lists, b), k, rows
-            )
-            for segment, bitmap, rows in zip(self._segments, bitmaps, self.num_rows, strict=True)
+            _resolve_ties(partial(self._raw_search, segment, queries, lists, bitmap), k, rows)
+            for segment, bitmap, rows in zip(self._segments, bitmaps, self.rows_per_segment, strict=True)
         ]
         return _merge(found, k)
 
@@ -391,18 +410,16 @@ class VectorIndex:
         if masks is None:
             return None
         if len(masks) != self.num_segments:
-            raise UsageError(
-                f"{name} of {len(masks)} segments for an index of {self.num_segments}; expected one each"
-            )
+            raise UsageError(f"{name} of {len(masks)} segments for an index of {self.num_segments}; expected one each")
         mask = masks[number]
-        if mask is not None and (mask.dtype != np.bool_ or mask.shape != (self.num_rows[number],)):
+        if mask is not None and (mask.dtype != np.bool_ or mask.shape != (self.rows_per_segment[number],)):
             raise UsageError(
                 f"{name} of {self._paths[number].name} are {mask.dtype} {mask.shape}; expected bool "
-                f"({self.num_rows[number]},), one a row"
+                f"({self.rows_per_segment[number]},), one a row"
             )
         return mask
 
-    def _nearest_lists(self, queries: Floats, nprobe: int) -> tuple[Floats, NDArray[np.int64]] | None:
+    def _nearest_lists(self, queries: Floats, nprobe: int) -> _Hits | None:
         """Scores and numbers of the lists to visit, found once: all segments share their centroids."""
         if not self.nlist:
             return None
@@ -412,10 +429,10 @@ class VectorIndex:
         self,
         segment: Any,
         queries: Floats,
-        depth: int,
-        lists: tuple[Floats, NDArray[np.int64]] | None,
+        lists: _Hits | None,
         bitmap: NDArray[np.uint8] | None,
-    ) -> tuple[Floats, NDArray[np.int64]]:
+        depth: int,
+    ) -> _Hits:
         """Up to `depth` best hits of one segment, best first, padded with row -1."""
         faiss = self._faiss
         selector = None if bitmap is None else faiss.IDSelectorBitmap(bitmap)
@@ -435,15 +452,17 @@ class VectorIndex:
 
 def _map_segment(faiss: ModuleType, path: Path) -> Any:
     if not path.is_file():
-        raise IndexNotFoundError(
-            f"{path} is missing; expected a segment of the vector index: verify the index"
+        raise IndexNotFoundError(f"{path} is missing; expected a segment of the vector index: verify the index")
+    if not _is_whole(path):
+        raise CorruptIndexError(
+            f"{path} ({path.stat().st_size} bytes) does not end in its own length; expected a whole segment "
+            "as build_segment writes it: verify the index and repair it"
         )
     try:
         segment = _read(faiss, path)
     except (RuntimeError, MemoryError) as error:
         raise CorruptIndexError(
-            f"{path} ({path.stat().st_size} bytes) is not a whole faiss index; expected a segment: "
-            f"verify the index and repair it ({error})"
+            f"{path} is not a faiss index; expected a segment: verify the index and repair it ({error})"
         ) from error
     known = isinstance(segment, faiss.IndexScalarQuantizer | faiss.IndexIVFScalarQuantizer)
     if not known or segment.metric_type != faiss.METRIC_INNER_PRODUCT:
@@ -475,8 +494,8 @@ def _same_quantizer(first: Any, other: Any) -> bool:
     )
 
 
-def _resolve_ties(search: Any, k: int, num_rows: int) -> tuple[Floats, NDArray[np.int64]]:
-    """Search deeper until no query's last place is tied with rows beyond the depth; FAISS drops some of those."""
+def _resolve_ties(search: Callable[[int], _Hits], k: int, num_rows: int) -> _Hits:
+    """Search deeper while a query's k-th hit ties with the last found: FAISS keeps any of those."""
     depth = min(k + 1, num_rows) or 1
     while True:
         scores, rows = search(depth)
@@ -486,15 +505,13 @@ def _resolve_ties(search: Any, k: int, num_rows: int) -> tuple[Floats, NDArray[n
         depth = min(2 * depth, num_rows)
 
 
-def _merge(found: Sequence[tuple[Floats, NDArray[np.int64]]], k: int) -> SearchResult:
+def _merge(found: Sequence[_Hits], k: int) -> SearchResult:
     """The best `k` of all segments' hits `[q, depth]`; row -1 marks no hit."""
     segments = np.concatenate(
         [np.where(rows < 0, -1, number).astype(np.int32) for number, (_, rows) in enumerate(found)], axis=1
     )
     rows = np.concatenate([rows for _, rows in found], axis=1)
-    scores = np.where(rows < 0, -np.inf, np.concatenate([scores for scores, _ in found], axis=1)).astype(
-        np.float32
-    )
+    scores = np.where(rows < 0, -np.inf, np.concatenate([scores for scores, _ in found], axis=1)).astype(np.float32)
     order = np.lexsort((rows, segments, -scores), axis=1)[:, :k]
     padding = ((0, 0), (0, k - order.shape[1]))
     return SearchResult(
@@ -525,9 +542,7 @@ def exact_search(
         mask = None if live is None or number >= len(live) else live[number]
         best = _exact_segment(blocks, number, queries, mask, best)
     if live is not None and len(live) != number + 1:
-        raise UsageError(
-            f"masks of {len(live)} segments for {number + 1} segments of vectors; expected one each"
-        )
+        raise UsageError(f"masks of {len(live)} segments for {number + 1} segments of vectors; expected one each")
     return best
 
 
@@ -550,9 +565,7 @@ def _exact_segment(
             start += len(tile)
             if mask is not None:
                 if start > len(mask):
-                    raise UsageError(
-                        f"mask of segment {number} has {len(mask)} rows; expected one for every vector"
-                    )
+                    raise UsageError(f"mask of segment {number} has {len(mask)} rows; expected one for every vector")
                 kept = mask[rows]
                 tile, rows = tile[kept], rows[kept]
             if len(rows):
@@ -562,9 +575,7 @@ def _exact_segment(
     return best
 
 
-def _with_tile(
-    best: SearchResult, number: int, rows: NDArray[np.int64], tile: Floats, queries: Floats
-) -> SearchResult:
+def _with_tile(best: SearchResult, number: int, rows: NDArray[np.int64], tile: Floats, queries: Floats) -> SearchResult:
     """`best` with the rows of `tile` `[n, d]` taken in; rows come in increasing (segment, row) order."""
     approximate = queries @ tile.T
     k = best.rows.shape[1]
@@ -579,9 +590,7 @@ def _with_tile(
         exact = np.concatenate([best.scores[query], (tile[candidates] * queries[query]).sum(axis=1)])
         order = np.argsort(-exact, kind="stable")[:k]
         scores[query] = exact[order]
-        segments[query] = np.concatenate([best.segments[query], np.full(len(candidates), number, np.int32)])[
-            order
-        ]
+        segments[query] = np.concatenate([best.segments[query], np.full(len(candidates), number, np.int32)])[order]
         kept_rows[query] = np.concatenate([best.rows[query], rows[candidates]])[order]
     return SearchResult(scores=scores, segments=segments, rows=kept_rows)
 
@@ -603,9 +612,7 @@ def measure_recall(
     Raises UsageError when `exact_hits` are fewer than k wide, of other queries, or empty.
     """
     if exact_hits.rows.shape[0] != len(queries) or exact_hits.rows.shape[1] < k:
-        raise UsageError(
-            f"exact hits have shape {exact_hits.rows.shape}; expected [{len(queries)}, at least {k}]"
-        )
+        raise UsageError(f"exact hits have shape {exact_hits.rows.shape}; expected [{len(queries)}, at least {k}]")
     truth = _hit_numbers(exact_hits)[:, :k]
     num_true = int((truth >= 0).sum())
     if not num_true:
@@ -645,9 +652,7 @@ def tune_nprobe(
         nprobe = min(2 * nprobe, index.nlist)
 
 
-def _median_milliseconds(
-    index: VectorIndex, queries: Floats, k: int, live: Masks | None, nprobe: int
-) -> float:
+def _median_milliseconds(index: VectorIndex, queries: Floats, k: int, live: Masks | None, nprobe: int) -> float:
     seconds = []
     for query in queries[:_TIMED_QUERIES]:
         start = time.perf_counter()

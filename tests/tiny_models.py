@@ -84,14 +84,14 @@ def decoder(family: str = "llama", *, seed: int = 0, max_positions: int = MAX_PO
     }
     if family == "opt":
         sizes |= {"ffn_dim": 64, "word_embed_proj_dim": 16}
-    elif family not in ("gpt2",):
+    elif family != "gpt2":
         sizes |= {"intermediate_size": 64}
     if family in ("llama", "qwen2", "qwen3", "mistral"):
         sizes |= {"num_key_value_heads": 2}
     if family == "qwen3":
         sizes |= {"head_dim": 8}
     config = AutoConfig.for_model(family, **sizes)
-    return _randomised(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"), seed, 0.3)
+    return _randomised(AutoModelForCausalLM.from_config(config), seed, 0.3)
 
 
 def encoder_body(family: str = "bert", *, seed: int = 0) -> PreTrainedModel:
@@ -107,11 +107,16 @@ def encoder_body(family: str = "bert", *, seed: int = 0) -> PreTrainedModel:
         pad_token_id=0,
         **({} if family == "mpnet" else {"type_vocab_size": 2}),
     )
-    return _randomised(AutoModel.from_config(config, attn_implementation="sdpa"), seed, 0.15)
+    return _randomised(AutoModel.from_config(config), seed, 0.15)
 
 
 def decoder_folder(
-    folder: Path, family: str = "llama", *, seed: int = 0, chat: bool = True, max_positions: int = MAX_POSITIONS
+    folder: Path,
+    family: str = "llama",
+    *,
+    seed: int = 0,
+    chat: bool = True,
+    max_positions: int = MAX_POSITIONS,
 ) -> Path:
     """Write a decoder's model folder and return it."""
     decoder(family, seed=seed, max_positions=max_positions).save_pretrained(folder)
@@ -122,9 +127,7 @@ def decoder_folder(
         "additional_special_tokens": [IM_START, IM_END],
         "clean_up_tokenization_spaces": False,
     }
-    return _write_tokenizer(
-        folder, decoder_tokenizer(), settings | ({"chat_template": CHAT_TEMPLATE} if chat else {})
-    )
+    return _write_tokenizer(folder, decoder_tokenizer(), settings | ({"chat_template": CHAT_TEMPLATE} if chat else {}))
 
 
 def encoder_folder(folder: Path, family: str = "bert", *, seed: int = 0) -> Path:

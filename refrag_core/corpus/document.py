@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any
 
 from refrag_core.digests import JSON, canonical_json
 
@@ -103,18 +103,19 @@ class Reject:
         """`filtered` or `quarantined`."""
         return self.reason.disposition
 
-    def as_row(self) -> dict[str, str | int | bytes | None]:
-        """A row of `schemas.arrow.QUARANTINE`."""
-        return {
-            "document_id": self.document_id,
-            "reason": self.reason.value,
-            "detail": self.detail,
-            "disposition": self.disposition,
-            "source": self.source,
-            "position": self.position,
-            "source_digest": self.source_digest,
-            "raw": self.raw,
-        }
+
+def reject_row(reject: Reject) -> dict[str, str | int | bytes | None]:
+    """The reject as a row of `schemas.arrow.QUARANTINE`."""
+    return {
+        "document_id": reject.document_id,
+        "reason": reject.reason.value,
+        "detail": reject.detail,
+        "disposition": reject.disposition,
+        "source": reject.source,
+        "position": reject.position,
+        "source_digest": reject.source_digest,
+        "raw": reject.raw,
+    }
 
 
 class RecordError(Exception):
@@ -133,7 +134,8 @@ class Location:
 
     Args:
         path: absolute path or URL.
-        format: `jsonl` (a line), `spool` (a frame of a spool file), or `txt`, `md`, `html` (a whole file).
+        format: how to read what is there: `jsonl` and its field names (a line), `spool` (a frame of a spool
+            file), or `txt`, `md`, `html` (a whole file).
         offset: bytes from the file's start.
         length: bytes; -1 for the whole file.
     """
@@ -163,20 +165,8 @@ class ScannedDocument:
     importance: float | None = None
 
 
-class ScanRow(NamedTuple):
-    """A row of `schemas.arrow.SCAN_RUN`, its fields in the schema's order."""
-
-    document_id: str
-    source_digest: bytes
-    chunk_size: int
-    num_bytes: int
-    order: int
-    source: str
-    path: str
-    format: str
-    offset: int
-    length: int
-
+ScanRow = Mapping[str, Any]
+"""A row of `schemas.arrow.SCAN_RUN` by column name."""
 
 POSITION_BITS = 40
 """Bits of `order` that hold the position in the file; the file's number is above them."""

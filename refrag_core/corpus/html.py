@@ -9,14 +9,19 @@ from lxml import html as lxml_html
 
 from refrag_core.corpus.document import RecordError, RejectReason
 
-_DROPPED = frozenset("script style nav template noscript iframe svg object canvas title select button".split())
-_PARAGRAPHS = frozenset(
-    "p h1 h2 h3 h4 h5 h6 pre ul ol dl table blockquote figure section article main header footer aside hr".split()
-)
-_LINES = frozenset(
-    "address body br caption dd details dialog div dt fieldset figcaption form html legend li summary tbody tfoot "
-    "thead tr option".split()
-)
+# fmt: off
+_DROPPED = frozenset([
+    "button", "canvas", "iframe", "nav", "noscript", "object", "script", "select", "style", "svg", "template", "title",
+])
+_PARAGRAPHS = frozenset([
+    "article", "aside", "blockquote", "dl", "figure", "footer", "h1", "h2", "h3", "h4", "h5", "h6", "header", "hr",
+    "main", "ol", "p", "pre", "section", "table", "ul",
+])
+_LINES = frozenset([
+    "address", "body", "br", "caption", "dd", "details", "dialog", "div", "dt", "fieldset", "figcaption", "form",
+    "html", "legend", "li", "summary", "tbody", "tfoot", "thead", "tr",
+])
+# fmt: on
 _CELLS = frozenset(["td", "th"])
 
 _SPACES = re.compile(r"[ \t\n\r\f]+")

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from refrag_core.corpus.compression import DamagedFileError
 from refrag_core.corpus.document import RAW_BYTES
 
-_BOM = b"\xef\xbb\xbf"
-
 
 @dataclass(frozen=True, slots=True)
 class Line:
@@ -47,7 +45,7 @@ class _Held:
 
 
 def split_lines(blocks: Iterator[bytes], *, offset: int, max_bytes: int) -> Iterator[Line]:
-    """Lines of the joined `blocks`, whose first byte is at `offset` of the file; a BOM at 0 is left out.
+    """Lines of the joined `blocks`, whose first byte is at `offset` of the file.
 
     Holds one block and one line of at most `max_bytes` plus a block. Raises DamagedFileError as `blocks` does,
     with the number of the line that could not be read to its end and what there is of it.
@@ -59,16 +57,10 @@ def split_lines(blocks: Iterator[bytes], *, offset: int, max_bytes: int) -> Iter
             for end in ends:
                 held.add(end)
                 data, length = held.take()
-                yield _line(offset, number, data, length)
+                yield Line(offset, number, data, length)
                 offset, number = offset + length + 1, number + 1
             held.add(rest)
     except DamagedFileError as damage:
         raise DamagedFileError(damage.detail, number, held.take()[0]) from damage
     if held.length:
-        yield _line(offset, number, *held.take())
-
-
-def _line(offset: int, number: int, data: bytes, length: int) -> Line:
-    if offset == 0 and data.startswith(_BOM):
-        return Line(len(_BOM), number, data[len(_BOM) :], length - len(_BOM))
-    return Line(offset, number, data, length)
+        yield Line(offset, number, *held.take())

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from refrag_core.corpus.compression import DamagedFileError
@@ -104,8 +105,8 @@ def _portable(column: pa.Array) -> pa.Array:
         return _portable(column.storage)
     if pa.types.is_timestamp(kind):
         instant = column.cast(pa.timestamp(kind.unit)) if kind.tz else column
-        text = pa.compute.replace_substring(instant.cast(pa.string()), " ", "T", max_replacements=1)
-        return pa.compute.binary_join_element_wise(text, "Z", "") if kind.tz else text
+        text = pc.replace_substring_regex(instant.cast(pa.string()), r"^([-\d]+) ", r"\1T")
+        return pc.binary_join_element_wise(text, "Z", "") if kind.tz else text
     if pa.types.is_date(kind) or pa.types.is_time(kind):
         return column.cast(pa.string())
     if pa.types.is_duration(kind):

@@ -1,5 +1,6 @@
 """From the fields of one record to a document, or to the reason why it is none."""
 
+import codecs
 import json
 import math
 import re
@@ -21,18 +22,28 @@ MAX_ID_BYTES = 4096
 
 Fields = Mapping[str, Any]
 
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"?+', re.DOTALL)
 
 
 def parse_json_object(data: bytes) -> dict[str, Any]:
-    """The JSON object in `data`. Raises RecordError: invalid_utf8, malformed_json or wrong_type."""
+    """The JSON object in `data`. Raises RecordError: invalid_utf8, malformed_json or wrong_type.
+
+    A byte order mark before it is skipped: files are joined with theirs.
+    """
+    data = data.removeprefix(codecs.BOM_UTF8)
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise RecordError(RejectReason.INVALID_UTF8, f"byte {error.start} of the line is not UTF-8") from None
     _check_depth(data)
     try:
-        record = json.loads(text, parse_constant=_refuse_constant)
+        record = _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise RecordError(RejectReason.MALFORMED_JSON, f"not valid JSON: {error}") from None
     if not isinstance(record, dict):
@@ -77,7 +88,7 @@ def importance_of(fields: Fields, options: CorpusOptions) -> float | None:
     value = fields.get(options.chunk_size_field) if options.chunk_size_field else None
     if isinstance(value, RecordError):
         raise value
-    if value is None:
+    if value is None or value != value:  # NaN is a table's missing number
         return None
     number = float(value) if isinstance(value, int | float | Decimal) and not isinstance(value, bool) else math.nan
     if not 0 <= number <= 1:
@@ -128,10 +139,6 @@ def _check_depth(data: bytes) -> None:
     steps = np.isin(marks, (ord("["), ord("{"))).astype(np.int64) - np.isin(marks, (ord("]"), ord("}")))
     if len(steps) and steps.cumsum().max() > MAX_DEPTH:
         raise RecordError(RejectReason.MALFORMED_JSON, f"values nested more than {MAX_DEPTH} deep")
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def _kind(value: object) -> str:

@@ -27,13 +27,18 @@ def encode_frame(document: Document) -> bytes:
     return zstandard.ZstdCompressor(level=_LEVEL).compress(record)
 
 
+def decode_frame_bytes(frame: bytes) -> bytes:
+    """The canonical JSON in one frame. Raises ValueError when the bytes are not one."""
+    try:
+        return zstandard.ZstdDecompressor().decompress(frame)
+    except zstandard.ZstdError as error:
+        raise ValueError(f"not a spooled record: {error}") from error
+
+
 def decode_frame(frame: bytes) -> Document:
     """The document in one frame. Raises ValueError when the bytes are not one."""
-    try:
-        fields = json.loads(zstandard.ZstdDecompressor().decompress(frame))
-        return Document(fields["document_id"], fields["text"], fields["metadata"], fields["source"])
-    except (zstandard.ZstdError, KeyError, TypeError) as error:
-        raise ValueError(f"not a spooled record: {error}") from error
+    fields = json.loads(decode_frame_bytes(frame))
+    return Document(fields["document_id"], fields["text"], fields["metadata"], fields["source"])
 
 
 def publish_file(temporary: Path, *, folder: Path, prefix: str, suffix: str) -> Path:

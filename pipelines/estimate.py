@@ -1,0 +1,187 @@
+"""`refrag index plan`: what a build would do, make and take, before it does anything."""
+
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from refrag.pipelines.build import BuildOptions, differences, held_by
+from refrag.pipelines.components import Models, resolve_models
+from refrag.pipelines.engines import Engine
+from refrag.pipelines.plan import Plan, Row, cut_shards, default_shard_bytes, make_plan
+from refrag.pipelines.scan import merge_runs, resolve_duplicates, scan_corpus
+from refrag.pipelines.stages import run_device_stages
+from refrag_core.manifest import Manifest, latest_manifest, live_documents
+from refrag_core.storage import Store
+
+SAMPLE_BYTES = 96 << 10
+_WARM_UP_BYTES = 4 << 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanReport:
+    """The dry run's answer; counts of documents are exact, the rest is scaled up from a sample."""
+
+    documents_in: int
+    new: int
+    changed: int
+    unchanged: int
+    deleted: int
+    missing: int
+    rejected: Mapping[str, int]
+    shards: int
+    text_bytes: int
+    """UTF-8 bytes of the documents to encode."""
+    tokens: int
+    passages: int
+    chunks: int
+    disk_bytes: int
+    seconds: Mapping[str, float]
+    """Estimated seconds of work by stage on this machine; tokenizing overlaps with the rest."""
+    total_seconds: float
+    device: str
+    sample_documents: int
+    differences: tuple[str, ...]
+    """Why the build would need --rebuild."""
+
+
+def estimate_build(options: BuildOptions, engine: Engine) -> PlanReport:
+    """Scan the corpus, join it with the index, and time the stages on a sample. Writes nothing to the index."""
+    with tempfile.TemporaryDirectory(prefix="refrag-plan-") as temporary:
+        work = Path(temporary)
+        models = resolve_models(Store(work / "store"), options.models)
+        store = Store(options.output)
+        latest = latest_manifest(store)
+        changes = tuple(differences(latest, models)) if latest else ()
+        scan = scan_corpus(
+            options.corpus,
+            work / "scan",
+            chunk_sizes=models.chunk_sizes,
+            default_chunk_size=models.parameters.chunk_size,
+            map_units=engine.map,
+        )
+        duplicates = 0
+
+        def rows() -> Iterator[Row]:
+            nonlocal duplicates
+            for row, rejects in resolve_duplicates(merge_runs(scan.runs, work=work / "scan")):
+                duplicates += len(rejects)
+                yield row
+
+        plan = _plan(options, rows(), store, None if changes else latest, work, scan.text_bytes)
+        sample = _measure_sample(plan, models, work, score=options.score)
+        rejected = dict(scan.reasons) | ({"duplicate": duplicates} if duplicates else {})
+        return _report(plan, sample, models, scan.documents_in, rejected, changes)
+
+
+def _plan(
+    options: BuildOptions, rows: Iterator[Row], store: Store, parent: Manifest | None, work: Path, corpus_bytes: int
+) -> Plan:
+    return make_plan(
+        rows,
+        live_documents(store, parent) if parent is not None else iter(()),
+        folder=work / "plan",
+        target_shard_bytes=options.shard_bytes or default_shard_bytes(corpus_bytes),
+        delete_missing=options.delete_missing,
+        held=held_by(store, parent, options),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    documents: int
+    text_bytes: int
+    tokens: int
+    passages: int
+    chunks: int
+    disk_bytes: int
+    seconds: Mapping[str, float]
+
+
+def _sample_rows(plan: Plan, size: int) -> list[Row]:
+    """Documents of up to `size` text bytes, spread evenly over the shards, ordered by id."""
+    rows: list[Row] = []
+    for spec in plan.shards[:: max(1, len(plan.shards) // 8)]:
+        share, taken = size // min(8, len(plan.shards)), 0
+        documents = pq.read_table(spec.documents).to_pylist()
+        for row in documents[:: max(1, len(documents) // 64)]:
+            if taken and taken + row["num_bytes"] > share:
+                break
+            taken += row["num_bytes"]
+            rows.append(row)
+    return sorted(rows, key=lambda row: str(row["document_id"]).encode())
+
+
+def _measure_sample(plan: Plan, models: Models, work: Path, *, score: bool) -> _Sample | None:
+    """Run the real stages over a sample in a temporary folder; a small first round loads the models."""
+    if not plan.shards:
+        return None
+    _run_sample(_sample_rows(plan, _WARM_UP_BYTES), models, work, "warm-up", score=score)
+    return _run_sample(_sample_rows(plan, SAMPLE_BYTES), models, work, "sample", score=score)
+
+
+def _run_sample(rows: list[Row], models: Models, work: Path, name: str, *, score: bool) -> _Sample:
+    store, stages = Store(work / "store"), models.stages(score=score)
+    seconds: dict[str, float] = {}
+    totals: dict[str, int] = {"documents": 0, "passages": 0, "chunks": 0, "tokens": 0, "disk": 0}
+    for spec in cut_shards(rows, work / name, 1 << 62):
+        started = time.perf_counter()
+        tokenized = stages.tokenize(store, spec)
+        seconds["tokenize"] = seconds.get("tokenize", 0.0) + time.perf_counter() - started
+        result = run_device_stages(store, stages.device, spec, tokenized)
+        for receipt in result.receipts[1:]:
+            seconds[receipt.stage] = seconds.get(receipt.stage, 0.0) + receipt.seconds
+        for key, value in tokenized.rows.items():
+            totals[key] += value
+        totals["disk"] += sum(record.bytes for receipt in result.receipts for record in receipt.files.values())
+    return _Sample(
+        documents=len(rows),
+        text_bytes=sum(int(row["num_bytes"]) for row in rows),
+        tokens=totals["tokens"],
+        passages=totals["passages"],
+        chunks=totals["chunks"],
+        disk_bytes=totals["disk"],
+        seconds=seconds,
+    )
+
+
+def _report(
+    plan: Plan,
+    sample: _Sample | None,
+    models: Models,
+    documents_in: int,
+    rejected: Mapping[str, int],
+    changes: tuple[str, ...],
+) -> PlanReport:
+    text_bytes = sum(spec.num_bytes for spec in plan.shards)
+    scale = text_bytes / sample.text_bytes if sample and sample.text_bytes else 0.0
+    measured = asdict(sample) if sample else {}
+    seconds = {stage: round(value * scale, 2) for stage, value in measured.get("seconds", {}).items()}
+    device_seconds = sum(value for stage, value in seconds.items() if stage != "tokenize")
+
+    def scaled(name: str) -> int:
+        return round(measured.get(name, 0) * scale)
+
+    return PlanReport(
+        documents_in=documents_in,
+        new=plan.new,
+        changed=plan.changed,
+        unchanged=plan.unchanged,
+        deleted=plan.deleted,
+        missing=plan.missing,
+        rejected=rejected,
+        shards=len(plan.shards),
+        text_bytes=text_bytes,
+        tokens=scaled("tokens"),
+        passages=scaled("passages"),
+        chunks=scaled("chunks"),
+        disk_bytes=scaled("disk_bytes"),
+        seconds=seconds,
+        total_seconds=round(max(device_seconds, seconds.get("tokenize", 0.0)), 2),
+        device=models.device,
+        sample_documents=sample.documents if sample else 0,
+        differences=changes,
+    )

@@ -1,0 +1,363 @@
+"""The scan: every record of the corpus read once, as sorted runs of rows and as rejects with their reasons.
+
+A unit of the corpus becomes Parquet runs sorted by (document id, order); the runs are merged outside of
+memory into one stream ordered by document id, in which records of one id are neighbours. A scan always
+reads the whole corpus: whether a document has changed is decided by its content, never by file times.
+"""
+
+import heapq
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from refrag.schemas import arrow
+
+from refrag_core.chunking import chunk_size_for
+from refrag_core.corpus.document import (
+    Location,
+    Reject,
+    RejectReason,
+    ScannedDocument,
+    ScanRow,
+    position_of,
+    reject_row,
+)
+from refrag_core.corpus.readers import read_raw, read_unit
+from refrag_core.corpus.sources import CorpusOptions, ScanUnit, scan_units
+from refrag_core.corpus.spool import SpoolWriter, publish_file
+
+RUN_ROWS = 1 << 17
+"""Rows that are sorted in memory; a unit with more gets several runs."""
+
+FAN_IN = 64
+"""Runs that are merged at once."""
+
+DUPLICATE_RAW_BYTES = 64 << 20
+"""Bytes of duplicates kept beside their rejects in one scan; those beyond are named by position alone."""
+
+_MERGE_ROWS = 1024
+_REJECT_BYTES = 8 << 20
+_REJECT_ROWS = 1024
+
+MapUnits = Callable[[Callable[[ScanUnit], "ScanReceipt"], Iterable[ScanUnit]], Iterable["ScanReceipt"]]
+
+
+@dataclass(frozen=True, slots=True)
+class ScanReceipt:
+    """What the scan of one unit found.
+
+    Args:
+        unit: the unit's name.
+        runs: Parquet files of schemas.arrow.SCAN_RUN, each sorted by (document id, order).
+        rejects: Parquet file of schemas.arrow.QUARANTINE in scan order; None when nothing was rejected.
+        documents_in: records read, rejected ones too.
+        reasons: rejected records by reason.
+        text_bytes: UTF-8 bytes of the accepted records' text.
+        seconds: wall clock.
+    """
+
+    unit: str
+    runs: tuple[str, ...]
+    rejects: str | None
+    documents_in: int
+    reasons: Mapping[str, int]
+    text_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ScanResult:
+    """What the scan of the corpus found; fields as in ScanReceipt.
+
+    Args:
+        ignored: files left out, by suffix.
+    """
+
+    runs: tuple[str, ...]
+    rejects: tuple[str, ...]
+    documents_in: int
+    reasons: Mapping[str, int]
+    text_bytes: int
+    ignored: Mapping[str, int]
+
+
+def scan_corpus(
+    options: CorpusOptions,
+    work: Path,
+    *,
+    chunk_sizes: Sequence[int],
+    default_chunk_size: int,
+    map_units: MapUnits = map,
+    on_unit: Callable[[ScanReceipt], None] | None = None,
+) -> ScanResult:
+    """Scan all units of the corpus with `map_units`, which an engine provides.
+
+    Args:
+        work: folder of this build that every worker can write to.
+        chunk_sizes: what documents with a chunk size field may get, ascending.
+        default_chunk_size: chunk size of the other documents.
+        on_unit: called as each unit is done.
+
+    Raises CorpusError when the corpus as a whole cannot be read.
+    """
+    scan = partial(
+        scan_unit,
+        options=options,
+        work=work,
+        chunk_sizes=tuple(chunk_sizes),
+        default_chunk_size=default_chunk_size,
+    )
+    ignored: Counter[str] = Counter()
+    receipts: list[ScanReceipt] = []
+    for receipt in map_units(scan, scan_units(options, ignored=ignored)):
+        receipts.append(receipt)
+        if on_unit is not None:
+            on_unit(receipt)
+    return _total(receipts, ignored)
+
+
+def scan_unit(
+    unit: ScanUnit, options: CorpusOptions, *, work: Path, chunk_sizes: Sequence[int], default_chunk_size: int
+) -> ScanReceipt:
+    """Read one unit and publish its runs, rejects and spool in `work`; equal units give equal files."""
+    started = time.perf_counter()
+    work = work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        runs = stack.enter_context(_RunWriter(work, unit.name))
+        rejects = stack.enter_context(_RejectWriter(work, unit.name))
+        for record in read_unit(unit, options):
+            if isinstance(record, Reject):
+                rejects.add(record)
+            else:
+                runs.add(record, chunk_size_for(record.importance, chunk_sizes, default_chunk_size))
+        paths, reject_path = runs.close(), rejects.close()
+    return ScanReceipt(
+        unit=unit.name,
+        runs=paths,
+        rejects=reject_path,
+        documents_in=runs.documents + rejects.reasons.total(),
+        reasons=dict(sorted(rejects.reasons.items())),
+        text_bytes=runs.text_bytes,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _total(receipts: Sequence[ScanReceipt], ignored: Counter[str]) -> ScanResult:
+    reasons: Counter[str] = Counter()
+    for receipt in receipts:
+        reasons.update(receipt.reasons)
+    return ScanResult(
+        runs=tuple(path for receipt in receipts for path in receipt.runs),
+        rejects=tuple(receipt.rejects for receipt in receipts if receipt.rejects is not None),
+        documents_in=sum(receipt.documents_in for receipt in receipts),
+        reasons=dict(sorted(reasons.items())),
+        text_bytes=sum(receipt.text_bytes for receipt in receipts),
+        ignored=dict(sorted(ignored.items())),
+    )
+
+
+# --- what a unit writes -----------------------------------------------------------------------------
+
+
+def _sort_key(row: ScanRow) -> tuple[str, int]:
+    """Strings compare by code point, which is the order of their UTF-8 bytes."""
+    return row["document_id"], row["order"]
+
+
+def _temporary(folder: Path, kind: str) -> Path:
+    handle, name = tempfile.mkstemp(prefix=f".{kind}-", dir=folder)
+    os.close(handle)
+    return Path(name)
+
+
+class _RunWriter:
+    """Collects rows, spools the records that cannot be sought, and publishes a sorted run when full."""
+
+    def __init__(self, folder: Path, unit: str) -> None:
+        self.documents = self.text_bytes = 0
+        self._folder = folder
+        self._unit = unit
+        self._rows: list[dict[str, Any]] = []
+        self._paths: list[str] = []
+        self._spool = SpoolWriter(folder)
+
+    def __enter__(self) -> "_RunWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._spool.discard()
+
+    def add(self, record: ScannedDocument, chunk_size: int) -> None:
+        """Take one document; `path` stays empty until its spool has a name."""
+        location = record.location or Location("", "spool", *self._spool.add(record.document))
+        size = len(record.document.text.encode("utf-8"))
+        self._rows.append(
+            {
+                "document_id": record.document.document_id,
+                "source_digest": record.source_digest,
+                "chunk_size": chunk_size,
+                "num_bytes": size,
+                "order": record.order,
+                "source": record.document.source,
+                "path": location.path,
+                "format": location.format,
+                "offset": location.offset,
+                "length": location.length,
+            }
+        )
+        self.documents += 1
+        self.text_bytes += size
+        if len(self._rows) == RUN_ROWS:
+            self._publish()
+
+    def close(self) -> tuple[str, ...]:
+        """Publish what is left; the paths of all runs."""
+        self._publish()
+        return tuple(self._paths)
+
+    def _publish(self) -> None:
+        if not self._rows:
+            return
+        spool = self._spool.publish(self._unit)
+        rows = [row if row["path"] else row | {"path": str(spool)} for row in self._rows]
+        self._rows = []
+        self._paths.append(str(_write_run(sorted(rows, key=_sort_key), self._folder, self._unit)))
+
+
+def _write_run(rows: Iterable[ScanRow], folder: Path, prefix: str) -> Path:
+    """Publish rows that come sorted."""
+    temporary = _temporary(folder, "run")
+    try:
+        stream = iter(rows)
+        with pq.ParquetWriter(temporary, arrow.SCAN_RUN, compression="zstd") as writer:
+            while batch := list(islice(stream, 16 * _MERGE_ROWS)):
+                writer.write_table(pa.Table.from_pylist(batch, schema=arrow.SCAN_RUN))
+        return publish_file(temporary, folder=folder, prefix=prefix, suffix=".run.parquet")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class _RejectWriter:
+    """Writes rejects as they come, and publishes them together."""
+
+    def __init__(self, folder: Path, unit: str) -> None:
+        self.reasons: Counter[str] = Counter()
+        self._folder = folder
+        self._unit = unit
+        self._rows: list[dict[str, Any]] = []
+        self._bytes = 0
+        self._temporary: Path | None = None
+        self._writer: pq.ParquetWriter | None = None
+
+    def __enter__(self) -> "_RejectWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        if self._temporary is not None:
+            self._temporary.unlink(missing_ok=True)
+
+    def add(self, reject: Reject) -> None:
+        """Take one reject."""
+        self.reasons[reject.reason.value] += 1
+        self._rows.append(reject_row(reject))
+        self._bytes += len(reject.raw)
+        if len(self._rows) >= _REJECT_ROWS or self._bytes >= _REJECT_BYTES:
+            self._flush()
+
+    def close(self) -> str | None:
+        """Publish the rejects; the path, None when there are none."""
+        self._flush()
+        if self._writer is None or self._temporary is None:
+            return None
+        self._writer.close()
+        return str(publish_file(self._temporary, folder=self._folder, prefix=self._unit, suffix=".rejects.parquet"))
+
+    def _flush(self) -> None:
+        if not self._rows:
+            return
+        if self._writer is None:
+            self._temporary = _temporary(self._folder, "rejects")
+            self._writer = pq.ParquetWriter(self._temporary, arrow.QUARANTINE, compression="zstd")
+        self._writer.write_table(pa.Table.from_pylist(self._rows, schema=arrow.QUARANTINE))
+        self._rows, self._bytes = [], 0
+
+
+# --- one stream from all runs -----------------------------------------------------------------------
+
+
+def merge_runs(paths: Sequence[str], *, work: Path, fan_in: int = FAN_IN) -> Iterator[ScanRow]:
+    """Rows of all runs by (document id, order), holding about a thousand rows of `fan_in` runs at a time.
+
+    More runs than `fan_in` are first merged into fewer, in a folder of `work` that is removed at the end.
+    """
+    if len(paths) <= fan_in:
+        yield from _merged(paths)
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="merge-", dir=work) as temporary:
+        waiting = list(paths)
+        while len(waiting) > fan_in:
+            group, waiting = waiting[:fan_in], waiting[fan_in:]
+            waiting.append(str(_write_run(_merged(group), Path(temporary), f"{len(waiting)}")))
+            for path in group:
+                if Path(path).parent == Path(temporary):
+                    Path(path).unlink()
+        yield from _merged(waiting)
+
+
+def _merged(paths: Sequence[str]) -> Iterator[ScanRow]:
+    return heapq.merge(*(_run_rows(path) for path in paths), key=_sort_key)
+
+
+def _run_rows(path: str) -> Iterator[ScanRow]:
+    with pq.ParquetFile(path) as run:
+        for batch in run.iter_batches(batch_size=_MERGE_ROWS, use_threads=False):
+            yield from batch.to_pylist()
+
+
+def resolve_duplicates(
+    rows: Iterable[ScanRow], read: Callable[[ScanRow], bytes] = read_raw
+) -> Iterator[tuple[ScanRow, list[Reject]]]:
+    """The first record of each id in scan order, and its later ones as rejects.
+
+    Args:
+        rows: ordered by (document id, order).
+        read: the bytes of a record with other content, kept with its reject up to 64 MiB in all.
+    """
+    left = DUPLICATE_RAW_BYTES
+    for _, group in groupby(rows, key=lambda row: row["document_id"]):
+        first, *later = group
+        rejects = []
+        for row in later:
+            same = row["source_digest"] == first["source_digest"]
+            raw = b"" if same or left <= 0 else read(row)
+            left -= len(raw)
+            rejects.append(_duplicate(first, row, raw))
+        yield first, rejects
+
+
+def _duplicate(first: ScanRow, row: ScanRow, raw: bytes) -> Reject:
+    same = row["source_digest"] == first["source_digest"]
+    place = f"{first['source']} at {position_of(first['order'])}"
+    return Reject(
+        reason=RejectReason.DUPLICATE if same else RejectReason.DUPLICATE_ID,
+        detail=f"{'the same document is in' if same else 'another document of this id is in'} {place}",
+        source=row["source"],
+        position=position_of(row["order"]),
+        raw=raw,
+        document_id=row["document_id"],
+        source_digest=row["source_digest"],
+    )

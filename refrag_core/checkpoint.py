@@ -1,0 +1,385 @@
+"""A checkpoint: the trained REFRAG model as a folder of JSON and safetensors.
+
+    config.json               components, shapes and prompt template; written last
+    projection.safetensors    φ
+    policy.safetensors        the pointer policy
+
+Encoder body and decoder are references (`refrag_core.models`) with fingerprints; their weights are read only
+by whoever runs them. Serving hosts load projection and policy and never need the encoder. A reference that
+starts with "./" is a folder inside the checkpoint (a trained encoder, say).
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from refrag_core.decoder import Decoder, input_embedding_size
+from refrag_core.digests import JSON, digest_bytes, digest_json
+from refrag_core.encoder import EMBEDDING_FORM, POOLING, ChunkEncoder, encode_fingerprint
+from refrag_core.errors import ConfigError, FingerprintMismatchError, ModelNotFoundError
+from refrag_core.models import (
+    DEFAULT_DECODER,
+    DEFAULT_ENCODER,
+    fingerprint_model,
+    fingerprint_tokenizer,
+    resolve_model,
+)
+from refrag_core.policy import PointerPolicy, initialise_policy
+from refrag_core.projection import Projection, initialise_projection
+from refrag_core.template import PromptTemplate, make_template
+
+FORMAT = "refrag-checkpoint"
+FORMAT_VERSION = 1
+CONFIG_FILE = "config.json"
+PROJECTION_FILE = "projection.safetensors"
+POLICY_FILE = "policy.safetensors"
+
+DEFAULT_CHUNK_SIZE = 16
+DEFAULT_CHUNK_SIZES = (8, 16, 32)
+
+_INSIDE = "./"
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderConfig:
+    """The encoder whose embeddings the projection was made for."""
+
+    reference: str
+    fingerprint: str
+    """Of the body's config, weights and tokenizer."""
+    dim: int
+    """d_enc."""
+    embedding: str
+    """How the decoder's tokens get the body's input embeddings."""
+    pooling: str
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderConfig:
+    """The decoder that the projection maps into."""
+
+    reference: str
+    fingerprint: str
+    """Of its config, weights and tokenizer."""
+    tokenizer_fingerprint: str
+    dim: int
+    """d_dec, the width of its input embeddings."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyConfig:
+    """Shape of the pointer policy."""
+
+    query_dim: int = 0
+    """Width of the retriever's query vector that it reads; 0 for a policy that reads none."""
+    width: int = 256
+    num_heads: int = 4
+    num_layers: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointConfig:
+    """All of `config.json`."""
+
+    encoder: EncoderConfig
+    decoder: DecoderConfig
+    policy: PolicyConfig
+    template: PromptTemplate
+    chunk_size: int
+    """Tokens a chunk, unless a build asks for another of `chunk_sizes`."""
+    chunk_sizes: tuple[int, ...]
+    """Chunk sizes that the checkpoint serves."""
+    trained: bool
+    """False: the projection is random, and compressed chunks mean nothing to the decoder."""
+    seed: int
+
+    @property
+    def d_enc(self) -> int:
+        """Width of a chunk embedding."""
+        return self.encoder.dim
+
+    @property
+    def d_dec(self) -> int:
+        """Width of the decoder's input embeddings."""
+        return self.decoder.dim
+
+    @property
+    def encode_fingerprint(self) -> str:
+        """What an index's chunk embeddings must have been made with."""
+        return encode_fingerprint(
+            self.encoder.fingerprint,
+            self.decoder.tokenizer_fingerprint,
+            embedding=self.encoder.embedding,
+            pooling=self.encoder.pooling,
+        )
+
+    def to_json(self) -> dict[str, JSON]:
+        """The content of `config.json`."""
+        values = asdict(self) | {"template": self.template.to_json(), "chunk_sizes": list(self.chunk_sizes)}
+        return {"format": FORMAT, "format_version": FORMAT_VERSION, **values}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "CheckpointConfig":
+        """The config that `to_json` wrote. Raises ConfigError for anything else."""
+        _check_format(value)
+        fields = {key: item for key, item in value.items() if key not in ("format", "format_version")}
+        try:
+            config = cls(
+                **fields
+                | {
+                    "encoder": EncoderConfig(**fields["encoder"]),
+                    "decoder": DecoderConfig(**fields["decoder"]),
+                    "policy": PolicyConfig(**fields["policy"]),
+                    "template": PromptTemplate.from_json(fields["template"]),
+                    "chunk_sizes": tuple(fields["chunk_sizes"]),
+                }
+            )
+        except (KeyError, TypeError) as error:
+            raise ConfigError(
+                f"checkpoint config does not have the fields of format version {FORMAT_VERSION} ({error}); "
+                f"expected what this version of refrag writes: get the checkpoint again"
+            ) from error
+        _check_values(config)
+        return config
+
+
+def _check_format(value: Mapping[str, Any]) -> None:
+    if value.get("format") != FORMAT:
+        raise ConfigError(
+            f"config has format {value.get('format')!r}; expected {FORMAT!r}: give a checkpoint's folder, not a model's"
+        )
+    if value.get("format_version") != FORMAT_VERSION:
+        raise ConfigError(
+            f"checkpoint has format version {value.get('format_version')!r} and this refrag reads {FORMAT_VERSION}: "
+            f"use the refrag that wrote it, or a newer one"
+        )
+
+
+def _check_values(config: CheckpointConfig) -> None:
+    sizes = config.chunk_sizes
+    if not all(type(size) is int and size > 0 for size in sizes) or config.chunk_size not in sizes:
+        raise ConfigError(
+            f"checkpoint has chunk_size {config.chunk_size!r} and chunk_sizes {list(sizes)!r}; expected positive "
+            f"numbers of tokens, the first among the second"
+        )
+    widths = (config.encoder.dim, config.decoder.dim, config.policy.width, config.policy.num_heads)
+    if not all(type(width) is int and width > 0 for width in widths) or type(config.trained) is not bool:
+        raise ConfigError("checkpoint config has a width that is no positive number, or a 'trained' that is no boolean")
+    if (config.encoder.embedding, config.encoder.pooling) != (EMBEDDING_FORM, POOLING):
+        raise ConfigError(
+            f"checkpoint's encoder has embedding {config.encoder.embedding!r} and pooling {config.encoder.pooling!r}; "
+            f"this refrag has {EMBEDDING_FORM!r} and {POOLING!r}: use the refrag that wrote it"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Config, projection and policy in memory (float32, on the CPU until moved)."""
+
+    config: CheckpointConfig
+    projection: Projection
+    policy: PointerPolicy
+    folder: Path | None = None
+    """Where it was loaded from or saved to, None for one that is only in memory."""
+
+    @property
+    def encode_fingerprint(self) -> str:
+        """What an index's chunk embeddings must have been made with."""
+        return self.config.encode_fingerprint
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the config and all weights, but not of where encoder and decoder are on this machine."""
+        encoder = replace(self.config.encoder, reference="")
+        decoder = replace(self.config.decoder, reference="")
+        return digest_json(
+            {
+                "config": replace(self.config, encoder=encoder, decoder=decoder).to_json(),
+                "projection": digest_bytes(save(_state(self.projection))),
+                "policy": digest_bytes(save(_state(self.policy))),
+            }
+        )
+
+    def encoder_folder(self) -> Path:
+        """Folder of the encoder body on this machine. Raises ModelNotFoundError."""
+        return self._resolve(self.config.encoder.reference)
+
+    def decoder_folder(self) -> Path:
+        """Folder of the decoder on this machine. Raises ModelNotFoundError."""
+        return self._resolve(self.config.decoder.reference)
+
+    def _resolve(self, reference: str) -> Path:
+        if reference.startswith(_INSIDE) and self.folder is not None:
+            return resolve_model(str(self.folder / reference))
+        return resolve_model(reference)
+
+    def load_encoder(
+        self, *, device: str = "cpu", batch_rows: int | None = None, dtype: torch.dtype | None = None
+    ) -> ChunkEncoder:
+        """The chunk encoder, verified. Raises FingerprintMismatchError when body or tokenizer are others."""
+        body, decoder = self.encoder_folder(), self.decoder_folder()
+        _verify("encoder", body, fingerprint_model(body), self.config.encoder.fingerprint)
+        self._verify_tokenizer(decoder)
+        return ChunkEncoder.load(body, decoder, device=device, batch_rows=batch_rows, dtype=dtype)
+
+    def load_decoder(
+        self, *, device: str = "cpu", dtype: torch.dtype | None = None, attn_implementation: str | None = None
+    ) -> Decoder:
+        """The decoder, verified. Raises FingerprintMismatchError when weights or tokenizer are others."""
+        folder = self.decoder_folder()
+        self._verify_tokenizer(folder)
+        _verify("decoder", folder, fingerprint_model(folder), self.config.decoder.fingerprint)
+        return Decoder.load(folder, device=device, dtype=dtype, attn_implementation=attn_implementation)
+
+    def load_projection(self, *, device: str = "cpu") -> Projection:
+        """A copy of φ on `device`, float32."""
+        return deepcopy(self.projection).to(device)
+
+    def load_policy(self, *, device: str = "cpu") -> PointerPolicy:
+        """A copy of the policy on `device`, float32."""
+        return deepcopy(self.policy).to(device)
+
+    def _verify_tokenizer(self, folder: Path) -> None:
+        expected = self.config.decoder.tokenizer_fingerprint
+        _verify("decoder tokenizer", folder, fingerprint_tokenizer(folder), expected)
+
+    def save(self, folder: Path) -> "Checkpoint":
+        """Write the checkpoint, its config last, and return it as loaded from `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        _publish(folder / PROJECTION_FILE, save(_state(self.projection)))
+        _publish(folder / POLICY_FILE, save(_state(self.policy)))
+        text = json.dumps(self.config.to_json(), indent=2, sort_keys=True, ensure_ascii=False)
+        _publish(folder / CONFIG_FILE, f"{text}\n".encode())
+        return replace(self, folder=folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Checkpoint":
+        """The checkpoint in `folder`; encoder and decoder are not touched.
+
+        Raises ModelNotFoundError for a missing file and ConfigError for one that does not fit the config.
+        """
+        config = CheckpointConfig.from_json(_read_config(folder))
+        shape = config.policy
+        projection = Projection(config.encoder.dim, config.decoder.dim)
+        policy = PointerPolicy(
+            config.encoder.dim,
+            query_dim=shape.query_dim,
+            width=shape.width,
+            num_heads=shape.num_heads,
+            num_layers=shape.num_layers,
+        )
+        _load_state(projection, folder / PROJECTION_FILE)
+        _load_state(policy, folder / POLICY_FILE)
+        return cls(config, projection, policy, folder)
+
+
+def _verify(component: str, folder: Path, found: str, expected: str) -> None:
+    if found != expected:
+        raise FingerprintMismatchError(
+            f"the {component} in {folder} has fingerprint {found[:12]}, and the checkpoint was made with "
+            f"{expected[:12]}; expected the same model: get the one that the checkpoint names"
+        )
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(module.state_dict().items())}
+
+
+def _publish(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise ModelNotFoundError(
+            f"no checkpoint in {folder}: {CONFIG_FILE} is missing; expected a folder that refrag saved"
+        )
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON ({error}); expected a checkpoint's config") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds no JSON object; expected a checkpoint's config")
+    return value
+
+
+def _load_state(module: nn.Module, path: Path) -> None:
+    if not path.is_file():
+        raise ModelNotFoundError(f"the checkpoint lacks {path}; expected it beside {CONFIG_FILE}: get it complete")
+    try:
+        module.load_state_dict(load_file(path))
+    except (RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"{path} does not fit the checkpoint's config: {error}; get the checkpoint again") from error
+    module.eval()
+
+
+def initialise_checkpoint(
+    *,
+    encoder_reference: str = DEFAULT_ENCODER,
+    decoder_reference: str = DEFAULT_DECODER,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    chunk_sizes: tuple[int, ...] = DEFAULT_CHUNK_SIZES,
+    query_dim: int = 0,
+    question_first: bool = False,
+    seed: int = 0,
+) -> Checkpoint:
+    """An untrained checkpoint over two models, equal on every machine and run for equal arguments.
+
+    Raises ModelNotFoundError, UnsupportedDecoderError, and ConfigError for a body that is no encoder.
+    """
+    body, decoder = resolve_model(encoder_reference), resolve_model(decoder_reference)
+    d_enc = int(json.loads((body / CONFIG_FILE).read_text())["hidden_size"])
+    d_dec, output_rms = input_embedding_size(decoder)
+    config = CheckpointConfig(
+        encoder=EncoderConfig(encoder_reference, fingerprint_model(body), d_enc, EMBEDDING_FORM, POOLING),
+        decoder=DecoderConfig(decoder_reference, fingerprint_model(decoder), fingerprint_tokenizer(decoder), d_dec),
+        policy=PolicyConfig(query_dim=query_dim),
+        template=make_template(decoder, question_first=question_first),
+        chunk_size=chunk_size,
+        chunk_sizes=tuple(sorted({*chunk_sizes, chunk_size})),
+        trained=False,
+        seed=seed,
+    )
+    _check_values(config)
+    projection = initialise_projection(d_enc, d_dec, output_rms=output_rms, seed=seed)
+    return Checkpoint(config, projection, initialise_policy(d_enc, query_dim=query_dim, seed=seed + 1))
+
+
+def load_checkpoint(
+    reference: str | None = None, *, encoder: str | None = None, decoder: str | None = None, seed: int = 0
+) -> Checkpoint:
+    """The checkpoint that `reference` means; None initialises an untrained one.
+
+    Args:
+        reference: a folder, `package:<pip-name>` or hub id.
+        encoder, decoder: model references of the untrained one, by default DEFAULT_ENCODER and DEFAULT_DECODER.
+        seed: of the untrained one.
+
+    Raises ModelNotFoundError, and ConfigError when a checkpoint is given and other models are too.
+    """
+    if reference is None:
+        return initialise_checkpoint(
+            encoder_reference=encoder or DEFAULT_ENCODER, decoder_reference=decoder or DEFAULT_DECODER, seed=seed
+        )
+    if encoder or decoder:
+        raise ConfigError(
+            f"checkpoint {reference!r} was given together with an encoder or a decoder, and it names its own; "
+            f"expected one or the other: leave --encoder and --decoder out"
+        )
+    folder = Path(reference).expanduser()
+    return Checkpoint.load(folder if folder.exists() else resolve_model(reference))

@@ -1,0 +1,97 @@
+"""What an index holds, for a person or a script."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from refrag_core.digests import JSON
+from refrag_core.errors import UsageError
+from refrag_core.index_reader import IndexReader, PassageRef
+from refrag_core.manifest import list_versions
+from refrag_core.models import load_tokenizer, resolve_model
+from refrag_core.tables import iterate_rows
+
+
+def inspect_index(root: Path, version: int | None = None) -> dict[str, dict[str, Any]]:
+    """Counts, sizes, models and settings of one generation."""
+    reader = IndexReader(root, version)
+    manifest = reader.manifest
+    sizes: dict[str, int] = {}
+    for record in manifest.files.values():
+        kind = record.name.rsplit("/", 1)[-1].split("-")[0].removesuffix(".parquet")
+        folder = record.name.split("/", 1)[0]
+        name = kind if folder == "shards" else folder
+        sizes[name] = sizes.get(name, 0) + record.bytes
+    models = {role: value for role, value in asdict(manifest.components).items() if value is not None}
+    return {
+        "index": {
+            "version": manifest.version,
+            "versions": list_versions(reader.store)[-1],
+            "content_id": manifest.content_id,
+            "build_id": manifest.build_id,
+            "trained": manifest.checkpoint.trained,
+        },
+        "counts": {**asdict(manifest.counts), "shards": len(manifest.shards), "segments": len(manifest.segments)},
+        "quarantine": dict(manifest.quarantine.counts),
+        "models": {role: f"{value['reference']} {value['fingerprint'][:16]}" for role, value in models.items()},
+        "parameters": asdict(manifest.parameters),
+        "vector_index": asdict(manifest.vector_index),
+        "bytes": {**dict(sorted(sizes.items())), "total": sum(sizes.values())},
+    }
+
+
+def inspect_quarantine(root: Path, version: int | None = None) -> list[dict[str, JSON]]:
+    """Records that are not in the index, with their reasons; raw bytes as far as they are text."""
+    reader = IndexReader(root, version)
+    name = reader.manifest.quarantine.file
+    if name is None:
+        return []
+    rows = iterate_rows(reader.store.path(name))
+    return [{**row, "source_digest": _hex(row["source_digest"]), "raw": row["raw"].decode("utf-8", "replace")} for row in rows]
+
+
+def _hex(value: bytes | None) -> str | None:
+    return None if value is None else value.hex()
+
+
+def inspect_passage(root: Path, wanted: str, version: int | None = None) -> dict[str, Any]:
+    """One passage with its chunks; `wanted` is a passage id or `DOCUMENT#ORDINAL`.
+
+    Raises UsageError when the index has no such passage.
+    """
+    reader = IndexReader(root, version)
+    ref = next(_find(reader, wanted), None)
+    if ref is None:
+        raise UsageError(
+            f"no passage {wanted!r} in {root}: expected a passage id (32 hexadecimal characters, as `refrag index search "
+            "--json` prints it) or DOCUMENT#ORDINAL, like 'guide.txt#0'"
+        )
+    shown, fetched = reader.describe(ref), reader.fetch([ref])[0]
+    tokenizer = load_tokenizer(resolve_model(reader.manifest.components.tokenizer.reference))
+    chunks = []
+    for ordinal in range(shown.num_chunks):
+        ids = fetched.tokens[ordinal * fetched.chunk_size : (ordinal + 1) * fetched.chunk_size].tolist()
+        chunks.append(
+            {
+                "ordinal": ordinal,
+                "num_tokens": len(ids),
+                "tokens": ids,
+                "text": tokenizer.decode(ids, skip_special_tokens=False),
+                "nll": None if fetched.scores is None else float(fetched.scores[ordinal]),
+            }
+        )
+    return {**asdict(shown), "chunk_size": fetched.chunk_size, "chunks": chunks}
+
+
+def _find(reader: IndexReader, wanted: str) -> Iterator[PassageRef]:
+    document_id, _, ordinal = wanted.rpartition("#")
+    for number, shard in enumerate(reader.manifest.shards):
+        by_document = bool(document_id) and shard.first_document.encode() <= document_id.encode() <= shard.last_document.encode()
+        if document_id and not by_document:
+            continue
+        rows = iterate_rows(reader.store.path(shard.tables["passages"]), ["passage_id", "document_id", "ordinal"])
+        for at, row in enumerate(rows):
+            named = row["document_id"] == document_id and str(row["ordinal"]) == ordinal
+            if named or row["passage_id"].hex() == wanted:
+                yield PassageRef(number, at)

@@ -1,0 +1,229 @@
+"""The retriever: text in, one unit vector a text out, as a MiniLM-type sentence encoder was trained to.
+
+Unlike the chunk encoder it reads text through its own tokenizer, special tokens included. Mean pooling over
+the tokens and L2 normalisation, as sentence-transformers does for these models (Reimers & Gurevych,
+Sentence-BERT, arXiv:1908.10084). Notation: n texts, t tokens of a padded batch, d_ret width.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tokenizers import Encoding, Tokenizer
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor, nn
+
+from refrag_core.batching import SafeBatchSize, cache_dir, map_batches
+from refrag_core.digests import digest_json
+from refrag_core.encoder import load_body
+from refrag_core.errors import ConfigError
+from refrag_core.models import fingerprint_model, load_tokenizer
+
+MAX_POSITIONS = 512
+"""Tokens of a text that are read, special tokens included, where the body has as many positions."""
+
+PAD_MULTIPLE = 32
+CPU_BATCH_TOKENS = 8_192
+CUDA_BATCH_TOKENS = 262_144
+CPU_MIN_TOKENS = 64
+"""Fewer tokens in a CPU batch than this and matrix kernels for thin inputs round differently."""
+
+_RECIPE = "mean-l2-1"
+_TOKENIZED_AT_ONCE = 4_096
+_MODULES = ("Transformer", "Pooling", "Normalize")
+_POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "mpnet")
+
+
+class Retriever:
+    """Embeds passages and queries with one body. Build it with `load_retriever`.
+
+    Each text is padded to the next multiple of 32 of its own length and batched with texts of that padded
+    length alone: on a CPU (float32) its embedding has the same bits in any batch, order or company. On CUDA
+    (float16 autocast) it is within rounding of that.
+
+    Args:
+        body: BERT-like Hugging Face encoder without pooler; moved to `device`.
+        tokenizer: adds the special tokens that the body was trained with; neither pads nor truncates.
+        max_length: tokens of a text that are read, special tokens included.
+        pad_id: the body's padding token.
+        fingerprint: see `retriever_fingerprint`.
+        batch_tokens: padded tokens of a first batch; None takes the device's default.
+        remember: keep the batch sizes that fitted for the next process, in refrag's cache folder.
+    """
+
+    def __init__(
+        self,
+        body: Any,
+        tokenizer: Tokenizer,
+        *,
+        max_length: int,
+        pad_id: int,
+        fingerprint: str,
+        device: str = "cpu",
+        batch_tokens: int | None = None,
+        remember: bool = False,
+    ) -> None:
+        self.device = torch.device(device)
+        self.fingerprint = fingerprint
+        self.max_length = max_length
+        self._on_cuda = self.device.type == "cuda"
+        self._body = body.to(self.device).eval().requires_grad_(False)
+        self.dim = int(self._body.config.hidden_size)
+        self._tokenizer = tokenizer
+        self._tokenizer.enable_truncation(max_length)
+        self._pad_id = pad_id
+        self._batch_tokens = batch_tokens or (CUDA_BATCH_TOKENS if self._on_cuda else CPU_BATCH_TOKENS)
+        self._memory = cache_dir() / "batch_sizes.json" if remember else None
+
+    def embed(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.bool_]]:
+        """Passage embeddings float16 `[n, d_ret]`, unit length, and bool `[n]`: which texts were truncated."""
+        vectors, truncated = self._embed(texts)
+        return vectors.astype(np.float16), truncated
+
+    def embed_queries(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """Query embeddings float32 `[n, d_ret]`, unit length. A query beyond `max_length` loses its end."""
+        return self._embed(texts)[0]
+
+    def _embed(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+        vectors = np.empty((len(texts), self.dim), dtype=np.float32)
+        truncated = np.zeros(len(texts), dtype=np.bool_)
+        for start in range(0, len(texts), _TOKENIZED_AT_ONCE):
+            encodings = self._tokenizer.encode_batch(list(texts[start : start + _TOKENIZED_AT_ONCE]))
+            rows = slice(start, start + len(encodings))
+            truncated[rows] = [bool(encoding.overflowing) for encoding in encodings]
+            for length, members in self._buckets(encodings):
+                vectors[start + members] = self._embed_bucket([encodings[i].ids for i in members], length)
+        return vectors, truncated
+
+    def _buckets(self, encodings: Sequence[Encoding]) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+        """`(padded length, members)` of each padded length that occurs, longest first."""
+        lengths = np.array([len(encoding.ids) for encoding in encodings], dtype=np.int64)
+        padded = np.minimum(-(-lengths // PAD_MULTIPLE) * PAD_MULTIPLE, self.max_length)
+        for length in np.unique(padded)[::-1]:
+            yield int(length), np.flatnonzero(padded == length)
+
+    @torch.inference_mode()
+    def _embed_bucket(self, rows: Sequence[Sequence[int]], length: int) -> npt.NDArray[np.float32]:
+        """Float32 `[len(rows), d_ret]` of token ids that are padded to `length`."""
+        ids = np.full((len(rows), length), self._pad_id, dtype=np.int64)
+        mask = np.zeros((len(rows), length), dtype=np.int64)
+        for row, tokens in enumerate(rows):
+            ids[row, : len(tokens)] = tokens
+            mask[row, : len(tokens)] = 1
+        vectors = np.empty((len(rows), self.dim), dtype=np.float32)
+
+        def run(start: int, stop: int) -> npt.NDArray[np.float32]:
+            return self._forward(ids[start:stop], mask[start:stop])
+
+        for start, stop, made in map_batches(run, len(rows), self._batch_size(length), self._release):
+            vectors[start:stop] = made
+        return vectors
+
+    def _forward(self, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        repeats = np.ones(len(ids), dtype=np.int64)
+        if not self._on_cuda:
+            repeats[-1] += max(0, -(-CPU_MIN_TOKENS // ids.shape[1]) - len(ids))
+        token_ids = torch.from_numpy(ids.repeat(repeats, axis=0)).to(self.device)
+        attention = torch.from_numpy(mask.repeat(repeats, axis=0)).to(self.device)
+        with torch.autocast(self.device.type, dtype=torch.float16, enabled=self._on_cuda):
+            hidden: Tensor = self._body(input_ids=token_ids, attention_mask=attention).last_hidden_state
+        pooled = mean_pool(hidden, attention)[: len(ids)]
+        made: npt.NDArray[np.float32] = nn.functional.normalize(pooled, dim=1).cpu().numpy()
+        return made
+
+    def _batch_size(self, length: int) -> SafeBatchSize:
+        name = torch.cuda.get_device_name(self.device) if self._on_cuda else "cpu"
+        key = f"embed/{name}/{self.fingerprint}/{length}"
+        return SafeBatchSize(key, max(1, self._batch_tokens // length), self._memory)
+
+    def _release(self) -> None:
+        if self._on_cuda:
+            torch.cuda.empty_cache()
+
+
+def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Mean of `hidden` `[b, t, d]` over the positions where `mask` `[b, t]` is 1, float32 `[b, d]`."""
+    weights = mask[:, :, None].to(torch.float32)
+    return (hidden.to(torch.float32) * weights).sum(dim=1) / weights.sum(dim=1)
+
+
+def load_retriever(path: Path, device: str = "cpu") -> Retriever:
+    """The retriever in folder `path` (see `models.resolve_model`); `device` "auto" takes a GPU if there is one.
+
+    Raises ConfigError for a model that is to be used in another way than mean pooling of a BERT-like body
+    without prompts, or whose tokenizer has no special tokens, and ModelNotFoundError for missing weights.
+    """
+    _refuse_other_recipes(path)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    body: Any = load_body(path)
+    return Retriever(
+        body,
+        _tokenizer(path),
+        max_length=min(MAX_POSITIONS, _num_positions(body.config)),
+        pad_id=int(body.config.pad_token_id or 0),
+        fingerprint=retriever_fingerprint(path),
+        device=device,
+        remember=True,
+    )
+
+
+def retriever_fingerprint(path: Path) -> str:
+    """Hash of config, weights, tokenizer, special tokens, pooling and length: of all that a vector depends on."""
+    post_processor = json.loads(_tokenizer(path).to_str())["post_processor"]
+    return digest_json([_RECIPE, MAX_POSITIONS, PAD_MULTIPLE, post_processor, fingerprint_model(path)])
+
+
+def _num_positions(config: Any) -> int:
+    """RoBERTa and its kin count positions from behind the padding index."""
+    reserved = max(config.pad_token_id or 0, 1) + 1 if config.model_type in _POSITIONS_AFTER_PADDING else 0
+    return int(config.max_position_embeddings) - reserved
+
+
+def _tokenizer(path: Path) -> Tokenizer:
+    """The model's tokenizer with its special tokens around a text, written in it or named beside it."""
+    tokenizer = load_tokenizer(path)
+    if tokenizer.encode("").ids:
+        return tokenizer
+    settings = _json(path / "tokenizer_config.json")
+    first, last = (_token_text(settings.get(name)) for name in ("cls_token", "sep_token"))
+    ids = [None if token is None else tokenizer.token_to_id(token) for token in (first, last)]
+    if None in ids:
+        raise ConfigError(
+            f"the tokenizer in {path} adds no special tokens and names no cls_token and sep_token; expected "
+            "those of a sentence encoder: save the tokenizer with its post-processor"
+        )
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"{first} $A {last}", special_tokens=list(zip((first, last), ids, strict=True))
+    )
+    return tokenizer
+
+
+def _token_text(token: Any) -> str | None:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _refuse_other_recipes(path: Path) -> None:
+    """A sentence-transformers folder says how its vectors are made; vectors made otherwise would be wrong."""
+    modules = json.loads((path / "modules.json").read_text()) if (path / "modules.json").is_file() else []
+    names = [str(module["type"]).rpartition(".")[2] for module in modules]
+    pooling = _json(path / "1_Pooling" / "config.json")
+    modes = [name for name, on in pooling.items() if name.startswith("pooling_mode_") and on is True]
+    if isinstance(pooling.get("pooling_mode"), str):
+        modes.append(f"pooling_mode_{pooling['pooling_mode']}_tokens")
+    prompts = [text for text in _json(path / "config_sentence_transformers.json").get("prompts", {}).values() if text]
+    found = [name for name in names if name not in _MODULES] + [mode for mode in modes if "mean_tokens" not in mode]
+    found += [f"prompt {text!r}" for text in prompts]
+    if found:
+        raise ConfigError(
+            f"the retriever in {path} asks for {', '.join(found)}; expected mean pooling and L2 normalisation "
+            "alone: choose a MiniLM-type model"
+        )

@@ -1,0 +1,461 @@
+"""The runtime: a question against a prebuilt index → an answer, with what it cost.
+
+retrieve → fetch → select → compose → prefill → decode, each a small step over plain values. The chunk encoder
+is not loaded: chunk embeddings come from the index's memory map.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from refrag_core.checkpoint import Checkpoint, load_checkpoint
+from refrag_core.chunk_cache import CachedChunkEncoder, ChunkCache, DiskChunkCache, MemoryChunkCache
+from refrag_core.chunking import ChunkingOptions, chunk_rows, cut_passages, passage_id, tokenize_documents
+from refrag_core.composition import Composed, ContextPassage, compose, pad_batch
+from refrag_core.decoder import FINISHED, Decoder, TextStream
+from refrag_core.devices import resolve_device
+from refrag_core.errors import FingerprintMismatchError, UntrainedProjectionError
+from refrag_core.index_reader import FetchedPassage, IndexReader, PassageRef
+from refrag_core.models import fingerprint_tokenizer, resolve_model
+from refrag_core.policy import PolicyName, policy_logits, select
+from refrag_core.retrieval import Searcher, matching_retriever
+
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskOptions:
+    """How one question is answered."""
+
+    top_k: int = 5
+    policy: PolicyName = "learned"
+    expansion_fraction: float = 0.1
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    strict: bool = False
+    """Fail instead of dropping passages that do not fit the decoder."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """Where the time went (milliseconds) and what the decoder saw."""
+
+    retrieval_ms: float
+    """Query embedding and search."""
+    fetch_ms: float
+    encode_ms: float
+    """Encoding of text that is not in the index; 0 without any."""
+    policy_ms: float
+    compose_ms: float
+    prefill_ms: float
+    """Prefill and the choice of the first token."""
+    ttft_ms: float
+    """Request in → first token out."""
+    ttit_ms: float
+    """Mean time between tokens; 0 for a single one."""
+    new_tokens: int
+    num_chunks: int
+    num_expanded: int
+    context_tokens: int
+    """Tokens of the passages used."""
+    decoder_positions: int
+    """Slots of the whole prompt."""
+    compression: float
+    """Context tokens over the slots that they took."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UsedPassage:
+    """A passage in the prompt and what became of its chunks."""
+
+    rank: int
+    score: float | None
+    """Inner product of unit vectors in retrieval; None for a passage that did not come from there."""
+    doc_id: str
+    passage: str
+    text: str
+    metadata: Mapping[str, Any]
+    chunk_size: int
+    num_chunks: int
+    expanded: tuple[int, ...]
+    """Ordinals of the chunks given as full tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """An answer, the passages behind it, and its cost."""
+
+    question: str
+    answer: str
+    passages: tuple[UsedPassage, ...]
+    dropped: tuple[str, ...]
+    """Documents of the lowest-ranked passages that did not fit the decoder."""
+    stats: Stats
+    policy: str
+    expansion_fraction: float
+    trained: bool
+    """Whether the projection behind compressed chunks was trained."""
+    version: int
+    """Generation of the index."""
+
+
+def check_untrained(trained: bool, policy: str | None, expansion_fraction: float | None, allow: bool) -> None:
+    """Raise UntrainedProjectionError when an untrained projection would have to carry meaning.
+
+    Args:
+        policy, expansion_fraction: as the user gave them; None where not given.
+    """
+    all_expanded = policy == "all" or (expansion_fraction == 1.0 and policy != "none")
+    nothing_asked = policy is None and expansion_fraction is None
+    if trained or allow or all_expanded or nothing_asked:
+        return
+    raise UntrainedProjectionError(
+        "compressed chunks were asked for, but the projection of this index's checkpoint was never trained and would "
+        "feed the decoder noise; expected a trained checkpoint (`refrag index build --checkpoint FOLDER`): leave "
+        "--policy and --expansion-fraction out to expand every chunk, or pass --allow-untrained to see the noise"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class GivenPassage:
+    """A passage that came with the request, not from the index."""
+
+    name: str
+    text: str
+    passage: str
+    """Passage id, hexadecimal."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The passages of one prompt, best first, with their columns and the chunks to expand."""
+
+    sources: Sequence[tuple[PassageRef | GivenPassage, float | None]]
+    """Where each passage is from, and its score in retrieval."""
+    fetched: Sequence[FetchedPassage]
+    expansion_mask: Mask
+    """bool over all chunks of all passages, in order."""
+
+
+class Runtime:
+    """An open index with retriever, policy, projection and decoder. Build it with `open`."""
+
+    def __init__(
+        self, searcher: Searcher, checkpoint: Checkpoint, decoder: Decoder, *, chunk_cache: Path | None = None
+    ) -> None:
+        self.searcher = searcher
+        self.reader = searcher.reader
+        self.decoder = decoder
+        self.checkpoint = checkpoint
+        self.chunk_cache = chunk_cache
+        self.template = checkpoint.config.template
+        self.trained = checkpoint.config.trained
+        self.projection = checkpoint.projection.to(decoder.device).requires_grad_(False)
+        self.policy = checkpoint.policy.to(decoder.device).requires_grad_(False)
+
+    @classmethod
+    def open(
+        cls,
+        root: Path,
+        *,
+        version: int | None = None,
+        decoder: str | None = None,
+        retriever: str | None = None,
+        checkpoint: str | None = None,
+        chunk_cache: Path | None = None,
+        device: str = "auto",
+    ) -> "Runtime":
+        """Open a generation of the index at `root`: verify its manifest, map its tables, load the models.
+
+        Args:
+            decoder, retriever, checkpoint: references in place of those that the index names.
+            chunk_cache: file that keeps the chunk embeddings of text outside the index between runs.
+
+        Raises CorruptIndexError, ModelNotFoundError, and FingerprintMismatchError when a model is not the one that
+        the index was made for.
+        """
+        device = resolve_device(device)
+        reader = IndexReader(root, version)
+        opened = load_checkpoint(checkpoint or str(reader.store.path(reader.manifest.checkpoint.folder)))
+        _check_encode_fingerprint(opened, reader)
+        folder = resolve_model(decoder) if decoder else opened.decoder_folder()
+        _check_tokenizer(folder, reader)
+        searcher = Searcher(reader, matching_retriever(reader, retriever, device))
+        return cls(searcher, opened, Decoder.load(folder, device=device), chunk_cache=chunk_cache)
+
+    # --- text outside the index
+
+    @cached_property
+    def chunk_encoder(self) -> CachedChunkEncoder:
+        """The checkpoint's encoder behind the chunk cache: loaded only for text that the index does not hold."""
+        encoder = self.checkpoint.load_encoder(device=str(self.decoder.device))
+        caches: list[ChunkCache] = [MemoryChunkCache(encoder.dim)]
+        if self.chunk_cache is not None:
+            caches.append(DiskChunkCache(self.chunk_cache, encoder.dim))
+        return CachedChunkEncoder(encoder, caches)
+
+    def encode_text(self, name: str, text: str) -> list[tuple["GivenPassage", FetchedPassage]]:
+        """A text cut into passages and encoded now, as the index would have done it; the cache spares repetition."""
+        parameters = self.reader.manifest.parameters
+        options = ChunkingOptions(parameters.chunk_size, parameters.max_passage_tokens)
+        (tokens,) = tokenize_documents([text], self.decoder.tokenizer)
+        made = []
+        for passage in cut_passages(text, tokens, options):
+            ids = tokens.ids[passage.token_start : passage.token_end]
+            embeddings = self.chunk_encoder.encode(*chunk_rows(ids, parameters.chunk_size))
+            given = GivenPassage(name, passage.text, passage_id(name, passage.text, passage.ordinal).hex())
+            made.append((given, FetchedPassage(ids, parameters.chunk_size, embeddings, None)))
+        return made
+
+    # --- the steps
+
+    def retrieve(self, question: str, top_k: int) -> list[tuple[PassageRef, float]]:
+        """Where the nearest passages are, best first, with their scores."""
+        return self.searcher.retrieve(question, top_k)
+
+    def fetch(self, refs: Sequence[tuple[PassageRef, float]]) -> list[FetchedPassage]:
+        """Tokens, chunk embeddings and scores of passages, from the memory map."""
+        return self.reader.fetch([ref for ref, _ in refs])
+
+    def select(
+        self, fetched: Sequence[FetchedPassage], options: AskOptions, query: npt.NDArray[np.float32] | None = None
+    ) -> Mask:
+        """expansion_mask over all chunks of all passages. Raises MissingScoresError for `perplexity` without scores."""
+        num_chunks = sum(len(passage.embeddings) for passage in fetched)
+        logits = nll = None
+        if options.policy == "learned" and num_chunks:
+            embeddings = np.concatenate([passage.embeddings for passage in fetched])
+            logits = policy_logits(self.policy, embeddings, query if self.policy.query_dim else None)
+        if all(passage.scores is not None for passage in fetched) and fetched:
+            nll = np.concatenate([passage.scores for passage in fetched if passage.scores is not None])
+        if not num_chunks:
+            return np.zeros(0, bool)
+        return select(
+            options.policy,
+            num_chunks=num_chunks,
+            expansion_fraction=options.expansion_fraction,
+            logits=logits,
+            nll=nll,
+            seed=options.seed,
+        )
+
+    def compose(
+        self, question: str, fetched: Sequence[FetchedPassage], expansion_mask: Mask, options: AskOptions
+    ) -> Composed:
+        """The decoder's mixed input: one slot for a compressed chunk, its tokens for an expanded one."""
+        return compose(
+            self.template,
+            [ContextPassage(p.tokens, p.chunk_size, p.embeddings) for p in fetched],
+            expansion_mask,
+            self.decoder.tokenizer.encode(question, add_special_tokens=False).ids,
+            embed=self.decoder.embed,
+            project=self.projection,
+            device=self.decoder.device,
+            max_positions=self.decoder.max_positions,
+            max_new_tokens=options.max_new_tokens,
+            strict=options.strict,
+        )
+
+    # --- all together
+
+    def ask(
+        self,
+        question: str,
+        options: AskOptions | None = None,
+        *,
+        given: Mapping[str, str] | None = None,
+        on_text: Callable[[str], object] | None = None,
+    ) -> Answer:
+        """Answer a question from the index.
+
+        Args:
+            given: texts by name that stand before the retrieved passages; encoded now, through the chunk cache.
+            on_text: gets each piece of the answer's text as soon as it is certain.
+        """
+        options = options or AskOptions()
+        clock = _Clock()
+        query = self.searcher.embed(question)
+        refs = self.reader.search(query, options.top_k)
+        clock.lap("retrieval")
+        fetched = self.fetch(refs)
+        clock.lap("fetch")
+        extra = [made for name, text in (given or {}).items() for made in self.encode_text(name, text)]
+        clock.lap("encode")
+        columns = [*(columns for _, columns in extra), *fetched]
+        mask = self.select(columns, options, query)
+        clock.lap("policy")
+        sources = [*((passage, None) for passage, _ in extra), *refs]
+        return self._generate(question, options, Selection(sources, columns, mask), clock, on_text)
+
+    def answer_from(self, question: str, passages: Sequence[PassageRef], options: AskOptions) -> Answer:
+        """Answer from these passages instead of retrieved ones; none at all is the closed-book answer."""
+        clock = _Clock()
+        sources = [(ref, None) for ref in passages]
+        fetched = self.reader.fetch(passages)
+        clock.lap("fetch")
+        query = self.searcher.embed(question) if options.policy == "learned" and self.policy.query_dim else None
+        mask = self.select(fetched, options, query)
+        clock.lap("policy")
+        return self._generate(question, options, Selection(sources, fetched, mask), clock, None)
+
+    def _generate(
+        self,
+        question: str,
+        options: AskOptions,
+        chosen: Selection,
+        clock: "_Clock",
+        on_text: Callable[[str], object] | None,
+    ) -> Answer:
+        composed = self.compose(question, chosen.fetched, chosen.expansion_mask, options)
+        clock.lap("compose")
+        steps = self.decoder.generate(
+            pad_batch([composed.inputs_embeds]),
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            seed=options.seed,
+        )
+        text, new_tokens = self._decode(steps, clock, on_text)
+        return Answer(
+            question=question,
+            answer=text.strip(),
+            passages=self._used(chosen, composed),
+            dropped=self._dropped(chosen, composed),
+            stats=_stats(chosen, composed, clock, new_tokens),
+            policy=options.policy,
+            expansion_fraction=options.expansion_fraction,
+            trained=self.trained,
+            version=self.reader.manifest.version,
+        )
+
+    def _decode(
+        self, steps: Iterator[list[int]], clock: "_Clock", on_text: Callable[[str], object] | None
+    ) -> tuple[str, int]:
+        stream, pieces, count = TextStream(self.decoder.tokenizer), [], 0
+        for (token,) in steps:
+            if count == 0:
+                clock.lap("prefill")
+            count += 1
+            if token != FINISHED and token not in self.decoder.eos_ids:
+                pieces.append(stream.push(token))
+                if on_text is not None and pieces[-1]:
+                    on_text(pieces[-1])
+        clock.lap("decode")
+        pieces.append(stream.finish())
+        if on_text is not None and pieces[-1]:
+            on_text(pieces[-1])
+        return "".join(pieces), count
+
+    def _used(self, chosen: Selection, composed: Composed) -> tuple[UsedPassage, ...]:
+        used, start = [], 0
+        kept = composed.arrangement.num_passages
+        for rank, ((source, score), fetched) in enumerate(zip(chosen.sources[:kept], chosen.fetched, strict=False), 1):
+            stop = start + len(fetched.embeddings)
+            used.append(self._used_passage(rank, source, score, fetched, chosen.expansion_mask[start:stop]))
+            start = stop
+        return tuple(used)
+
+    def _used_passage(
+        self, rank: int, source: PassageRef | GivenPassage, score: float | None, fetched: FetchedPassage, expanded: Mask
+    ) -> UsedPassage:
+        if isinstance(source, GivenPassage):
+            doc_id, passage, text, metadata = source.name, source.passage, source.text, {}
+        else:
+            shown = self.reader.describe(source)
+            doc_id, passage, text, metadata = shown.document_id, shown.passage_id, shown.text, dict(shown.metadata)
+        return UsedPassage(
+            rank=rank,
+            score=None if score is None else round(score, 4),
+            doc_id=doc_id,
+            passage=passage,
+            text=text,
+            metadata=metadata,
+            chunk_size=fetched.chunk_size,
+            num_chunks=len(fetched.embeddings),
+            expanded=tuple(int(i) for i in np.flatnonzero(expanded)),
+        )
+
+    def _dropped(self, chosen: Selection, composed: Composed) -> tuple[str, ...]:
+        sources = [source for source, _ in chosen.sources[composed.arrangement.num_passages :]]
+        return tuple(
+            source.name if isinstance(source, GivenPassage) else self.reader.describe(source).document_id
+            for source in sources
+        )
+
+
+class _Clock:
+    """Lap times in milliseconds from the moment the request came in."""
+
+    def __init__(self) -> None:
+        self.started = self._last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+        self.ends: dict[str, float] = {}
+
+    def lap(self, step: str) -> None:
+        """End a step."""
+        now = time.perf_counter()
+        self.laps[step] = 1000 * (now - self._last)
+        self.ends[step] = 1000 * (now - self.started)
+        self._last = now
+
+
+def _stats(chosen: Selection, composed: Composed, clock: _Clock, new_tokens: int) -> Stats:
+    arrangement = composed.arrangement
+    kept = chosen.fetched[: arrangement.num_passages]
+    num_chunks = sum(len(passage.embeddings) for passage in kept)
+    context_tokens = sum(len(passage.tokens) for passage in kept)
+    slots = _context_slots(kept, chosen.expansion_mask)
+    return Stats(
+        retrieval_ms=round(clock.laps.get("retrieval", 0.0), 3),
+        fetch_ms=round(clock.laps["fetch"], 3),
+        encode_ms=round(clock.laps.get("encode", 0.0), 3),
+        policy_ms=round(clock.laps["policy"], 3),
+        compose_ms=round(clock.laps["compose"], 3),
+        prefill_ms=round(clock.laps["prefill"], 3),
+        ttft_ms=round(clock.ends["prefill"], 3),
+        ttit_ms=round(clock.laps["decode"] / (new_tokens - 1), 3) if new_tokens > 1 else 0.0,
+        new_tokens=new_tokens,
+        num_chunks=num_chunks,
+        num_expanded=arrangement.num_expanded,
+        context_tokens=context_tokens,
+        decoder_positions=len(arrangement.ids),
+        compression=round(context_tokens / slots, 3) if slots else 1.0,
+    )
+
+
+def _context_slots(passages: Sequence[FetchedPassage], expansion_mask: Mask) -> int:
+    slots = start = 0
+    for passage in passages:
+        stop = start + len(passage.embeddings)
+        lengths = np.full(stop - start, passage.chunk_size)
+        lengths[-1:] = len(passage.tokens) - passage.chunk_size * (stop - start - 1)
+        slots += int(np.where(expansion_mask[start:stop], lengths, 1).sum())
+        start = stop
+    return slots
+
+
+def _check_encode_fingerprint(checkpoint: Checkpoint, reader: IndexReader) -> None:
+    needed = reader.manifest.components.encoder
+    if checkpoint.encode_fingerprint != needed.fingerprint:
+        raise FingerprintMismatchError(
+            f"the checkpoint's encoder has fingerprint {checkpoint.encode_fingerprint[:12]}, the index was encoded with "
+            f"{needed.fingerprint[:12]} ({needed.reference}): open it with the checkpoint that it was built with, or "
+            "rebuild it with `refrag index build CORPUS --rebuild --checkpoint …`"
+        )
+
+
+def _check_tokenizer(folder: Path, reader: IndexReader) -> None:
+    needed, found = reader.manifest.components.tokenizer, fingerprint_tokenizer(folder)
+    if found != needed.fingerprint:
+        raise FingerprintMismatchError(
+            f"the decoder in {folder} has a tokenizer with fingerprint {found[:12]}, the index holds tokens of "
+            f"{needed.fingerprint[:12]} ({needed.reference}): take that decoder, or rebuild the index for this one"
+        )
