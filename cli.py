@@ -59,7 +59,10 @@ IndexArgument = Annotated[Path, typer.Argument(help="Folder of the index.", show
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the index.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Corpus = Annotated[
-    list[str], typer.Argument(help="Folders, globs or files: .txt .md .html .jsonl .parquet, .gz and .zst of them.", show_default=False)
+    list[str],
+    typer.Argument(
+        help="Folders, globs or files: .txt .md .html .jsonl .parquet, .gz and .zst of them.", show_default=False
+    ),
 ]
 IdField = Annotated[str, typer.Option(help="Field of a record that holds its id; '' makes ids from the content.")]
 TextField = Annotated[str, typer.Option(help="Field of a record that holds its text.")]
@@ -71,7 +74,9 @@ MaxDocumentBytes = Annotated[int, typer.Option(help="Longest document; longer on
 Checkpoint = Annotated[
     str | None, typer.Option(help="Folder of a trained checkpoint; default: an untrained, deterministic one.")
 ]
-Encoder = Annotated[str | None, typer.Option(help="Encoder body of the untrained checkpoint: folder, hub id or package.")]
+Encoder = Annotated[
+    str | None, typer.Option(help="Encoder body of the untrained checkpoint: folder, hub id or package.")
+]
 Decoder = Annotated[str | None, typer.Option(help="Decoder: folder, hub id (with @revision) or package.")]
 Retriever = Annotated[str | None, typer.Option(help="Retriever: folder, hub id or package. Default: all-minilm-l6-v2.")]
 ChunkSize = Annotated[int | None, typer.Option(help="Tokens a chunk (k); default: the checkpoint's.")]
@@ -80,9 +85,13 @@ ChunkSizeField = Annotated[
 ]
 MaxPassageTokens = Annotated[int, typer.Option(help="Tokens a passage at most.", min=1)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
-Workers = Annotated[int | None, typer.Option(help="Tokenizing processes; 0 runs in this process. Default: CPUs - 1.", min=0)]
+Workers = Annotated[
+    int | None, typer.Option(help="Tokenizing processes; 0 runs in this process. Default: CPUs - 1.", min=0)
+]
 Score = Annotated[bool, typer.Option("--score", help="Add per-chunk perplexity, which the perplexity policy needs.")]
-MinRecall = Annotated[float, typer.Option(help="Recall@10 of the vector index under which nothing is published.", min=0, max=1)]
+MinRecall = Annotated[
+    float, typer.Option(help="Recall@10 of the vector index under which nothing is published.", min=0, max=1)
+]
 ShardBytes = Annotated[int | None, typer.Option(help="Text bytes a shard; default: by the size of the corpus.", min=1)]
 Rebuild = Annotated[bool, typer.Option("--rebuild", help="Encode all anew where models or settings have changed.")]
 DeleteMissing = Annotated[
@@ -93,14 +102,16 @@ RetryQuarantined = Annotated[
 ]
 TopK = Annotated[int, typer.Option("--top-k", help="Passages to retrieve.", min=1)]
 ExpansionFraction = Annotated[
-    float | None, typer.Option(help="Share of chunks given as full tokens (p). Default: .1; all where untrained.", min=0, max=1)
+    float | None,
+    typer.Option(help="Share of chunks given as full tokens (p). Default: .1; all where untrained.", min=0, max=1),
 ]
 Policy = Annotated[PolicyName | None, typer.Option(help="Who chooses the chunks to expand. Default: learned.")]
 AllowUntrained = Annotated[
     bool, typer.Option("--allow-untrained", help="Compress with an untrained projection all the same (noise).")
 ]
 Questions = Annotated[
-    Path, typer.Option(help='JSON lines: {"id", "question", "answers": […], "gold": [document ids]}.', show_default=False)
+    Path,
+    typer.Option(help='JSON lines: {"id", "question", "answers": […], "gold": [document ids]}.', show_default=False),
 ]
 
 
@@ -128,7 +139,7 @@ def _warn(message: str) -> None:
 
 def _bytes(count: int) -> str:
     size, unit = float(count), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):  # noqa: B007
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if size < 1024 or unit == "TiB":
             break
         size /= 1024
@@ -265,7 +276,9 @@ def index_build(
 
 def _print_build(report: "BuildReport", output: Path) -> None:
     state = "committed" if report.committed else "already up to date"
-    changes = f"{report.new:,} new, {report.changed:,} changed, {report.unchanged:,} unchanged, {report.deleted:,} deleted"
+    changes = (
+        f"{report.new:,} new, {report.changed:,} changed, {report.unchanged:,} unchanged, {report.deleted:,} deleted"
+    )
     _print_rows(
         [
             ("index", f"{output} version {report.version}, {state}"),
@@ -284,6 +297,8 @@ def _print_build(report: "BuildReport", output: Path) -> None:
     )
     for reason, count in report.reasons.items():
         print(f"  {reason}: {count:,}")
+    if report.ignored:
+        print(f"left out files of unknown formats: {', '.join(f'{v:,} {k}' for k, v in report.ignored.items())}")
     if report.missing:
         print(f"{report.missing:,} documents are no longer in the corpus and were kept; --delete-missing removes them")
     if report.truncated_passages:
@@ -412,14 +427,20 @@ def index_repair(
         return
     for name in report.repaired:
         print(f"repaired {name}")
+    for name in report.lost:
+        print(f"lost {name}: only older generations need it; they can no longer be rolled back to")
     print(f"{len(report.repaired)} files repaired, version {report.version}, build id {report.build_id}")
 
 
 @index_app.command("inspect")
 def index_inspect(
     index: IndexArgument,
-    passage: Annotated[str | None, typer.Option(help="Show one passage with its chunks: its id, or DOCUMENT#ORDINAL.")] = None,
-    quarantine: Annotated[bool, typer.Option("--quarantine", help="List the records that are not in the index.")] = False,
+    passage: Annotated[
+        str | None, typer.Option(help="Show one passage with its chunks: its id, or DOCUMENT#ORDINAL.")
+    ] = None,
+    quarantine: Annotated[
+        bool, typer.Option("--quarantine", help="List the records that are not in the index.")
+    ] = False,
     version: Annotated[int | None, typer.Option(help="Generation; default: the newest.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -537,7 +558,9 @@ def ask(
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus of the sampling.", min=0, max=1)] = 1.0,
     seed: Annotated[int, typer.Option(help="Of sampling and of the random policy.")] = 0,
-    strict: Annotated[bool, typer.Option("--strict", help="Fail instead of dropping passages that do not fit.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail instead of dropping passages that do not fit.")
+    ] = False,
     context: Annotated[
         list[Path] | None, typer.Option(help="Text files to read besides the index; encoded now. May be repeated.")
     ] = None,
@@ -587,8 +610,8 @@ def _print_answer(answer: "Answer") -> None:
     s = answer.stats
     print(
         f"\nfirst token {s.ttft_ms:,.1f} ms = retrieval {s.retrieval_ms:,.1f} + fetch {s.fetch_ms:,.2f} + policy "
-        f"{s.policy_ms:,.2f} + compose {s.compose_ms:,.1f} + prefill {s.prefill_ms:,.1f}; then {s.ttit_ms:,.1f} ms a token\n"
-        f"{s.context_tokens:,} context tokens in {s.num_chunks:,} chunks, {s.num_expanded:,} expanded: "
+        f"{s.policy_ms:,.2f} + compose {s.compose_ms:,.1f} + prefill {s.prefill_ms:,.1f};\n"
+        f"then {s.ttit_ms:,.1f} ms a token. {s.context_tokens:,} context tokens in {s.num_chunks:,} chunks, {s.num_expanded:,} expanded: "
         f"{s.decoder_positions:,} decoder positions, compression {s.compression:.2f}x"
     )
 
@@ -670,7 +693,9 @@ def _fractions(text: str | None, *, trained: bool) -> list[float]:
     except ValueError:
         fractions = [-1.0]
     if not all(0 <= fraction <= 1 for fraction in fractions):
-        raise UsageError(f"--expansion-fraction {text!r}: expected numbers from 0 to 1 separated by commas, like 0,.1,.25")
+        raise UsageError(
+            f"--expansion-fraction {text!r}: expected numbers from 0 to 1 separated by commas, like 0,.1,.25"
+        )
     return fractions
 
 
@@ -681,7 +706,7 @@ class _Interrupted(BaseException):
     """Ctrl-C or SIGTERM. Not KeyboardInterrupt, which Typer would turn into exit code 1 without a word."""
 
 
-def _interrupt(number: int, frame: object) -> None:
+def _interrupt(*_: object) -> None:
     raise _Interrupted
 
 

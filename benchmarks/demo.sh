@@ -25,7 +25,7 @@ say "verifying every file"
 "$bin/refrag" index verify "$index"
 
 say "asking a question"
-question="Which instrument did Louis Armstrong play?"
+question="In which city was the poet Omar Khayyam born?"
 echo "$question"
 "$bin/refrag" ask "$index" "$question" --top-k 3 --max-new-tokens 48
 

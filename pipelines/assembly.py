@@ -1,8 +1,10 @@
 """From finished shards to a manifest: quarantine, tombstones, files, content id, and the accounts."""
 
+import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -11,7 +13,7 @@ import pyarrow.parquet as pq
 from refrag.pipelines.plan import Plan
 from refrag.pipelines.receipts import Rejected
 from refrag.schemas import arrow
-from refrag_core.digests import digest_json
+from refrag_core.digests import canonical_json, digest_json
 from refrag_core.errors import AccountingError, CorpusError
 from refrag_core.manifest import (
     NOTHING,
@@ -26,14 +28,15 @@ from refrag_core.manifest import (
     read_tombstones,
 )
 from refrag_core.storage import FileRecord, Store
-from refrag_core.tables import iterate_rows, write_table
+from refrag_core.tables import iterate_rows, open_table, write_table
 
 Removed = Mapping[str, Sequence[tuple[int, int, int]]]
 """Per shard: `(document row, first passage row, number of passages)` of removed documents."""
 
 STAGE_REASONS = frozenset({"tokenize_failed", "encode_failed", "embed_failed", "score_failed"})
 FILTERED = "filtered"
-_ORDER = [(name, "ascending") for name in ("source", "position", "reason", "document_id")]
+_IDENTITY = ("document_id", "reason", "disposition", "source", "position", "source_digest")
+_REJECTS_A_BATCH = 256
 
 
 # --- quarantine -------------------------------------------------------------------------------------
@@ -55,8 +58,8 @@ def stage_reject_row(entry: Rejected) -> dict[str, Any]:
 
 def held_digests(store: Store, manifest: Manifest) -> dict[str, bytes]:
     """Source digest of each document that a stage had to quarantine: not tried again until it changes."""
-    rows = _quarantined(store, manifest)
-    return {row["document_id"]: row["source_digest"] for row in rows if row["reason"] in STAGE_REASONS}
+    rows = _stage_rejects(store, manifest)
+    return {row["document_id"]: row["source_digest"] for row in rows}
 
 
 def held_rows(store: Store, manifest: Manifest | None, plan: Plan) -> list[dict[str, Any]]:
@@ -64,34 +67,52 @@ def held_rows(store: Store, manifest: Manifest | None, plan: Plan) -> list[dict[
     held = {row["document_id"] for row in plan.held}
     if manifest is None or not held:
         return []
-    rows = _quarantined(store, manifest)
-    return [row for row in rows if row["document_id"] in held and row["reason"] in STAGE_REASONS]
+    return [row for row in _stage_rejects(store, manifest) if row["document_id"] in held]
 
 
-def _quarantined(store: Store, manifest: Manifest) -> Iterable[dict[str, Any]]:
-    return iterate_rows(store.path(manifest.quarantine.file)) if manifest.quarantine.file else ()
+def _stage_rejects(store: Store, manifest: Manifest) -> Iterator[dict[str, Any]]:
+    if manifest.quarantine.file is not None:
+        rows = iterate_rows(store.path(manifest.quarantine.file), batch_rows=_REJECTS_A_BATCH)
+        yield from (row for row in rows if row["reason"] in STAGE_REASONS)
 
 
-def publish_quarantine(
-    store: Store, rows: Sequence[Mapping[str, Any]], tables: Sequence[str]
-) -> tuple[QuarantineInfo, FileRecord | None, Counter[str]]:
+def write_rejects(rows: Iterable[Mapping[str, Any]], path: Path) -> str:
+    """Write quarantine rows to a file of this run."""
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=arrow.QUARANTINE), path, compression="zstd")
+    return str(path)
+
+
+def publish_quarantine(store: Store, parts: Sequence[str]) -> tuple[QuarantineInfo, FileRecord | None, Counter[str]]:
     """Write down every record that is not in the index; returns the info, its file, and counts by disposition.
 
     Args:
-        rows: duplicates and the stages' rejects.
-        tables: paths of the scan's Parquet files of rejects.
+        parts: Parquet files of rejects, copied one after another; however many there are, one batch is in memory.
     """
-    parts = [pa.Table.from_pylist(list(rows), schema=arrow.QUARANTINE)]
-    parts += [pq.read_table(path).cast(arrow.QUARANTINE) for path in tables]
-    table = pa.concat_tables(parts).sort_by(_ORDER)
-    if table.num_rows == 0:
-        return QuarantineInfo(None, {}), None, Counter()
-    reasons = Counter(table.column("reason").to_pylist())
-    identity = table.select(["document_id", "reason", "source", "position", "source_digest"]).to_pylist()
-    key = digest_json([[str(value) for value in row.values()] for row in identity])[:32]
-    record = store.publish(f"quarantine/{key}.parquet", lambda path: write_table(path, table))
-    dispositions = Counter(table.column("disposition").to_pylist())
+    reasons: Counter[str] = Counter()
+    dispositions: Counter[str] = Counter()
+    hasher = hashlib.sha256()
+    for row in _rows_of(parts, _IDENTITY):
+        hasher.update(canonical_json([str(value) for value in row.values()]))
+        reasons[row["reason"]] += 1
+        dispositions[row["disposition"]] += 1
+    if not reasons:
+        return QuarantineInfo(None, {}), None, dispositions
+    name = f"quarantine/{hasher.hexdigest()[:32]}.parquet"
+    record = store.publish(name, lambda path: _concatenate(parts, path))
     return QuarantineInfo(record.name, dict(sorted(reasons.items()))), record, dispositions
+
+
+def _rows_of(parts: Sequence[str], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for part in parts:
+        yield from iterate_rows(Path(part), columns)
+
+
+def _concatenate(parts: Sequence[str], path: Path) -> None:
+    with pq.ParquetWriter(path, arrow.QUARANTINE, compression="zstd") as writer:
+        for part in parts:
+            with open_table(Path(part)) as file:
+                for batch in file.iter_batches(batch_size=_REJECTS_A_BATCH):
+                    writer.write_batch(batch.cast(arrow.QUARANTINE))
 
 
 # --- tombstones -------------------------------------------------------------------------------------
@@ -113,7 +134,7 @@ def surviving(shards: Iterable[Shard], removed: Removed) -> list[Shard]:
 
 def publish_tombstones(store: Store, removed: Removed) -> tuple[TombstoneInfo | None, FileRecord | None]:
     """Write down the removed documents of the shards that stay."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"shard": name, "document": document, "first_passage": first, "num_passages": count}
         for name, entries in removed.items()
         for document, first, count in entries

@@ -15,13 +15,12 @@ from refrag.pipelines.indexing import BuiltIndex, build_vector_index, live_passa
 from refrag.pipelines.plan import Plan, Row, ShardSpec, default_shard_bytes, make_plan, without
 from refrag.pipelines.progress import Progress, Silent
 from refrag.pipelines.receipts import Receipt, Rejected
-from refrag.pipelines.scan import ScanResult, merge_runs, resolve_duplicates, scan_corpus
+from refrag.pipelines.scan import RejectWriter, ScanResult, merge_runs, resolve_duplicates, scan_corpus
 from refrag.pipelines.stages import ShardResult, add_table
-from refrag_core.corpus.document import Reject, reject_row
 from refrag_core.corpus.sources import CorpusOptions
 from refrag_core.errors import FingerprintMismatchError
 from refrag_core.manifest import NOTHING, Manifest, ParentInfo, Shard, commit, latest_manifest, live_documents
-from refrag_core.storage import WORK, FileRecord, Store
+from refrag_core.storage import WORK, Store
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +69,8 @@ class BuildReport:
     """Documents that the corpus no longer has and the index keeps."""
     reasons: Mapping[str, int]
     """Filtered and quarantined documents by reason."""
+    ignored: Mapping[str, int]
+    """Files of unknown formats, by suffix."""
     truncated_passages: int
     """Passages longer than the retriever's positions."""
     recall_at_10: float
@@ -97,7 +98,9 @@ def build_index(options: BuildOptions, engine: Engine, progress: Progress | None
         models = resolve_models(store, options.models)
         latest = latest_manifest(store)
         parent = _base(store, latest, models, rebuild=options.rebuild)
-        return build_from(options, engine, progress or Silent(), store=store, models=models, latest=latest, parent=parent)
+        return build_from(
+            options, engine, progress or Silent(), store=store, models=models, latest=latest, parent=parent
+        )
 
 
 def build_from(
@@ -139,7 +142,7 @@ class _Build:
         self.progress = progress
         self.store = store
         self.steps: defaultdict[str, float] = defaultdict(float)
-        self.duplicates: list[Reject] = []
+        self.duplicates: str | None = None
         # Intermediate files of this execution alone; receipts lie beside it and outlive it.
         self.work = store.path(f"{WORK}/run-{os.uname().nodename}-{os.getpid()}")
 
@@ -186,9 +189,9 @@ class _Build:
         )
 
     def _unique_rows(self, scan: ScanResult) -> Iterator[Row]:
-        for row, rejects in resolve_duplicates(merge_runs(scan.runs, work=self.work / "scan")):
-            self.duplicates.extend(rejects)
-            yield row
+        with RejectWriter(self.work, "duplicates") as duplicates:
+            yield from resolve_duplicates(merge_runs(scan.runs, work=self.work / "scan"), duplicates.add)
+            self.duplicates = duplicates.close()
 
     def _run_stages(self, models: Models, plan: Plan, parent: Manifest | None) -> _Outcome:
         stages = models.stages(score=self.options.score or _has_scores(parent))
@@ -267,10 +270,9 @@ class _Build:
         removed: assembly.Removed,
         index: BuiltIndex,
     ) -> tuple[Manifest, Counter[str]]:
-        rows = [reject_row(reject) for reject in self.duplicates]
-        rows += [assembly.stage_reject_row(entry) for entry in outcome.rejected]
-        rows += assembly.held_rows(self.store, parent, plan)
-        quarantine, quarantine_file, dispositions = assembly.publish_quarantine(self.store, rows, scan.rejects)
+        quarantine, quarantine_file, dispositions = assembly.publish_quarantine(
+            self.store, self._rejects(scan, parent, plan, outcome)
+        )
         tombstones, tombstone_file = assembly.publish_tombstones(self.store, removed)
         known = dict(latest.files) if latest else {}
         known |= {record.name: record for receipt in outcome.receipts for record in receipt.files.values()}
@@ -299,6 +301,14 @@ class _Build:
             held_in_index=manifest.counts.documents,
         )
         return manifest, dispositions
+
+    def _rejects(self, scan: ScanResult, parent: Manifest | None, plan: Plan, outcome: _Outcome) -> list[str]:
+        """Parquet files of all rejects: the scan's, the duplicates', and those of the stages, then and now."""
+        rows = [assembly.stage_reject_row(entry) for entry in outcome.rejected]
+        rows += assembly.held_rows(self.store, parent, plan)
+        rows.sort(key=lambda row: str(row["document_id"]).encode())
+        stages = [assembly.write_rejects(rows, self.work / "stages.rejects.parquet")] if rows else []
+        return [*scan.rejects, *([self.duplicates] if self.duplicates else []), *stages]
 
     def _report(
         self,
@@ -330,6 +340,7 @@ class _Build:
             deleted=plan.deleted,
             missing=plan.missing,
             reasons=manifest.quarantine.counts,
+            ignored=scan.ignored,
             truncated_passages=sum(int(r.facts.get("truncated", 0)) for r in outcome.receipts),
             recall_at_10=manifest.vector_index.recall_at_10,
             seconds=round(seconds, 3),
@@ -360,7 +371,10 @@ def held_by(store: Store, parent: Manifest | None, options: BuildOptions) -> dic
 def differences(latest: Manifest, models: Models) -> list[str]:
     """What the index was built with and this run would not use; fingerprints count, names do not."""
     now = models.components(scorer=_has_scores(latest))
-    pairs = [(name, getattr(latest.components, name), getattr(now, name)) for name in ("tokenizer", "encoder", "retriever", "scorer")]
+    pairs = [
+        (name, getattr(latest.components, name), getattr(now, name))
+        for name in ("tokenizer", "encoder", "retriever", "scorer")
+    ]
     found = [
         f"{name} {old.reference} ({old.fingerprint[:12]}), now {new.reference} ({new.fingerprint[:12]})"
         for name, old, new in pairs
@@ -368,4 +382,3 @@ def differences(latest: Manifest, models: Models) -> list[str]:
     ]
     before, after = asdict(latest.parameters), asdict(models.parameters)
     return found + [f"{name} {before[name]}, now {after[name]}" for name in before if before[name] != after[name]]
-

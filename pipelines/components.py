@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from refrag.pipelines.stages import EmbedStage, EncodeStage, ScoreStage, Stages, TokenizeStage
-from refrag_core.checkpoint import DEFAULT_DECODER, DEFAULT_ENCODER, Checkpoint, initialise_checkpoint, load_checkpoint
+from refrag_core.checkpoint import Checkpoint, initialise_checkpoint, load_checkpoint
 from refrag_core.devices import resolve_device
 from refrag_core.errors import ConfigError
 from refrag_core.manifest import CheckpointInfo, Component, Components, Parameters
-from refrag_core.models import DEFAULT_RETRIEVER, fingerprint_model, resolve_model
+from refrag_core.models import DEFAULT_DECODER, DEFAULT_ENCODER, DEFAULT_RETRIEVER, fingerprint_model, resolve_model
 from refrag_core.storage import FileRecord, Store
 
 
@@ -128,8 +128,8 @@ def _checkpoint(options: ModelOptions) -> Checkpoint:
         )
     if options.encoder or options.decoder:
         raise ConfigError(
-            "--checkpoint was given with --encoder or --decoder: a checkpoint names both itself; leave them out, or leave "
-            "out --checkpoint for an untrained one over these two"
+            "--checkpoint was given with --encoder or --decoder: a checkpoint names both itself; leave them out, or "
+            "leave out --checkpoint for an untrained one over these two"
         )
     return load_checkpoint(options.checkpoint)
 

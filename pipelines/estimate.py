@@ -2,6 +2,7 @@
 
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,17 +64,14 @@ def estimate_build(options: BuildOptions, engine: Engine) -> PlanReport:
             default_chunk_size=models.parameters.chunk_size,
             map_units=engine.map,
         )
-        duplicates = 0
-
-        def rows() -> Iterator[Row]:
-            nonlocal duplicates
-            for row, rejects in resolve_duplicates(merge_runs(scan.runs, work=work / "scan")):
-                duplicates += len(rejects)
-                yield row
-
-        plan = _plan(options, rows(), store, None if changes else latest, work, scan.text_bytes)
+        rejected = Counter(scan.reasons)
+        rows = resolve_duplicates(
+            merge_runs(scan.runs, work=work / "scan"),
+            lambda reject: rejected.update([reject.reason.value]),
+            lambda _: b"",
+        )
+        plan = _plan(options, rows, store, None if changes else latest, work, scan.text_bytes)
         sample = _measure_sample(plan, models, work, score=options.score)
-        rejected = dict(scan.reasons) | ({"duplicate": duplicates} if duplicates else {})
         return _report(plan, sample, models, scan.documents_in, rejected, changes)
 
 
@@ -163,7 +161,7 @@ def _report(
     device_seconds = sum(value for stage, value in seconds.items() if stage != "tokenize")
 
     def scaled(name: str) -> int:
-        return round(measured.get(name, 0) * scale)
+        return round(int(measured.get(name, 0)) * scale)
 
     return PlanReport(
         documents_in=documents_in,

@@ -101,6 +101,14 @@ def _segment(store: Store, quantizer: str, dim: int, shards: list[Shard]) -> tup
     return Segment(record.name, [s.name for s in shards], sum(s.passages for s in shards)), record
 
 
+def _unchanged(parent: Manifest, shards: Sequence[Shard], live: Live) -> bool:
+    """Whether the parent's segments cover exactly these shards, with as many dead passages as now."""
+    same = [s.tables["vectors"] for s in shards] == [s.tables["vectors"] for s in parent.shards]
+    covered = sum(segment.rows for segment in parent.segments) == sum(shard.passages for shard in shards)
+    dead = sum(int((~mask).sum()) for mask in live.values())
+    return same and covered and dead == (parent.tombstones.passages if parent.tombstones else 0)
+
+
 def _kept(parent: Manifest | None, spec: IndexSpec, shards: Sequence[Shard]) -> list[Segment]:
     """The parent's segments when its quantizer still fits: same kind, list count within a factor of 4."""
     if parent is None:
@@ -133,6 +141,9 @@ def build_vector_index(
 
     Raises RecallGateError when even freshly trained segments stay below `min_recall`.
     """
+    if parent is not None and _unchanged(parent, shards, live):
+        names = [parent.vector_index.quantizer, *(segment.file for segment in parent.segments)]
+        return BuiltIndex(parent.segments, parent.vector_index, [parent.files[name] for name in names])
     spec = choose_index(sum(shard.passages for shard in shards), dim)
     kept = _kept(parent, spec, shards)
     queries = _held_out_queries(store, shards, live, retriever)
@@ -151,7 +162,13 @@ def build_vector_index(
 
 
 def _train(
-    store: Store, engine: Engine, shards: Sequence[Shard], spec: IndexSpec, *, live: Live, queries: npt.NDArray[np.float32]
+    store: Store,
+    engine: Engine,
+    shards: Sequence[Shard],
+    spec: IndexSpec,
+    *,
+    live: Live,
+    queries: npt.NDArray[np.float32],
 ) -> BuiltIndex:
     quantizer = _quantizer(store, shards, spec)
     made = list(engine.map(partial(_segment, store, quantizer.name, spec.dim), _groups(shards)))
@@ -193,15 +210,18 @@ def _measured(
 ) -> BuiltIndex:
     """Tune nprobe on the held-out queries against exact search over the stored embeddings."""
     by_name = {shard.name: shard for shard in shards}
-    order = [by_name[name] for segment in segments for name in segment.shards]
     masks = live_by_segment(segments, by_name, live)
     index = VectorIndex.open([store.path(segment.file) for segment in segments], nprobe=1)
     blocks = (list(_blocks(store, [by_name[name] for name in segment.shards], dim)) for segment in segments)
     nprobe, recall = _tune(index, blocks, queries, masks)
     info = VectorIndexInfo(
-        kind=kind, nlist=nlist, nprobe=nprobe, quantizer=files[0].name, recall_at_10=round(recall, 4), queries=len(queries)
+        kind=kind,
+        nlist=nlist,
+        nprobe=nprobe,
+        quantizer=files[0].name,
+        recall_at_10=round(recall, 4),
+        queries=len(queries),
     )
-    assert len(order) == len(shards)
     return BuiltIndex(segments, info, files)
 
 
@@ -227,9 +247,7 @@ def live_by_segment(
     return masks
 
 
-def _held_out_queries(
-    store: Store, shards: Sequence[Shard], live: Live, retriever: Any
-) -> npt.NDArray[np.float32]:
+def _held_out_queries(store: Store, shards: Sequence[Shard], live: Live, retriever: Any) -> npt.NDArray[np.float32]:
     """Sentences from evenly sampled live passages: close to what is asked, and never an indexed vector."""
     picked = sample_rows([shard.passages for shard in shards], GATE_QUERIES)
     sentences = []
@@ -264,7 +282,6 @@ def live_passages(shards: Sequence[Shard], removed: Mapping[str, Sequence[tuple[
                 mask[first : first + count] = False
             live[shard.name] = mask
     return live
-
 
 
 def remake_segment(store: Store, manifest: Manifest, segment: Segment) -> None:

@@ -147,9 +147,7 @@ def _same(row: Row, live: LiveDocument) -> bool:
     return bool(row["source_digest"] == live.source_digest and row["chunk_size"] == live.chunk_size)
 
 
-def _joined(
-    rows: Iterable[Row], parent: Iterator[LiveDocument]
-) -> Iterator[tuple[Row | None, LiveDocument | None]]:
+def _joined(rows: Iterable[Row], parent: Iterator[LiveDocument]) -> Iterator[tuple[Row | None, LiveDocument | None]]:
     """Full outer join of two streams ordered by document id."""
     live = next(parent, None)
     for row in rows:

@@ -50,6 +50,8 @@ class RepairReport:
     version: int
     build_id: str
     repaired: tuple[str, ...]
+    lost: tuple[str, ...]
+    """Files that only older generations name and that could not be made again: no rollback to those."""
 
 
 def repair_index(options: RepairOptions, engine: Engine, progress: Progress) -> RepairReport:
@@ -71,21 +73,23 @@ def repair_index(options: RepairOptions, engine: Engine, progress: Progress) -> 
             for name in damaged:
                 store.remove(name)
             manifest = _make_again(store, manifest, damaged, options, engine, progress)
-    left = verify_index(store).problems
+    problems = verify_index(store).problems
+    left = [problem for problem in problems if problem.file in manifest.files]
     if left:
         raise CorruptIndexError(
             f"{left[0].file} is still damaged after the repair ({left[0].found}): expected none; build the index anew "
             f"with `refrag index build CORPUS -o {options.index} --rebuild`"
         )
-    return RepairReport(manifest.version, manifest.build_id, tuple(sorted(condemned)))
+    lost = {problem.file for problem in problems}
+    return RepairReport(manifest.version, manifest.build_id, tuple(sorted(condemned - lost)), tuple(sorted(lost)))
 
 
 def _newest_intact(store: Store, problems: Sequence[Problem]) -> Manifest:
     broken = sorted(problem.file for problem in problems if problem.file.startswith("versions/"))
     if broken:
         raise CorruptIndexError(
-            f"{store.root / broken[0]} is damaged or missing, and a manifest cannot be made from what it describes: put "
-            f"back a copy of it, or move {store.root} away and build anew"
+            f"{store.root / broken[0]} is damaged or missing, and a manifest cannot be made from what it describes: "
+            f"put back a copy of it, or move {store.root} away and build anew"
         )
     return read_manifest(store, list_versions(store)[-1])
 
@@ -183,8 +187,8 @@ def _rebuilt(
     """Bring back the lost shards by a build on top of the intact ones."""
     if options.corpus is None:
         raise UsageError(
-            f"the index needs its corpus to be repaired: run `refrag index repair {options.index} CORPUS` with the same "
-            "--id-field and --text-field as the build"
+            f"the index needs its corpus to be repaired: run `refrag index repair {options.index} CORPUS` with the "
+            "same --id-field and --text-field as the build"
         )
     corpus = replace(options.corpus, chunk_size_field=base.parameters.chunk_size_field)
     build = BuildOptions(corpus=corpus, output=options.index, models=_model_options(latest, options))

@@ -20,8 +20,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from refrag.schemas import arrow
 
+from refrag.schemas import arrow
 from refrag_core.chunking import chunk_size_for
 from refrag_core.corpus.document import (
     Location,
@@ -135,7 +135,7 @@ def scan_unit(
     work.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         runs = stack.enter_context(_RunWriter(work, unit.name))
-        rejects = stack.enter_context(_RejectWriter(work, unit.name))
+        rejects = stack.enter_context(RejectWriter(work, unit.name))
         for record in read_unit(unit, options):
             if isinstance(record, Reject):
                 rejects.add(record)
@@ -248,8 +248,8 @@ def _write_run(rows: Iterable[ScanRow], folder: Path, prefix: str) -> Path:
         temporary.unlink(missing_ok=True)
 
 
-class _RejectWriter:
-    """Writes rejects as they come, and publishes them together."""
+class RejectWriter:
+    """Writes rejects as they come, and publishes them together; a context manager that removes what is unfinished."""
 
     def __init__(self, folder: Path, unit: str) -> None:
         self.reasons: Counter[str] = Counter()
@@ -260,7 +260,7 @@ class _RejectWriter:
         self._temporary: Path | None = None
         self._writer: pq.ParquetWriter | None = None
 
-    def __enter__(self) -> "_RejectWriter":
+    def __enter__(self) -> "RejectWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -329,9 +329,9 @@ def _run_rows(path: str) -> Iterator[ScanRow]:
 
 
 def resolve_duplicates(
-    rows: Iterable[ScanRow], read: Callable[[ScanRow], bytes] = read_raw
-) -> Iterator[tuple[ScanRow, list[Reject]]]:
-    """The first record of each id in scan order, and its later ones as rejects.
+    rows: Iterable[ScanRow], reject: Callable[[Reject], None], read: Callable[[ScanRow], bytes] = read_raw
+) -> Iterator[ScanRow]:
+    """The first record of each id in scan order; its later ones go to `reject`.
 
     Args:
         rows: ordered by (document id, order).
@@ -339,14 +339,14 @@ def resolve_duplicates(
     """
     left = DUPLICATE_RAW_BYTES
     for _, group in groupby(rows, key=lambda row: row["document_id"]):
-        first, *later = group
-        rejects = []
-        for row in later:
+        records = iter(group)
+        first = next(records)
+        for row in records:
             same = row["source_digest"] == first["source_digest"]
             raw = b"" if same or left <= 0 else read(row)
             left -= len(raw)
-            rejects.append(_duplicate(first, row, raw))
-        yield first, rejects
+            reject(_duplicate(first, row, raw))
+        yield first
 
 
 def _duplicate(first: ScanRow, row: ScanRow, raw: bytes) -> Reject:

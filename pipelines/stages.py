@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -75,9 +75,7 @@ def _stage_key(fingerprint: str, *inputs: JSON) -> str:
     return digest_json([fingerprint, *inputs])[:32]
 
 
-def isolate(
-    run: Callable[[Sequence[Item]], Made], items: Sequence[Item]
-) -> tuple[Made | None, dict[int, Exception]]:
+def isolate(run: Callable[[Sequence[Item]], Made], items: Sequence[Item]) -> tuple[Made | None, dict[int, Exception]]:
     """Run over all items at once; when that raises, find the items that raise by themselves.
 
     Returns the result for all items, or None and the failures by position. An error that is not some
@@ -293,7 +291,11 @@ def _rows(columns: _TokenizedColumns) -> dict[str, int]:
 
 def _facts(columns: _TokenizedColumns) -> dict[str, Any]:
     ids = [document["document_id"] for document in columns.documents]
-    return {"chunk_size": columns.chunk_size, "first_document": ids[0] if ids else "", "last_document": ids[-1] if ids else ""}
+    return {
+        "chunk_size": columns.chunk_size,
+        "first_document": ids[0] if ids else "",
+        "last_document": ids[-1] if ids else "",
+    }
 
 
 def tokenized_shard(receipt: Receipt) -> TokenizedShard:
@@ -372,9 +374,9 @@ def _document_ranges(store: Store, shard: TokenizedShard, column: str) -> dict[s
     """Rows of each document in a table with `column` (`num_chunks` or `num_passages`) rows a document."""
     with open_table(store.path(shard.tables["documents"])) as file:
         rows = file.read(columns=["document_id", column]).to_pydict()
-    stops = np.cumsum(rows[column]) if rows[column] else []
-    starts = [0, *stops[:-1]] if len(stops) else []
-    return {d: slice(int(a), int(b)) for d, a, b in zip(rows["document_id"], starts, stops, strict=True)}
+    bounds = [0, *accumulate(rows[column])]
+    spans = zip(rows["document_id"], bounds[:-1], bounds[1:], strict=True)
+    return {document: slice(start, stop) for document, start, stop in spans}
 
 
 def _reject_documents(
@@ -564,9 +566,7 @@ class ShardResult:
         return tuple(entry for receipt in self.receipts for entry in receipt.rejected)
 
 
-def run_device_stages(
-    store: Store, stages: Sequence[DeviceStage], spec: ShardSpec, tokenized: Receipt
-) -> ShardResult:
+def run_device_stages(store: Store, stages: Sequence[DeviceStage], spec: ShardSpec, tokenized: Receipt) -> ShardResult:
     """Encode, embed and score a tokenized shard; stops at the first stage that rejects documents."""
     receipts = [tokenized]
     if tokenized.rows["documents"] == 0:
@@ -597,4 +597,3 @@ def add_table(store: Store, stage: DeviceStage, shard: Shard) -> tuple[Shard, Re
     receipt = stage(store, committed_shard(shard))
     tables = dict(shard.tables) | {name: record.name for name, record in receipt.files.items()}
     return replace(shard, tables=tables), receipt
-

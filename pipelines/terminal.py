@@ -4,7 +4,15 @@ import sys
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 _LINE_EVERY_SECONDS = 10.0
 
@@ -86,7 +94,9 @@ class LineProgress:
         """Say what the step took."""
         seconds = time.monotonic() - self._started
         count = f" {self._done:,} {self._unit}" if self._done else ""
-        self._print(f"{self._step}: done,{count} in {seconds:,.1f} s".replace(",  in", " in").replace("done, in", "done in"))
+        self._print(
+            f"{self._step}: done,{count} in {seconds:,.1f} s".replace(",  in", " in").replace("done, in", "done in")
+        )
 
     def note(self, message: str) -> None:
         """Print a line."""

@@ -27,7 +27,7 @@ STORED_DTYPE = "float16"
 
 BODY_TYPES = ("bert", "roberta", "xlm-roberta", "mpnet")
 
-CPU_BATCH_ROWS = 256
+CPU_BATCH_ROWS = 128
 CUDA_BATCH_ROWS = 8192
 CPU_MIN_TOKENS = 64
 """Fewer tokens in a CPU batch than this and matrix kernels for thin inputs round differently."""

@@ -48,7 +48,10 @@ def inspect_quarantine(root: Path, version: int | None = None) -> list[dict[str,
     if name is None:
         return []
     rows = iterate_rows(reader.store.path(name))
-    return [{**row, "source_digest": _hex(row["source_digest"]), "raw": row["raw"].decode("utf-8", "replace")} for row in rows]
+    return [
+        {**row, "source_digest": _hex(row["source_digest"]), "raw": row["raw"].decode("utf-8", "replace")}
+        for row in rows
+    ]
 
 
 def _hex(value: bytes | None) -> str | None:
@@ -64,8 +67,8 @@ def inspect_passage(root: Path, wanted: str, version: int | None = None) -> dict
     ref = next(_find(reader, wanted), None)
     if ref is None:
         raise UsageError(
-            f"no passage {wanted!r} in {root}: expected a passage id (32 hexadecimal characters, as `refrag index search "
-            "--json` prints it) or DOCUMENT#ORDINAL, like 'guide.txt#0'"
+            f"no passage {wanted!r} in {root}: expected a passage id (32 hexadecimal characters, as `refrag index "
+            "search --json` prints it) or DOCUMENT#ORDINAL, like 'guide.txt#0'"
         )
     shown, fetched = reader.describe(ref), reader.fetch([ref])[0]
     tokenizer = load_tokenizer(resolve_model(reader.manifest.components.tokenizer.reference))
@@ -87,7 +90,9 @@ def inspect_passage(root: Path, wanted: str, version: int | None = None) -> dict
 def _find(reader: IndexReader, wanted: str) -> Iterator[PassageRef]:
     document_id, _, ordinal = wanted.rpartition("#")
     for number, shard in enumerate(reader.manifest.shards):
-        by_document = bool(document_id) and shard.first_document.encode() <= document_id.encode() <= shard.last_document.encode()
+        by_document = (
+            bool(document_id) and shard.first_document.encode() <= document_id.encode() <= shard.last_document.encode()
+        )
         if document_id and not by_document:
             continue
         rows = iterate_rows(reader.store.path(shard.tables["passages"]), ["passage_id", "document_id", "ordinal"])

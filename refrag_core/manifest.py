@@ -268,7 +268,7 @@ def _check_references(manifest: Manifest, where: str) -> None:
 
 
 def _from_json(body: Mapping[str, Any]) -> Manifest:
-    models = {k: Component(**v) if v else None for k, v in body["components"].items()}
+    models: dict[str, Any] = {k: Component(**v) if v else None for k, v in body["components"].items()}
     return Manifest(
         version=body["version"],
         parent=ParentInfo(**body["parent"]) if body["parent"] else None,
@@ -396,9 +396,7 @@ def live_documents(store: Store, manifest: Manifest) -> Iterator[LiveDocument]:
             heapq.heapreplace(heap, (document_key(following.document_id), number, following, rows))
 
 
-def content_id(
-    documents: Iterable[tuple[str, bytes]], components: Components, parameters: Parameters
-) -> str:
+def content_id(documents: Iterable[tuple[str, bytes]], components: Components, parameters: Parameters) -> str:
     """Digest of an index's logical content: `(document id, content digest)` in order of the ids.
 
     Independent of engine, table format, worker count, shard boundaries and history.

@@ -292,7 +292,8 @@ class Runtime:
         columns = [*(columns for _, columns in extra), *fetched]
         mask = self.select(columns, options, query)
         clock.lap("policy")
-        sources = [*((passage, None) for passage, _ in extra), *refs]
+        sources: list[tuple[PassageRef | GivenPassage, float | None]] = [(passage, None) for passage, _ in extra]
+        sources += refs
         return self._generate(question, options, Selection(sources, columns, mask), clock, on_text)
 
     def answer_from(self, question: str, passages: Sequence[PassageRef], options: AskOptions) -> Answer:
@@ -446,8 +447,8 @@ def _check_encode_fingerprint(checkpoint: Checkpoint, reader: IndexReader) -> No
     needed = reader.manifest.components.encoder
     if checkpoint.encode_fingerprint != needed.fingerprint:
         raise FingerprintMismatchError(
-            f"the checkpoint's encoder has fingerprint {checkpoint.encode_fingerprint[:12]}, the index was encoded with "
-            f"{needed.fingerprint[:12]} ({needed.reference}): open it with the checkpoint that it was built with, or "
+            f"the checkpoint's encoder has fingerprint {checkpoint.encode_fingerprint[:12]}, the index was encoded "
+            f"with {needed.fingerprint[:12]} ({needed.reference}): open it with the checkpoint that it was built with, or "
             "rebuild it with `refrag index build CORPUS --rebuild --checkpoint …`"
         )
 

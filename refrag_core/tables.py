@@ -149,7 +149,7 @@ class MappedColumn:
         with path.open("rb") as stream:
             mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         data = memoryview(mapping)
-        views = []
+        views: list[npt.NDArray[Any]] = []
         for group in range(metadata.num_row_groups):
             rows = int(metadata.row_group(group).num_rows)
             offset = _values_offset(data, metadata.row_group(group).column(index), rows, self._row_bytes())
@@ -177,9 +177,7 @@ class MappedColumn:
             base = first * self._rows_a_group
             return self._views[first][start - base : stop - base]
         bounds = [group * self._rows_a_group for group in range(first, last + 1)]
-        parts = [
-            self._views[first + i][max(0, start - base) : stop - base] for i, base in enumerate(bounds)
-        ]
+        parts = [self._views[first + i][max(0, start - base) : stop - base] for i, base in enumerate(bounds)]
         return np.concatenate(parts)
 
     def blocks(self, rows: int = 16384) -> Iterator[npt.NDArray[Any]]:

@@ -8,6 +8,7 @@ segment in the order in which its files were given, and the number of a vector i
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -370,11 +371,12 @@ class VectorIndex:
         """
         queries = self._checked_queries(queries, k)
         bitmaps = [self._bitmap(number, live, allowed) for number in range(self.num_segments)]
-        lists = self._nearest_lists(queries, self.nprobe if nprobe is None else self._clamped(nprobe))
-        found = [
-            _resolve_ties(partial(self._raw_search, segment, queries, lists, bitmap), k, rows)
-            for segment, bitmap, rows in zip(self._segments, bitmaps, self.rows_per_segment, strict=True)
-        ]
+        with _no_idle_threads(self._faiss, len(queries)):
+            lists = self._nearest_lists(queries, self.nprobe if nprobe is None else self._clamped(nprobe))
+            found = [
+                _resolve_ties(partial(self._raw_search, segment, queries, lists, bitmap), k, rows)
+                for segment, bitmap, rows in zip(self._segments, bitmaps, self.rows_per_segment, strict=True)
+            ]
         return _merge(found, k)
 
     def _clamped(self, nprobe: int) -> int:
@@ -448,6 +450,19 @@ class VectorIndex:
             faiss.SearchParametersIVF(sel=selector, nprobe=list_numbers.shape[1]),
         )
         return scores, rows
+
+
+@contextmanager
+def _no_idle_threads(faiss: ModuleType, num_queries: int) -> Iterator[None]:
+    """At most one thread a query: FAISS divides queries, and waiting for threads that have none to do costs
+    a single search tens of milliseconds where other work wants the cores (the setting is this thread's own).
+    """
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(max(1, min(threads, num_queries)))
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(threads)
 
 
 def _map_segment(faiss: ModuleType, path: Path) -> Any:

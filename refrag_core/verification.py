@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from refrag_core.digests import digest_file
-from refrag_core.errors import CorruptIndexError, IndexNotFoundError, RefragError
+from refrag_core.errors import CorruptIndexError, IndexNotFoundError
 from refrag_core.manifest import (
     CURRENT,
     Manifest,
@@ -45,17 +45,18 @@ class Verification:
     """Files that no generation names (left by an interrupted build); harmless."""
 
 
-def verify_index(store: Store, on_file: Callable[[FileRecord], None] = lambda record: None) -> Verification:
+def verify_index(store: Store, on_file: Callable[[FileRecord], None] | None = None) -> Verification:
     """Check all generations of an index: digests of every file, then row counts, references and the content id.
 
     Raises IndexNotFoundError where no generation was ever committed.
     """
     manifests, problems = _read_manifests(store)
-    problems += _check_current(store, manifests)
+    problems += _check_current(store)
     files = {record.name: record for manifest in manifests for record in manifest.files.values()}
     for record in files.values():
         problems += _check_file(store, record)
-        on_file(record)
+        if on_file is not None:
+            on_file(record)
     newest = max(manifests, key=lambda manifest: manifest.version, default=None)
     damaged = {problem.file for problem in problems}
     if newest is not None and not damaged & set(newest.files):
@@ -85,11 +86,13 @@ def _read_manifests(store: Store) -> tuple[list[Manifest], list[Problem]]:
         except CorruptIndexError as error:
             problems.append(Problem(version_name(version), str(error)))
     expected = {manifest.parent.version for manifest in manifests if manifest.parent}
-    problems += [Problem(version_name(v), "missing: a later generation was built on it") for v in expected - set(versions)]
+    problems += [
+        Problem(version_name(v), "missing: a later generation was built on it") for v in expected - set(versions)
+    ]
     return manifests, problems
 
 
-def _check_current(store: Store, manifests: list[Manifest]) -> list[Problem]:
+def _check_current(store: Store) -> list[Problem]:
     versions = list_versions(store)
     try:
         hint = store.path(CURRENT).read_text(encoding="ascii")
@@ -117,17 +120,14 @@ def _check_file(store: Store, record: FileRecord) -> list[Problem]:
 
 def _check_content(store: Store, manifest: Manifest) -> Iterator[Problem]:
     for shard in manifest.shards:
-        try:
-            yield from _check_shard(store, manifest, shard)
-        except RefragError as error:
-            yield Problem(shard.tables["passages"], str(error))
+        yield from _check_shard(store, shard)
     yield from _check_segments(store, manifest)
     documents = ((live.document_id, live.content_digest) for live in live_documents(store, manifest))
     if content_id(documents, manifest.components, manifest.parameters) != manifest.content_id:
         yield Problem(manifest.name, "the documents' digests do not give its content id")
 
 
-def _check_shard(store: Store, manifest: Manifest, shard: Shard) -> Iterator[Problem]:
+def _check_shard(store: Store, shard: Shard) -> Iterator[Problem]:
     expected = {
         "documents": shard.documents,
         "passages": shard.passages,
@@ -136,11 +136,15 @@ def _check_shard(store: Store, manifest: Manifest, shard: Shard) -> Iterator[Pro
         "vectors": shard.passages,
         "scores": shard.chunks,
     }
+    wrong = False
     for table, name in shard.tables.items():
         with open_table(store.path(name)) as file:
-            if file.metadata.num_rows != expected[table]:
-                yield Problem(name, f"{file.metadata.num_rows} rows, expected {expected[table]}")
-    yield from _check_references(store, shard)
+            rows = file.metadata.num_rows
+        if rows != expected[table]:
+            wrong = True
+            yield Problem(name, f"{rows} rows, expected {expected[table]}")
+    if not wrong:
+        yield from _check_references(store, shard)
 
 
 def _columns(store: Store, name: str, *columns: str) -> dict[str, Any]:

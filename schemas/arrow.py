@@ -20,7 +20,7 @@ DOCUMENTS = pa.schema(
         _required("document_id", pa.string()),
         _required("source_digest", DIGEST),
         _required("content_digest", DIGEST),
-        _required("source", pa.string()),
+        _required("source", pa.string(), note="file, relative to the corpus"),
         _required("chunk_size", pa.int16()),
         _required("num_passages", pa.int32()),
         _required("num_chunks", pa.int32()),
@@ -51,7 +51,11 @@ QUARANTINE = pa.schema(
         _required("detail", pa.string()),
         _required("disposition", pa.string(), values="quarantined or filtered"),
         _required("source", pa.string()),
-        _required("position", pa.int64(), unit="record number within the source, from 0"),
+        _required(
+            "position",
+            pa.int64(),
+            unit="byte offset of the line in a plain .jsonl, record number from 0 in other containers, 0 for a file",
+        ),
         pa.field("source_digest", DIGEST),
         _required("raw", pa.binary(), note="the record's bytes, cut at 64 KiB"),
     ]

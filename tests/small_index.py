@@ -16,10 +16,40 @@ from refrag.pipelines.engines.local import LocalEngine
 from refrag_core.corpus.sources import CorpusOptions
 from tests import tiny_models
 
-WORDS = (
-    "river mountain engine chunk passage decoder encoder vector capital France winter copper theory music orbit "
-    "carbon ship island garden king letter number water light stone paper glass river road bridge silent northern"
-).split()
+WORDS = [
+    "river",
+    "mountain",
+    "engine",
+    "chunk",
+    "passage",
+    "decoder",
+    "encoder",
+    "vector",
+    "capital",
+    "France",
+    "winter",
+    "copper",
+    "theory",
+    "music",
+    "orbit",
+    "carbon",
+    "ship",
+    "island",
+    "garden",
+    "king",
+    "letter",
+    "number",
+    "water",
+    "light",
+    "stone",
+    "paper",
+    "glass",
+    "river",
+    "road",
+    "bridge",
+    "silent",
+    "northern",
+]
 
 
 def sentence(generator: random.Random) -> str:

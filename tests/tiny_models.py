@@ -10,6 +10,7 @@ import string
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
@@ -159,6 +160,13 @@ def checkpoint_folder(folder: Path, *, family: str = "llama", seed: int = 0, que
     """Write tiny models and an untrained checkpoint over them; returns the checkpoint's folder."""
     checkpoint(folder, family=family, seed=seed, query_dim=query_dim).save(folder / "checkpoint")
     return folder / "checkpoint"
+
+
+def cache_for(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder of the test's own; tests of the real models share one, since converting takes half a minute."""
+    if request.node.get_closest_marker("models"):
+        return tmp_path_factory.getbasetemp() / "converted-models"
+    return tmp_path_factory.mktemp("cache")
 
 
 def _randomised(model: PreTrainedModel, seed: int, deviation: float) -> PreTrainedModel:

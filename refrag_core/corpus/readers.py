@@ -103,8 +103,8 @@ def _is_utf8(text: str) -> bool:
 
 
 def _file_reject(file: SourceFile, reason: RejectReason, detail: str, raw: bytes = b"") -> Reject:
-    is_document = file.format not in ("jsonl", "parquet") and _is_utf8(file.relative)
-    document_id = file.relative if is_document else None
+    is_document = file.format not in ("jsonl", "parquet") and _is_utf8(file.source)
+    document_id = file.source if is_document else None
     return Reject(reason=reason, detail=detail, source=file.source, position=0, raw=raw, document_id=document_id)
 
 
@@ -194,7 +194,7 @@ def _read_file(piece: Piece, options: CorpusOptions) -> Iterator[Scanned]:
         if len(data) > options.max_document_bytes:
             detail = f"the file has more than the {options.max_document_bytes} bytes that are indexed"
             raise RecordError(RejectReason.DOCUMENT_TOO_LARGE, detail)
-        document, digest = _file_document(data, file.format, file.relative, file.source)
+        document, digest = _file_document(data, file.format, file.source)
     except RecordError as error:
         yield _file_reject(file, error.reason, error.detail, data)
     else:
@@ -211,7 +211,7 @@ def _read_limited(stream: BinaryIO, compression: str | None, limit: int) -> byte
     return bytes(held)
 
 
-def _file_document(data: bytes, kind: str, document_id: str, source: str) -> tuple[Document, bytes]:
+def _file_document(data: bytes, kind: str, source: str) -> tuple[Document, bytes]:
     """`(document, source digest)` of a file that is one document. Raises RecordError."""
     metadata: dict[str, JSON] = {}
     if kind == "html":
@@ -219,7 +219,7 @@ def _file_document(data: bytes, kind: str, document_id: str, source: str) -> tup
         metadata = {"title": title} if title else {}
     else:
         text = _plain_text(data)
-    return finish_document(Document(document_id, text, metadata, source))
+    return finish_document(Document(source, text, metadata, source))
 
 
 def _plain_text(data: bytes) -> str:
@@ -321,7 +321,7 @@ def _read_again(stream: BinaryIO, row: ScanRow) -> tuple[Document, bytes]:
         return record_document(fields, source=row["source"], options=_line_options(kind))
     known = file_format(row["path"])
     data = _read_limited(stream, known[1] if known else None, sys.maxsize)
-    return _file_document(data, kind, row["document_id"], row["source"])
+    return _file_document(data, kind, row["source"])
 
 
 def _read_span(stream: BinaryIO, row: ScanRow) -> bytes:

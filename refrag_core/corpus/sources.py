@@ -86,8 +86,8 @@ class SourceFile:
 
     Args:
         path: absolute path or URL.
-        source: the same as the root was written; what rejects and documents name.
-        relative: POSIX path below the root: the id of a file that is one document.
+        source: POSIX path below the root: what rejects and documents name, and the id of a file that is one
+            document. The root itself is named nowhere, so that an index is the same wherever its corpus lies.
         format: `txt`, `md`, `html`, `jsonl` or `parquet`.
         compression: `gzip`, `zstd` or None.
         num_bytes: as stored.
@@ -96,7 +96,6 @@ class SourceFile:
 
     path: str
     source: str
-    relative: str
     format: str
     compression: str | None
     num_bytes: int
@@ -151,13 +150,13 @@ def list_files(options: CorpusOptions, *, ignored: Counter[str] | None = None) -
     counts: Counter[str] = Counter() if ignored is None else ignored
     index = 0
     for root in options.roots:
-        for source, relative, entry in _root_entries(root):
+        for source, entry in _root_entries(root):
             known = file_format(entry.name) if entry.kind == "file" else None
             if known is None:
                 counts[os.path.splitext(entry.name)[1].lower() or "no suffix"] += 1
                 continue
             _check_limits(entry, index)
-            yield SourceFile(entry.path, source, relative, *known, entry.size, index)
+            yield SourceFile(entry.path, source, *known, entry.size, index)
             index += 1
     if index == 0:
         raise CorpusError(_nothing_found(options, counts))
@@ -219,8 +218,8 @@ def _row_group_bytes(file: SourceFile) -> list[int] | None:
         return None
 
 
-def _root_entries(root: str) -> Iterator[tuple[str, str, Entry]]:
-    """`(source, relative path, entry)` of all that is below one root and not hidden."""
+def _root_entries(root: str) -> Iterator[tuple[str, Entry]]:
+    """`(path below the root, entry)` of all that is below one root and not hidden."""
     path = root if is_url(root) else os.path.abspath(os.path.expanduser(root))
     found = _look(path)
     if found is None and _WILDCARD.search(root):
@@ -228,15 +227,15 @@ def _root_entries(root: str) -> Iterator[tuple[str, str, Entry]]:
         base = prefix if is_url(prefix) else os.path.abspath(os.path.expanduser(prefix))
         if _look(base) is None:
             raise CorpusError(f"{prefix or '.'}, which {root} starts from, is not there. Name a folder that exists.")
-        yield from _walk(base, prefix.rstrip("/") if prefix != "/" else "", "", patterns)
+        yield from _walk(base, "", patterns)
     elif found is None:
         raise CorpusError(f"{root} is not there: expected a folder, a file or a glob. Check the path.")
     elif found.kind == "folder":
-        yield from _walk(path, root.rstrip("/"), "", _EVERYTHING)
+        yield from _walk(path, "", _EVERYTHING)
     elif file_format(found.name) is None:
         raise CorpusError(f"{root} is not of a known format: expected one of {_SUFFIXES}. Rename or convert it.")
     else:
-        yield root, found.name, found
+        yield found.name, found
 
 
 def _look(path: str) -> Entry | None:
@@ -255,7 +254,7 @@ def _split_glob(root: str) -> tuple[str, Patterns]:
     return prefix, frozenset([tuple(part for part in parts[first:] if part)])
 
 
-def _walk(path: str, source: str, relative: str, patterns: Patterns) -> Iterator[tuple[str, str, Entry]]:
+def _walk(path: str, source: str, patterns: Patterns) -> Iterator[tuple[str, Entry]]:
     """Files below `path` that match what is left of the glob. A matched folder counts with all that is in it."""
     try:
         entries = list_folder(path)
@@ -266,13 +265,12 @@ def _walk(path: str, source: str, relative: str, patterns: Patterns) -> Iterator
             continue
         below = _advance(patterns, entry.name)
         matched = any(all(part == "**" for part in pattern) for pattern in below)
-        inner_source = f"{source}/{entry.name}" if source or path == "/" else entry.name
-        inner_relative = f"{relative}/{entry.name}" if relative else entry.name
+        inner = f"{source}/{entry.name}" if source else entry.name
         if entry.kind == "folder":
             if below:
-                yield from _walk(entry.path, inner_source, inner_relative, _EVERYTHING if matched else below)
+                yield from _walk(entry.path, inner, _EVERYTHING if matched else below)
         elif matched:
-            yield inner_source, inner_relative, entry
+            yield inner, entry
 
 
 def _advance(patterns: Patterns, name: str) -> Patterns:

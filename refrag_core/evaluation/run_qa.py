@@ -29,7 +29,7 @@ def evaluate_qa(
     fractions: Sequence[float],
     policy: PolicyName,
     max_new_tokens: int,
-    on_answer: Callable[[str], object] = lambda line: None,
+    on_answer: Callable[[str], object] | None = None,
 ) -> dict[str, Any]:
     """Answer every question in every setting and score it; retrieval is done once a question.
 
@@ -45,7 +45,8 @@ def evaluate_qa(
         for setting in settings:
             given = refs if setting.with_passages else []
             answers[setting.name].append(runtime.answer_from(question.question, given, setting.options))
-        on_answer(f"{number}/{len(asked)} {question.question} {answers[settings[-1].name][-1].answer!r}")
+        if on_answer is not None:
+            on_answer(f"{number}/{len(asked)} {question.question} {answers[settings[-1].name][-1].answer!r}")
     return {
         "questions": len(asked),
         "top_k": top_k,

@@ -41,7 +41,9 @@ def evaluate_retrieval(
 
 
 def _scores(scores: RetrievalScores) -> dict[str, float]:
-    return {f"recall@{depth}": round(value, 4) for depth, value in scores.recall.items()} | {"mrr": round(scores.mrr, 4)}
+    return {f"recall@{depth}": round(value, 4) for depth, value in scores.recall.items()} | {
+        "mrr": round(scores.mrr, 4)
+    }
 
 
 def _dense(searcher: Searcher, questions: Sequence[Question]) -> dict[str, list[str]]:
@@ -70,4 +72,6 @@ def _live_passages(reader: IndexReader, column: str) -> Iterator[tuple[np.ndarra
 
 def _flat(reader: IndexReader, live: Sequence[Any], column: str) -> list[str]:
     values = (values for _, values in _live_passages(reader, column))
-    return [value for mask, rows in zip(live, values, strict=True) for value, keep in zip(rows, mask, strict=True) if keep]
+    return [
+        value for mask, rows in zip(live, values, strict=True) for value, keep in zip(rows, mask, strict=True) if keep
+    ]

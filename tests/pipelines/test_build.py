@@ -1,4 +1,6 @@
+import functools
 import json
+import operator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from refrag_core.verification import verify_index
 from tests.small_index import SmallIndex, documents
 
 
-@pytest.fixture()
+@pytest.fixture
 def small(tmp_path: Path, own_cache: Path) -> SmallIndex:
     return SmallIndex(tmp_path)
 
@@ -45,7 +47,14 @@ def passages(reader: IndexReader) -> dict[str, list[Any]]:
             if removed[number][row]:
                 ref = PassageRef(number, row)
                 shown, fetched = reader.describe(ref), reader.fetch([ref])[0]
-                entry = (shown.ordinal, shown.char_start, shown.char_end, shown.text, fetched.tokens.tolist(), fetched.embeddings)
+                entry = (
+                    shown.ordinal,
+                    shown.char_start,
+                    shown.char_end,
+                    shown.text,
+                    fetched.tokens.tolist(),
+                    fetched.embeddings,
+                )
                 found.setdefault(shown.document_id, []).append(entry)
     return {document: sorted(entries, key=lambda e: e[0]) for document, entries in found.items()}
 
@@ -63,7 +72,10 @@ def test_everything_that_came_in_is_in_the_index(small: SmallIndex) -> None:
         assert entries[0][1] == 0
         assert entries[-1][2] == len(record["text"])
         assert [tokenizer.decode(e[4], skip_special_tokens=False) for e in entries] == [e[3] for e in entries]
-        assert sum((e[4] for e in entries), []) == tokenizer.encode(record["text"], add_special_tokens=False).ids
+        assert (
+            functools.reduce(operator.iadd, (e[4] for e in entries), [])
+            == tokenizer.encode(record["text"], add_special_tokens=False).ids
+        )
         assert all(len(e[5]) == -(-len(e[4]) // 16) for e in entries)
     assert verify_index(Store(small.path)).problems == ()
 
@@ -153,7 +165,13 @@ def test_nothing_is_deleted_without_being_told(small: SmallIndex) -> None:
 
 
 def test_bad_records_are_quarantined_with_their_reasons(small: SmallIndex) -> None:
-    bad: list[Any] = ["{broken", {"id": "no-text"}, {"id": "empty", "text": "  \n"}, documents(1)[0], {"id": "doc-0003", "text": "other"}]
+    bad: list[Any] = [
+        "{broken",
+        {"id": "no-text"},
+        {"id": "empty", "text": "  \n"},
+        documents(1)[0],
+        {"id": "doc-0003", "text": "other"},
+    ]
     small.write([*documents(60), *bad])
     report = small.build()
     assert (report.documents_in, report.indexed, report.filtered, report.quarantined) == (65, 60, 2, 3)
@@ -220,7 +238,9 @@ def test_a_fault_that_is_nobodys_fails_the_run_and_keeps_what_is_done(
     assert report.encoded_chunks < report.chunks  # the first shard's embeddings were there already
 
 
-def test_non_finite_output_everywhere_is_not_a_documents_fault(small: SmallIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_non_finite_output_everywhere_is_not_a_documents_fault(
+    small: SmallIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
     poison = Poison(monkeypatch, float("inf"))
     poison.folder = str(small.models / "encoder")
     small.write([record | {"text": record["text"] + " poison"} for record in documents(60)])

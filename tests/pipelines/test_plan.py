@@ -26,7 +26,9 @@ def row(document_id: str, *, text: str = "", num_bytes: int = 100, chunk_size: i
 
 
 def live(entry: dict[str, Any], at: int = 0) -> LiveDocument:
-    return LiveDocument(entry["document_id"], entry["source_digest"], bytes(32), entry["chunk_size"], "s" * 32, at, at, 1, 1, 10)
+    return LiveDocument(
+        entry["document_id"], entry["source_digest"], bytes(32), entry["chunk_size"], "s" * 32, at, at, 1, 1, 10
+    )
 
 
 def rows(count: int, **options: Any) -> list[dict[str, Any]]:

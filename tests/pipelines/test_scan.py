@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from refrag.pipelines import scan as scan_module
 from refrag.pipelines.scan import (
     ScanReceipt,
@@ -19,7 +20,6 @@ from refrag.pipelines.scan import (
     scan_unit,
 )
 from refrag.schemas import arrow
-
 from refrag_core.corpus import sources, spool
 from refrag_core.corpus.document import Reject
 from refrag_core.corpus.readers import read_documents, read_raw
@@ -60,8 +60,9 @@ def rows_of(result: ScanResult, work: Path, **more: Any) -> list[dict[str, Any]]
 
 
 def unique(result: ScanResult, work: Path) -> tuple[list[dict[str, Any]], list[Reject]]:
-    pairs = list(resolve_duplicates(merge_runs(result.runs, work=work)))
-    return [dict(row) for row, _ in pairs], [reject for _, rejects in pairs for reject in rejects]
+    rejects: list[Reject] = []
+    rows = [dict(row) for row in resolve_duplicates(merge_runs(result.runs, work=work), rejects.append)]
+    return rows, rejects
 
 
 def test_every_record_is_a_row_or_a_reject(corpus: CorpusOptions, tmp_path: Path) -> None:
@@ -207,16 +208,19 @@ def test_the_first_in_scan_order_wins_whatever_its_bytes() -> None:
     def row(order: int, digest: bytes) -> dict[str, Any]:
         return {"document_id": "a", "source_digest": digest * 32, "order": order, "source": "s"}
 
-    ((first, rejects),) = resolve_duplicates([row(3, b"x"), row(5, b"y"), row(9, b"x")], read=lambda _: b"raw")
+    rejects: list[Reject] = []
+    rows = [row(3, b"x"), row(5, b"y"), row(9, b"x")]
+    (first,) = resolve_duplicates(rows, rejects.append, read=lambda _: b"raw")
     assert first["order"] == 3
     assert [(r.reason, r.position, r.raw) for r in rejects] == [("duplicate_id", 5, b"raw"), ("duplicate", 9, b"")]
-    assert list(resolve_duplicates([])) == []
+    assert list(resolve_duplicates([], rejects.append)) == []
 
 
 def test_the_bytes_kept_of_duplicates_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan_module, "DUPLICATE_RAW_BYTES", 5)
     rows = [{"document_id": "a", "source_digest": bytes([n]), "order": n, "source": "s"} for n in range(5)]
-    ((_, rejects),) = resolve_duplicates(rows, read=lambda _: b"raw")
+    rejects: list[Reject] = []
+    assert len(list(resolve_duplicates(rows, rejects.append, read=lambda _: b"raw"))) == 1
     assert [r.raw for r in rejects] == [b"raw", b"raw", b"", b""]
 
 

@@ -8,12 +8,14 @@ from safetensors.torch import save_file
 
 from refrag_core.checkpoint import Checkpoint, initialise_checkpoint, load_checkpoint
 from refrag_core.errors import ConfigError, FingerprintMismatchError, ModelNotFoundError
-from tests.tiny_models import D_DEC, D_ENC, checkpoint, checkpoint_folder, decoder_folder, encoder_folder
+from tests.tiny_models import D_DEC, D_ENC, cache_for, checkpoint, checkpoint_folder, decoder_folder, encoder_folder
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("REFRAG_CACHE", str(tmp_path / "refrag-cache"))
+def _cache(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REFRAG_CACHE", str(cache_for(request, tmp_path_factory)))
 
 
 def edit_config(folder: Path, **changes: object) -> None:

@@ -1,5 +1,3 @@
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -65,13 +63,11 @@ def test_a_cached_row_is_nobody_else_s_memory() -> None:
     assert cache.get_many([b"a"])[1][0, 0] == 1
 
 
-def test_disk_outlives_the_process_that_wrote_it(tmp_path: Path) -> None:
+def test_disk_outlives_the_cache_that_wrote_it(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "chunks.sqlite"
-    code = (
-        "import numpy as np, sys; from pathlib import Path; from refrag_core.chunk_cache import DiskChunkCache;"
-        f"DiskChunkCache(Path(sys.argv[1]), {DIM}).put_many([b'a'], np.full((1, {DIM}), 7, np.float16))"
-    )
-    subprocess.run([sys.executable, "-c", code, str(path)], check=True)
+    writer = DiskChunkCache(path, DIM)
+    writer.put_many([b"a"], rows(7))
+    writer.close()
     cache = DiskChunkCache(path, DIM)
     found, embeddings = cache.get_many([b"x", b"a"])
     cache.close()

@@ -17,7 +17,14 @@ from refrag_core.decoder import (
     refuse_unsupported,
 )
 from refrag_core.errors import ConfigError, ModelNotFoundError, UnsupportedDecoderError
-from tests.tiny_models import D_DEC, decoder, decoder_folder, decoder_tokenizer
+from tests.tiny_models import D_DEC, cache_for, decoder, decoder_folder, decoder_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def _cache(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REFRAG_CACHE", str(cache_for(request, tmp_path_factory)))
 
 
 @pytest.fixture
@@ -35,7 +42,7 @@ def test_load_reads_what_a_prompt_needs(tmp_path: Path) -> None:
     assert (loaded.dim, loaded.max_positions, loaded.bos_id, loaded.eos_ids) == (D_DEC, 77, 0, frozenset({1}))
     assert loaded.dtype == torch.float32
     table = decoder().get_input_embeddings().weight
-    assert loaded.embedding_rms() == pytest.approx(float(table.square().mean().sqrt()))
+    assert loaded.embedding_rms() == pytest.approx(table.square().mean().sqrt().item())
 
 
 @pytest.mark.parametrize(("family", "dim"), [("llama", 32), ("gpt2", 32), ("opt", 16), ("gpt_neox", 32)])

@@ -17,6 +17,7 @@ from refrag_core.errors import ConfigError, ModelNotFoundError
 from tests.tiny_models import (
     D_ENC,
     ENCODER_FAMILIES,
+    cache_for,
     decoder_folder,
     decoder_tokenizer,
     encoder_body,
@@ -28,8 +29,10 @@ VOCABULARY = 400
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("REFRAG_CACHE", str(tmp_path / "refrag-cache"))
+def _cache(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REFRAG_CACHE", str(cache_for(request, tmp_path_factory)))
 
 
 def make_encoder(family: str = "bert", *, batch_rows: int | None = None) -> ChunkEncoder:
@@ -86,12 +89,13 @@ def test_encode_equals_the_body_run_by_hand() -> None:
 @pytest.mark.parametrize("chunk_size", [1, 3, 16])
 def test_an_embedding_has_the_same_bits_in_any_company(family: str, chunk_size: int) -> None:
     ids, lengths = make_chunks(100, chunk_size)
-    reference = make_encoder(family).encode(ids, lengths)
+    encoder = make_encoder(family)
+    reference = encoder.encode(ids, lengths)
     for batch_rows in (1, 2, 5, 33):
         assert reference.tobytes() == make_encoder(family, batch_rows=batch_rows).encode(ids, lengths).tobytes()
     order = np.random.default_rng(1).permutation(100)
-    assert np.array_equal(make_encoder(family).encode(ids[order], lengths[order]), reference[order])
-    alone = np.concatenate([make_encoder(family).encode(ids[i : i + 1], lengths[i : i + 1]) for i in range(20)])
+    assert np.array_equal(encoder.encode(ids[order], lengths[order]), reference[order])
+    alone = np.concatenate([encoder.encode(ids[i : i + 1], lengths[i : i + 1]) for i in range(20)])
     assert np.array_equal(alone, reference[:20])
 
 
@@ -200,3 +204,17 @@ def test_transplanted_tokens_mean_what_the_body_s_own_mean() -> None:
     vectors = encoder.encode(ids, np.array([len(tokens) for tokens in encoded])).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2] + 0.2
+
+
+@pytest.mark.models
+def test_the_default_encoder_has_the_same_bits_in_any_company() -> None:
+    from refrag_core.checkpoint import load_checkpoint
+
+    encoder = load_checkpoint().load_encoder()
+    random = np.random.default_rng(0)
+    ids = random.integers(5, 49_000, (70, 16), dtype=np.int32)
+    lengths = random.integers(1, 17, 70)
+    reference = encoder.encode(ids, lengths)
+    for rows in (1, 3, 7):
+        parts = [encoder.encode(ids[i : i + rows], lengths[i : i + rows]) for i in range(0, 70, rows)]
+        assert np.array_equal(np.concatenate(parts), reference)

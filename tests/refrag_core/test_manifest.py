@@ -69,7 +69,7 @@ def test_round_trip() -> None:
 
 def test_the_build_id_is_the_digest_of_parent_content_and_files() -> None:
     manifest = make_manifest(parent=ParentInfo(4, "b" * 64), version=5)
-    files = {name: "f" * 64 for name in manifest.files}
+    files = dict.fromkeys(manifest.files, "f" * 64)
     assert manifest.build_id == digest_json({"parent": "b" * 64, "content_id": "c" * 64, "files": files})
 
 
@@ -113,7 +113,10 @@ def test_a_name_outside_the_index_is_refused(name: str) -> None:
         ({"extra": 1}, "extra"),
         ({"checkpoint": {"folder": "../x", "fingerprint": "d" * 64, "trained": True}}, r"at \$\.checkpoint\.folder"),
         ({"segments": [{"file": "segments/none", "shards": ["0" * 32], "rows": 3}]}, "lists no digest for it"),
-        ({"segments": [{"file": "segments/s.faiss", "shards": ["1" * 32], "rows": 3}]}, "over a shard that it does not list"),
+        (
+            {"segments": [{"file": "segments/s.faiss", "shards": ["1" * 32], "rows": 3}]},
+            "over a shard that it does not list",
+        ),
     ],
 )
 def test_a_broken_invariant_has_its_own_message(change: dict[str, Any], message: str) -> None:
@@ -189,7 +192,11 @@ def test_the_content_id_depends_on_documents_and_models_alone() -> None:
 
     same = identity(documents, encoder=Component("renamed", "2"))
     assert identity(documents) == same
-    others = [identity(documents[:1]), identity([("a", b"1" * 32), ("b", b"3" * 32)]), identity(documents, encoder=Component("e", "9"))]
+    others = [
+        identity(documents[:1]),
+        identity([("a", b"1" * 32), ("b", b"3" * 32)]),
+        identity(documents, encoder=Component("e", "9")),
+    ]
     assert len({same, *others}) == 4
     # Length prefixes keep an id from running into the next one's digest.
     assert identity([("ab", b"1" * 32)]) != identity([("a", b"b" + b"1" * 31)])

@@ -17,13 +17,14 @@ from refrag_core.models import (
     remembered_digest,
     resolve_model,
 )
-from tests.tiny_models import IM_END, decoder_folder, encoder_folder
+from tests.tiny_models import IM_END, cache_for, decoder_folder, encoder_folder
 
 
 @pytest.fixture(autouse=True)
-def _own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("REFRAG_CACHE", str(tmp_path / "refrag-cache"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def _cache(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REFRAG_CACHE", str(cache_for(request, tmp_path_factory)))
 
 
 def make_package(root: Path, monkeypatch: pytest.MonkeyPatch, code: str = "") -> Path:
@@ -182,7 +183,6 @@ def test_two_conversions_at_once_leave_one_folder(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.models
-@pytest.mark.slow
 def test_the_packaged_decoder_converts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = resolve_model("smollm2-135m-instruct")
     assert conversion_note(folder) == "dequantised from Q4_1"

@@ -367,6 +367,17 @@ def test_impossible_searches_are_refused(tmp_path: Path, arguments: dict, messag
         index.search(**({"queries": queries_of(1), "k": 1} | arguments))
 
 
+def test_a_search_leaves_the_number_of_threads_as_it_was(tmp_path: Path):
+    index = open_segments(tmp_path, SPECS["flat"], [unit_vectors(9)])
+    threads = faiss.omp_get_max_threads()
+    try:
+        faiss.omp_set_num_threads(3)
+        index.search(queries_of(1), 1)
+        assert faiss.omp_get_max_threads() == 3
+    finally:
+        faiss.omp_set_num_threads(threads)
+
+
 # ------------------------------------------------------------------------------------------ exact search
 
 

@@ -1,8 +1,8 @@
 import hashlib
 
 import pytest
-from refrag.schemas import arrow
 
+from refrag.schemas import arrow
 from refrag_core.corpus.document import (
     Document,
     Reject,

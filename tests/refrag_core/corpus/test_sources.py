@@ -20,7 +20,7 @@ def make(root: Path, *names: str) -> None:
 
 
 def relatives(*roots: str) -> list[str]:
-    return [file.relative for file in list_files(CorpusOptions(roots))]
+    return [file.source for file in list_files(CorpusOptions(roots))]
 
 
 def test_a_folder_is_listed_recursively_by_path_components(tmp_path: Path) -> None:
@@ -28,21 +28,26 @@ def test_a_folder_is_listed_recursively_by_path_components(tmp_path: Path) -> No
     assert relatives(str(tmp_path)) == ["a/y/x.html", "a/z.md", "a.txt", "b.txt", "c/d.jsonl"]
 
 
-def test_sources_are_written_as_the_root_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sources_are_relative_to_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(tmp_path, "corpus/a/b.txt")
     monkeypatch.chdir(tmp_path)
-    for root in ("corpus", "corpus/", "corpus/*", "corpus/a/b.txt"):
+    for root, source in (
+        ("corpus", "a/b.txt"),
+        ("corpus/", "a/b.txt"),
+        ("corpus/*", "a/b.txt"),
+        ("corpus/a/b.txt", "b.txt"),
+    ):
         (file,) = list_files(CorpusOptions((root,)))
-        assert file.source == "corpus/a/b.txt"
+        assert file.source == source
         assert file.path == str(tmp_path / "corpus/a/b.txt")
     (file,) = list_files(CorpusOptions(("**/b.txt",)))
-    assert (file.source, file.relative) == ("corpus/a/b.txt", "corpus/a/b.txt")
+    assert file.source == "corpus/a/b.txt"
 
 
 def test_hidden_files_and_unknown_suffixes_are_left_out_and_the_latter_counted(tmp_path: Path) -> None:
     make(tmp_path, "a.txt", ".hidden.txt", ".git/b.txt", "c.pdf", "d.PDF", "LICENSE", "e.tar.gz")
     ignored: Counter[str] = Counter()
-    assert [f.relative for f in list_files(CorpusOptions((str(tmp_path),)), ignored=ignored)] == ["a.txt"]
+    assert [f.source for f in list_files(CorpusOptions((str(tmp_path),)), ignored=ignored)] == ["a.txt"]
     assert ignored == {".pdf": 2, "no suffix": 1, ".gz": 1}
 
 
@@ -159,7 +164,7 @@ def test_small_files_share_a_unit_up_to_its_bytes(tmp_path: Path, monkeypatch: p
         (tmp_path / f"{name}.txt").write_text("x" * 40)
     monkeypatch.setattr(sources, "UNIT_BYTES", 100)
     units = list(scan_units(CorpusOptions((str(tmp_path),))))
-    assert [[piece.file.relative for piece in unit.pieces] for unit in units] == [
+    assert [[piece.file.source for piece in unit.pieces] for unit in units] == [
         ["a.txt", "b.txt"],
         ["c.txt", "d.txt"],
         ["e.txt"],
@@ -212,7 +217,7 @@ def bucket() -> str:
 def test_urls_are_listed_and_read_like_folders(bucket: str, root: str) -> None:
     options = CorpusOptions((root,))
     files = list(list_files(options))
-    assert [(f.relative, f.path) for f in files] == [
+    assert [(f.source, f.path) for f in files] == [
         ("a.txt", f"{bucket}/a.txt"),
         ("in/b.jsonl", f"{bucket}/in/b.jsonl"),
     ]
