@@ -448,8 +448,8 @@ def _check_encode_fingerprint(checkpoint: Checkpoint, reader: IndexReader) -> No
     if checkpoint.encode_fingerprint != needed.fingerprint:
         raise FingerprintMismatchError(
             f"the checkpoint's encoder has fingerprint {checkpoint.encode_fingerprint[:12]}, the index was encoded "
-            f"with {needed.fingerprint[:12]} ({needed.reference}): open it with the checkpoint that it was built with, or "
-            "rebuild it with `refrag index build CORPUS --rebuild --checkpoint …`"
+            f"with {needed.fingerprint[:12]} ({needed.reference}): open it with the checkpoint that it was built with, "
+            "or rebuild it with `refrag index build CORPUS --rebuild --checkpoint …`"
         )
 
 

@@ -299,7 +299,7 @@ def _unchanged(row: ScanRow) -> Iterator[None]:
 
 def _changed(row: ScanRow, how: str) -> str:
     return (
-        f"document {row['document_id']!r} of {row['source']} {how}, expected it to stay as the scan found it. "
+        f"document {row['document_id']!r} of {row['path']} {how}, expected it to stay as the scan found it. "
         "Leave the corpus alone during a build and run the build again."
     )
 
