@@ -328,7 +328,18 @@ def commit(store: Store, manifest: Manifest) -> None:
             f"another build committed version {manifest.version} of {store.root} while this one ran: "
             "nothing of this one was committed; run the command again, what is already encoded is reused"
         )
-    store.replace(CURRENT, f"{manifest.version}\n".encode())
+    store.replace(CURRENT, _hint(manifest.version))
+
+
+def finish_commit(store: Store, newest: Manifest) -> None:
+    """Let CURRENT name the newest generation where the builder that committed it died before it could."""
+    path = store.path(CURRENT)
+    if not path.is_file() or path.read_bytes() == _hint(newest.version - 1):
+        store.replace(CURRENT, _hint(newest.version))
+
+
+def _hint(version: int) -> bytes:
+    return f"{version}\n".encode()
 
 
 @dataclass(frozen=True, slots=True)

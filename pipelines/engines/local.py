@@ -43,6 +43,11 @@ def _start_worker(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def _lost(future: "Future[Any]") -> bool:
+    """Whether a future of a broken pool has no outcome of its own."""
+    return not future.done() or isinstance(future.exception(), BrokenProcessPool)
+
+
 class LocalEngine:
     """One machine. `workers` processes for CPU stages; 0 runs everything in this process.
 
@@ -64,10 +69,16 @@ class LocalEngine:
             self._pool = None
 
     def _submit(self, function: Callable[[Item], Made], item: Item) -> "Future[Made]":
+        """Hand an item to the workers; where they died since the last one, the future says so."""
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(self.workers, context, _start_worker, (os.getpid(),))
-        return self._pool.submit(function, item)
+        try:
+            return self._pool.submit(function, item)
+        except BrokenProcessPool as error:
+            lost: Future[Made] = Future()
+            lost.set_exception(error)
+            return lost
 
     def map(self, function: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
         """Results in the order of the items; at most two items a worker are under way.
@@ -96,9 +107,9 @@ class LocalEngine:
                         "to finish: use fewer --workers or a smaller --shard-bytes and run the command again"
                     ) from None
                 self._pool = None
-                again = [(item, self._submit(function, item)) for item, _ in waiting]
-                waiting.clear()
-                waiting.extend(again)
+                for at, (item, future) in enumerate(waiting):
+                    if _lost(future):
+                        waiting[at] = (item, self._submit(function, item))
             else:
                 waiting.popleft()
                 return result
