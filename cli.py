@@ -92,6 +92,9 @@ Score = Annotated[bool, typer.Option("--score", help="Add per-chunk perplexity, 
 MinRecall = Annotated[
     float, typer.Option(help="Recall@10 of the vector index under which nothing is published.", min=0, max=1)
 ]
+IndexMemoryBytes = Annotated[
+    int | None, typer.Option(help="Memory for the vector index on a host; above it vectors become 8-bit codes.", min=1)
+]
 ShardBytes = Annotated[int | None, typer.Option(help="Text bytes a shard; default: by the size of the corpus.", min=1)]
 Rebuild = Annotated[bool, typer.Option("--rebuild", help="Encode all anew where models or settings have changed.")]
 DeleteMissing = Annotated[
@@ -182,6 +185,7 @@ def _build_options(
             text_field=text_field,
             metadata_fields=None if metadata_fields is None else tuple(filter(None, metadata_fields.split(","))),
             chunk_size_field=chunk_size_field,
+            excluded_folder=str(output.absolute()),
             max_line_bytes=max_line_bytes,
             max_document_bytes=max_document_bytes,
         ),
@@ -231,6 +235,7 @@ def index_build(
     workers: Workers = None,
     score: Score = False,
     min_recall: MinRecall = 0.95,
+    index_memory_bytes: IndexMemoryBytes = None,
     shard_bytes: ShardBytes = None,
     rebuild: Rebuild = False,
     delete_missing: DeleteMissing = False,
@@ -258,6 +263,7 @@ def index_build(
         device=device,
         score=score,
         min_recall=min_recall,
+        index_memory_bytes=index_memory_bytes,
         shard_bytes=shard_bytes,
         rebuild=rebuild,
         delete_missing=delete_missing,
@@ -418,7 +424,9 @@ def index_repair(
     from refrag_core.corpus.sources import CorpusOptions
 
     fields = None if metadata_fields is None else tuple(filter(None, metadata_fields.split(",")))
-    source = CorpusOptions(tuple(corpus), id_field, text_field, fields) if corpus else None
+    source = None
+    if corpus:
+        source = CorpusOptions(tuple(corpus), id_field, text_field, fields, excluded_folder=str(index.absolute()))
     options = RepairOptions(index=index, corpus=source, checkpoint=checkpoint, device=device)
     with _engine(EngineName.LOCAL, workers) as running:
         report = repair_index(options, running, _progress())

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,16 @@ from refrag.pipelines.scan import RejectWriter, ScanResult, merge_runs, resolve_
 from refrag.pipelines.stages import ShardResult, add_table
 from refrag_core.corpus.sources import CorpusOptions
 from refrag_core.errors import FingerprintMismatchError
-from refrag_core.manifest import NOTHING, Manifest, ParentInfo, Shard, commit, latest_manifest, live_documents
+from refrag_core.manifest import (
+    NOTHING,
+    Manifest,
+    ParentInfo,
+    Shard,
+    commit,
+    finish_commit,
+    latest_manifest,
+    live_documents,
+)
 from refrag_core.storage import WORK, Store
 
 
@@ -34,6 +44,8 @@ class BuildOptions:
     """Add the per-chunk perplexity column."""
     min_recall: float = 0.95
     """Recall@10 of the vector index under which nothing is published."""
+    index_memory_bytes: int | None = None
+    """Bytes that the vector index may take on a serving host; above them vectors are kept as 8-bit codes."""
     shard_bytes: int | None = None
     """Text bytes a shard; None follows the size of the corpus."""
     rebuild: bool = False
@@ -159,9 +171,17 @@ class _Build:
         committed = latest is None or latest.files != manifest.files
         if committed:
             commit(self.store, manifest)
-        self.store.remove(WORK)
+        elif latest is not None:
+            finish_commit(self.store, latest)
+        self._remove_work()
         standing = manifest if committed or latest is None else latest
         return self._report(standing, committed, scan, plan, outcome, dispositions, time.perf_counter() - started)
+
+    def _remove_work(self) -> None:
+        """This run's files, and the receipts unless another run is under way without a lock that works."""
+        shutil.rmtree(self.work, ignore_errors=True)
+        if not any(path.name.startswith("run-") for path in self.store.path(WORK).iterdir()):
+            self.store.remove(WORK)
 
     def _scan(self, models: Models) -> ScanResult:
         self.progress.start("scan", None, "documents")
@@ -252,6 +272,7 @@ class _Build:
             retriever=models.load_retriever(),
             parent=parent,
             min_recall=self.options.min_recall,
+            memory_budget_bytes=self.options.index_memory_bytes,
             progress=self.progress,
         )
         self.progress.finish()

@@ -129,6 +129,7 @@ def build_vector_index(
     retriever: Any,
     parent: Manifest | None,
     min_recall: float,
+    memory_budget_bytes: int | None,
     progress: Progress,
 ) -> BuiltIndex:
     """Segments over all shards; those of the parent are kept while recall stays above the gate.
@@ -138,13 +139,14 @@ def build_vector_index(
         live: per shard name a bool `[passages]`, for shards with removed passages.
         retriever: embeds the held-out queries (sentences of sampled passages).
         min_recall: recall@10 under which nothing is published.
+        memory_budget_bytes: above this, inverted lists hold 8-bit codes instead of float16; None is no bound.
 
     Raises RecallGateError when even freshly trained segments stay below `min_recall`.
     """
     if parent is not None and _unchanged(parent, shards, live):
         names = [parent.vector_index.quantizer, *(segment.file for segment in parent.segments)]
         return BuiltIndex(parent.segments, parent.vector_index, [parent.files[name] for name in names])
-    spec = choose_index(sum(shard.passages for shard in shards), dim)
+    spec = choose_index(sum(shard.passages for shard in shards), dim, memory_budget_bytes)
     kept = _kept(parent, spec, shards)
     queries = _held_out_queries(store, shards, live, retriever)
     if kept and parent is not None:

@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from refrag_core.batching import SafeBatchSize, cache_dir, map_batches
+from refrag_core.batching import SafeBatchSize, cache_dir, map_batches_on
 from refrag_core.digests import digest_json
 from refrag_core.errors import ConfigError, ModelNotFoundError
 from refrag_core.models import fingerprint_model, fingerprint_tokenizer, load_tokenizer, without_progress_bars
@@ -268,15 +268,15 @@ class ChunkEncoder:
         key = f"encode/{name}/{self.fingerprint}/{self._dtype}/{chunk_size}"
         return SafeBatchSize(key, self._batch_rows, self._memory)
 
-    @torch.inference_mode()
     def _encode_run(self, ids: Tensor, staged: Tensor, size: SafeBatchSize) -> None:
         """Encode rows of one length; on CUDA the copies back are only queued when this returns."""
 
+        @torch.inference_mode()
         def run(start: int, stop: int) -> Tensor:
             made: Tensor = self._module(self._widened(ids[start:stop]))
             return made[: stop - start].to(torch.float16)
 
-        for start, stop, embeddings in map_batches(run, len(ids), size, self._release):
+        for start, stop, embeddings in map_batches_on(self.device.type, run, len(ids), size):
             staged[start:stop].copy_(embeddings, non_blocking=True)
 
     def _widened(self, ids: Tensor) -> Tensor:
@@ -285,10 +285,6 @@ class ChunkEncoder:
         if self._on_cuda or missing <= 0:
             return ids
         return torch.cat([ids, ids[-1:].expand(missing, length)])
-
-    def _release(self) -> None:
-        if self._on_cuda:
-            torch.cuda.empty_cache()
 
 
 def _runs(lengths: npt.NDArray[np.integer[Any]]) -> Iterator[tuple[int, int, int]]:

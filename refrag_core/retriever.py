@@ -17,7 +17,7 @@ from tokenizers import Encoding, Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 
-from refrag_core.batching import SafeBatchSize, cache_dir, map_batches
+from refrag_core.batching import SafeBatchSize, cache_dir, map_batches_on
 from refrag_core.digests import digest_json
 from refrag_core.encoder import load_body
 from refrag_core.errors import ConfigError
@@ -106,7 +106,6 @@ class Retriever:
         for length in np.unique(padded)[::-1]:
             yield int(length), np.flatnonzero(padded == length)
 
-    @torch.inference_mode()
     def _embed_bucket(self, rows: Sequence[Sequence[int]], length: int) -> npt.NDArray[np.float32]:
         """Float32 `[len(rows), d_ret]` of token ids that are padded to `length`."""
         ids = np.full((len(rows), length), self._pad_id, dtype=np.int64)
@@ -119,10 +118,11 @@ class Retriever:
         def run(start: int, stop: int) -> npt.NDArray[np.float32]:
             return self._forward(ids[start:stop], mask[start:stop])
 
-        for start, stop, made in map_batches(run, len(rows), self._batch_size(length), self._release):
+        for start, stop, made in map_batches_on(self.device.type, run, len(rows), self._batch_size(length)):
             vectors[start:stop] = made
         return vectors
 
+    @torch.inference_mode()
     def _forward(self, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         repeats = np.ones(len(ids), dtype=np.int64)
         if not self._on_cuda:
@@ -139,10 +139,6 @@ class Retriever:
         name = torch.cuda.get_device_name(self.device) if self._on_cuda else "cpu"
         key = f"embed/{name}/{self.fingerprint}/{length}"
         return SafeBatchSize(key, max(1, self._batch_tokens // length), self._memory)
-
-    def _release(self) -> None:
-        if self._on_cuda:
-            torch.cuda.empty_cache()
 
 
 def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:

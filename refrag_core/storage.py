@@ -57,6 +57,14 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def _make_folder(folder: Path) -> None:
+    """Create a folder and those above it so that their names outlive a power cut."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync_folder(folder.parent)
+
+
 def _sync_file(path: Path) -> None:
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
@@ -71,11 +79,13 @@ def _link_if_absent(temporary: Path, final: Path) -> bool:
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
             raise
-        # A file system without hard links: exclusive creation decides the winner, the rename fills it.
+        # A file system without hard links: exclusive creation decides the winner, the rename fills it. An empty
+        # file is what a writer left that was killed between the two: the name is still free.
         try:
             os.close(os.open(final, os.O_CREAT | os.O_EXCL))
         except FileExistsError:
-            return False
+            if final.stat().st_size > 0:
+                return False
         os.replace(temporary, final)
     return True
 
@@ -118,7 +128,7 @@ class Store:
         with self._temporary() as temporary:
             write(temporary)
             _sync_file(temporary)
-            final.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(final.parent)
             _link_if_absent(temporary, final)
         _sync_folder(final.parent)
         return self.record(name)
@@ -129,7 +139,7 @@ class Store:
         with self._temporary() as temporary:
             temporary.write_bytes(data)
             _sync_file(temporary)
-            final.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(final.parent)
             created = _link_if_absent(temporary, final)
         _sync_folder(final.parent)
         return created
@@ -140,7 +150,7 @@ class Store:
         with self._temporary() as temporary:
             temporary.write_bytes(data)
             _sync_file(temporary)
-            final.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(final.parent)
             os.replace(temporary, final)
         _sync_folder(final.parent)
 

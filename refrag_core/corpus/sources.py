@@ -58,6 +58,7 @@ class CorpusOptions:
         text_field: field of a record that is its text.
         metadata_fields: fields kept as metadata; None keeps every scalar field but id and text.
         chunk_size_field: field with the document's importance in [0, 1], which chooses its chunk size.
+        excluded_folder: absolute path of a folder whose files are never part of the corpus (the index itself).
         max_line_bytes: longer lines of a .jsonl file are quarantined without being held in memory.
         max_document_bytes: longer texts (UTF-8) and files are quarantined.
     """
@@ -67,6 +68,7 @@ class CorpusOptions:
     text_field: str = "text"
     metadata_fields: tuple[str, ...] | None = None
     chunk_size_field: str | None = None
+    excluded_folder: str | None = None
     max_line_bytes: int = 64 << 20
     max_document_bytes: int = 64 << 20
 
@@ -151,6 +153,8 @@ def list_files(options: CorpusOptions, *, ignored: Counter[str] | None = None) -
     index = 0
     for root in options.roots:
         for source, entry in _root_entries(root):
+            if options.excluded_folder and entry.path.startswith(f"{options.excluded_folder}/"):
+                continue
             known = file_format(entry.name) if entry.kind == "file" else None
             if known is None:
                 counts[os.path.splitext(entry.name)[1].lower() or "no suffix"] += 1

@@ -56,6 +56,9 @@ def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.Mo
     assert store.create("x", b"1")
     assert not store.create("x", b"2")
     assert (tmp_path / "x").read_bytes() == b"1"
+    (tmp_path / "y").touch()  # a writer was killed between creating the name and filling it
+    assert store.create("y", b"3")
+    assert (tmp_path / "y").read_bytes() == b"3"
 
 
 def test_files_leave_out_work_in_progress(tmp_path: Path) -> None:

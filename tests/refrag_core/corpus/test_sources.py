@@ -241,3 +241,9 @@ def test_without_an_fsspec_driver_arrow_is_asked(tmp_path: Path, monkeypatch: py
     options = CorpusOptions((f"file://{tmp_path}",))
     texts = [record.document.text for unit in scan_units(options) for record in read_unit(unit, options)]
     assert texts == ["text of a.txt", "text of b/c.txt"]
+
+
+def test_the_index_is_never_part_of_its_own_corpus(tmp_path: Path) -> None:
+    make(tmp_path, "a.txt", "refrag-index/shards/x/passages.parquet", "refrag-index-notes.txt")
+    options = CorpusOptions((str(tmp_path),), excluded_folder=str(tmp_path / "refrag-index"))
+    assert [file.source for file in list_files(options)] == ["a.txt", "refrag-index-notes.txt"]
