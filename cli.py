@@ -616,9 +616,10 @@ def _print_answer(answer: "Answer") -> None:
     for document_id in answer.dropped:
         print(f"  dropped, does not fit the decoder: {document_id}")
     s = answer.stats
+    encode = f"encode {s.encode_ms:,.1f} + " if s.encode_ms >= 0.1 else ""
     print(
-        f"\nfirst token {s.ttft_ms:,.1f} ms = retrieval {s.retrieval_ms:,.1f} + fetch {s.fetch_ms:,.2f} + policy "
-        f"{s.policy_ms:,.2f} + compose {s.compose_ms:,.1f} + prefill {s.prefill_ms:,.1f};\n"
+        f"\nfirst token {s.ttft_ms:,.1f} ms = retrieval {s.retrieval_ms:,.1f} + fetch {s.fetch_ms:,.2f} + "
+        f"{encode}policy {s.policy_ms:,.2f} + compose {s.compose_ms:,.1f} + prefill {s.prefill_ms:,.1f};\n"
         f"then {s.ttit_ms:,.1f} ms a token. {s.context_tokens:,} context tokens in {s.num_chunks:,} chunks, "
         f"{s.num_expanded:,} expanded: "
         f"{s.decoder_positions:,} decoder positions, compression {s.compression:.2f}x"

@@ -52,7 +52,12 @@ def quantiles(seconds: Sequence[float], *, unit: float) -> dict[str, float]:
     import numpy as np
 
     values = np.asarray(seconds) / unit
-    named = {"p50": np.quantile(values, 0.5), "p99": np.quantile(values, 0.99), "min": values.min(), "max": values.max()}
+    named = {
+        "p50": np.quantile(values, 0.5),
+        "p99": np.quantile(values, 0.99),
+        "min": values.min(),
+        "max": values.max(),
+    }
     return {name: round(float(value), 3) for name, value in named.items()}
 
 

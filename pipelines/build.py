@@ -269,7 +269,7 @@ class _Build:
             shards,
             dim=models.parameters.vector_dim,
             live=live_passages(shards, removed),
-            retriever=models.load_retriever(),
+            retriever=models.embed_stage().load(),
             parent=parent,
             min_recall=self.options.min_recall,
             memory_budget_bytes=self.options.index_memory_bytes,

@@ -60,25 +60,25 @@ class Models:
 
     def stages(self, *, score: bool) -> Stages:
         """The stages of this build."""
-        encode = EncodeStage(str(self.root / self.checkpoint_folder), self.checkpoint.encode_fingerprint, self.device)
-        embed = EmbedStage(str(self.retriever), self.retriever_fingerprint, self.device)
         last = (self.score_stage(),) if score else ()
-        return Stages(self.tokenize_stage(), (encode, embed, *last))
+        return Stages(self.tokenize_stage(), (self.encode_stage(), self.embed_stage(), *last))
 
     def tokenize_stage(self) -> TokenizeStage:
         """The stage that needs no device."""
         fingerprint = self.checkpoint.config.decoder.tokenizer_fingerprint
         return TokenizeStage(str(self.decoder), fingerprint, self.parameters.max_passage_tokens)
 
+    def encode_stage(self) -> EncodeStage:
+        """The stage that makes chunk embeddings."""
+        return EncodeStage(str(self.root / self.checkpoint_folder), self.checkpoint.encode_fingerprint, self.device)
+
+    def embed_stage(self) -> EmbedStage:
+        """The stage that makes passage embeddings."""
+        return EmbedStage(str(self.retriever), self.retriever_fingerprint, self.device)
+
     def score_stage(self) -> ScoreStage:
         """The stage that adds the perplexity column."""
         return ScoreStage(str(self.decoder), fingerprint_model(self.decoder), self.device)
-
-    def load_retriever(self) -> Any:
-        """The retriever, with weights."""
-        from refrag_core.retriever import load_retriever
-
-        return load_retriever(self.retriever, device=self.device)
 
     def components(self, *, scorer: bool) -> Components:
         """What the manifest says of the models."""

@@ -72,7 +72,7 @@ def estimate_build(options: BuildOptions, engine: Engine) -> PlanReport:
         )
         plan = _plan(options, rows, store, None if changes else latest, work, scan.text_bytes)
         sample = _measure_sample(plan, models, work, score=options.score)
-        return _report(plan, sample, models, scan.documents_in, rejected, changes)
+        return _report(plan, sample, models, scan.documents_in, dict(sorted(rejected.items())), changes)
 
 
 def _plan(

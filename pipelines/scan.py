@@ -36,7 +36,7 @@ from refrag_core.corpus.readers import read_raw, read_unit
 from refrag_core.corpus.sources import CorpusOptions, ScanUnit, scan_units
 from refrag_core.corpus.spool import SpoolWriter, publish_file
 
-RUN_ROWS = 1 << 17
+RUN_ROWS = 1 << 15
 """Rows that are sorted in memory; a unit with more gets several runs."""
 
 FAN_IN = 64

@@ -433,6 +433,10 @@ class EncodeStage:
         """Digest of encoder weights, embedding form, pooling and dtype."""
         return digest_json(["encode/1", self.encode_fingerprint])
 
+    def load(self) -> Any:
+        """The encoder with its weights, loaded once a process."""
+        return _encoder(self.checkpoint, self.device)
+
     def __call__(self, store: Store, shard: TokenizedShard) -> Receipt:
         """Write the embeddings of one shard's chunks."""
 
@@ -441,7 +445,7 @@ class EncodeStage:
             tokens = MappedColumn(path, "tokens", "<i4", shard.chunk_size).slice(0, shard.chunks)
             with open_table(path) as file:
                 num_tokens = file.read(columns=["num_tokens"]).column(0).to_numpy()
-            encoder = _encoder(self.checkpoint, self.device)
+            encoder = self.load()
             rows, failures = _by_document(
                 store, shard, "num_chunks", lambda s: encoder.encode(tokens[s], num_tokens[s]), shard.chunks
             )
@@ -471,13 +475,17 @@ class EmbedStage:
         """Digest of the retriever."""
         return digest_json(["embed/1", self.retriever_fingerprint])
 
+    def load(self) -> Any:
+        """The retriever with its weights, loaded once a process."""
+        return _retriever(self.retriever, self.device)
+
     def __call__(self, store: Store, shard: TokenizedShard) -> Receipt:
         """Write the embeddings of one shard's passages."""
 
         def make() -> tuple[pa.Table | None, Sequence[Rejected], dict[str, Any]]:
             with open_table(store.path(shard.tables["passages"])) as file:
                 texts = file.read(columns=["text"]).column(0).to_pylist()
-            retriever = _retriever(self.retriever, self.device)
+            retriever = self.load()
             truncated = np.zeros(len(texts), bool)
 
             def compute(rows: slice) -> npt.NDArray[Any]:

@@ -2,10 +2,14 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 Result = TypeVar("Result")
 
@@ -86,40 +90,51 @@ def map_batches(
         start = stop
 
 
-def map_batches_on(
-    device: str, run: Callable[[int, int], Result], num_rows: int, size: SafeBatchSize
+Span = tuple[int, int, SafeBatchSize]
+"""Rows `[start, stop)` of one shape, and how many of them a batch takes."""
+
+
+def equal_runs(values: npt.NDArray[np.integer[Any]]) -> Iterator[tuple[int, int]]:
+    """`(start, stop)` of each run of equal neighbours in `values` `[n]`."""
+    changes = np.flatnonzero(np.diff(values)) + 1
+    return pairwise([0, *changes.tolist(), len(values)]) if len(values) else iter(())
+
+
+def map_spans(
+    device: str, run: Callable[[int, int], Result], spans: Iterable[Span]
 ) -> Iterator[tuple[int, int, Result]]:
-    """`map_batches` as suits a device type: "cuda" one batch after the other, else side by side on the cores."""
+    """Yield `(start, stop, run(start, stop))` over batches within `spans`, halved on out-of-memory.
+
+    On "cuda" one batch runs after the other. On a CPU as many run at a time as PyTorch has threads, each on
+    one thread (`run` is called from several); a single batch keeps all threads. That is a third faster on two
+    idle cores than all threads on each small matrix product, and many times where other work, such as
+    tokenizing, wants the cores too: then every product waits for its slowest thread.
+    """
     import torch
 
-    if device == "cuda":
-        return map_batches(run, num_rows, size, torch.cuda.empty_cache)
-    return _map_batches_on_cores(run, num_rows, size, torch.get_num_threads(), torch.set_num_threads)
-
-
-def _map_batches_on_cores(
-    run: Callable[[int, int], Result],
-    num_rows: int,
-    size: SafeBatchSize,
-    threads: int,
-    set_threads: Callable[[int], None],
-) -> Iterator[tuple[int, int, Result]]:
-    """As many batches at a time as there are threads, each on one thread; a single batch gets all threads.
-
-    On two cores a third faster than batch after batch with both cores on each small matrix product.
-    """
-    rows = size.rows
-    if threads == 1 or num_rows <= rows:
-        yield from map_batches(run, num_rows, size)
+    threads = 1 if device == "cuda" else torch.get_num_threads()
+    batches = [
+        (a, min(a + size.rows, stop), size) for start, stop, size in spans for a in range(start, stop, size.rows)
+    ]
+    if threads == 1 or len(batches) <= 1:
+        release = torch.cuda.empty_cache if device == "cuda" else lambda: None
+        for batch in batches:
+            yield from _halving(run, *batch, release)
         return
-
-    def batch(start: int) -> list[tuple[int, int, Result]]:
-        made = map_batches(lambda a, b: run(start + a, start + b), min(rows, num_rows - start), size)
-        return [(start + a, start + b, result) for a, b, result in made]
-
     try:
-        with ThreadPoolExecutor(threads, initializer=set_threads, initargs=(1,)) as pool:
-            for results in pool.map(batch, range(0, num_rows, rows)):
-                yield from results
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for made in pool.map(lambda batch: list(_halving(run, *batch)), batches):
+                yield from made
     finally:
-        set_threads(threads)  # threads that other code starts later take over what was set last
+        torch.set_num_threads(threads)  # threads that other code starts later take over what was set last
+
+
+def _halving(
+    run: Callable[[int, int], Result],
+    start: int,
+    stop: int,
+    size: SafeBatchSize,
+    release: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[int, int, Result]]:
+    for a, b, result in map_batches(lambda a, b: run(start + a, start + b), stop - start, size, release):
+        yield start + a, start + b, result

@@ -3,6 +3,8 @@
     config.json               components, shapes and prompt template; written last
     projection.safetensors    φ
     policy.safetensors        the pointer policy
+    encoder-*.safetensors     trained layers of the encoder body, where there are any
+    adapter-*.safetensors     trained update of the decoder, where there is one
 
 Encoder body and decoder are references (`refrag_core.models`) with fingerprints; their weights are read only
 by whoever runs them. Serving hosts load projection and policy and never need the encoder. A reference that
@@ -11,7 +13,7 @@ starts with "./" is a folder inside the checkpoint (a trained encoder, say).
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from refrag_core.decoder import Decoder, input_embedding_size
+from refrag_core.decoder import Adapter, Decoder, input_embedding_size
 from refrag_core.digests import JSON, digest_bytes, digest_json
 from refrag_core.encoder import EMBEDDING_FORM, POOLING, ChunkEncoder, encode_fingerprint
 from refrag_core.errors import ConfigError, FingerprintMismatchError, ModelNotFoundError
@@ -35,6 +37,7 @@ from refrag_core.models import (
 )
 from refrag_core.policy import PointerPolicy, initialise_policy
 from refrag_core.projection import Projection, initialise_projection
+from refrag_core.stored_weights import WeightFile, read_weights, verified_paths
 from refrag_core.template import PromptTemplate, make_template
 
 FORMAT = "refrag-checkpoint"
@@ -87,6 +90,15 @@ class PolicyConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """A trained low-rank update of the decoder."""
+
+    scale: float
+    """A layer's weight becomes weight + scale · up @ down."""
+    files: tuple[WeightFile, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointConfig:
     """All of `config.json`."""
 
@@ -101,6 +113,10 @@ class CheckpointConfig:
     trained: bool
     """False: the projection is random, and compressed chunks mean nothing to the decoder."""
     seed: int
+    encoder_files: tuple[WeightFile, ...] = ()
+    """Trained layers of the encoder body; none for the body as it is."""
+    adapter: AdapterConfig | None = None
+    """None for the decoder as it is."""
 
     @property
     def d_enc(self) -> int:
@@ -116,15 +132,30 @@ class CheckpointConfig:
     def encode_fingerprint(self) -> str:
         """What an index's chunk embeddings must have been made with."""
         return encode_fingerprint(
-            self.encoder.fingerprint,
+            self.body_fingerprint,
             self.decoder.tokenizer_fingerprint,
             embedding=self.encoder.embedding,
             pooling=self.encoder.pooling,
         )
 
+    @property
+    def body_fingerprint(self) -> str:
+        """Of the encoder body with its trained layers."""
+        if not self.encoder_files:
+            return self.encoder.fingerprint
+        return digest_json([self.encoder.fingerprint, *(file.digest for file in self.encoder_files)])
+
+    @property
+    def weight_files(self) -> tuple[WeightFile, ...]:
+        """All files of trained weights besides projection and policy."""
+        return self.encoder_files + (self.adapter.files if self.adapter else ())
+
     def to_json(self) -> dict[str, JSON]:
         """The content of `config.json`."""
         values = asdict(self) | {"template": self.template.to_json(), "chunk_sizes": list(self.chunk_sizes)}
+        for name in ("encoder_files", "adapter"):
+            if not values[name]:
+                del values[name]
         return {"format": FORMAT, "format_version": FORMAT_VERSION, **values}
 
     @classmethod
@@ -141,6 +172,8 @@ class CheckpointConfig:
                     "policy": PolicyConfig(**fields["policy"]),
                     "template": PromptTemplate.from_json(fields["template"]),
                     "chunk_sizes": tuple(fields["chunk_sizes"]),
+                    "encoder_files": _files(fields.get("encoder_files", ())),
+                    "adapter": _adapter(fields.get("adapter")),
                 }
             )
         except (KeyError, TypeError) as error:
@@ -150,6 +183,14 @@ class CheckpointConfig:
             ) from error
         _check_values(config)
         return config
+
+
+def _files(values: Sequence[Mapping[str, Any]]) -> tuple[WeightFile, ...]:
+    return tuple(WeightFile(**value) for value in values)
+
+
+def _adapter(value: Mapping[str, Any] | None) -> AdapterConfig | None:
+    return None if value is None else AdapterConfig(**{**value, "files": _files(value["files"])})
 
 
 def _check_format(value: Mapping[str, Any]) -> None:
@@ -229,7 +270,32 @@ class Checkpoint:
         body, decoder = self.encoder_folder(), self.decoder_folder()
         _verify("encoder", body, fingerprint_model(body), self.config.encoder.fingerprint)
         self._verify_tokenizer(decoder)
-        return ChunkEncoder.load(body, decoder, device=device, batch_rows=batch_rows, dtype=dtype)
+        return ChunkEncoder.load(
+            body,
+            decoder,
+            device=device,
+            batch_rows=batch_rows,
+            dtype=dtype,
+            trained=self.load_trained_layers(),
+            body_fingerprint=self.config.body_fingerprint,
+        )
+
+    def load_trained_layers(self) -> dict[str, Tensor] | None:
+        """Trained layers of the encoder body, verified, float32; None for the body as it is."""
+        return self._read(self.config.encoder_files) if self.config.encoder_files else None
+
+    def load_adapter(self) -> Adapter | None:
+        """The decoder's trained update, verified, float32; None for the decoder as it is."""
+        adapter = self.config.adapter
+        return None if adapter is None else Adapter(self._read(adapter.files), adapter.scale)
+
+    def _read(self, files: Sequence[WeightFile]) -> dict[str, Tensor]:
+        return read_weights(verified_paths(self._own_folder(), files))
+
+    def _own_folder(self) -> Path:
+        if self.folder is None:
+            raise ConfigError("the checkpoint has trained weights in files and no folder; expected one that was saved")
+        return self.folder
 
     def load_decoder(
         self, *, device: str = "cpu", dtype: torch.dtype | None = None, attn_implementation: str | None = None
@@ -238,7 +304,13 @@ class Checkpoint:
         folder = self.decoder_folder()
         self._verify_tokenizer(folder)
         _verify("decoder", folder, fingerprint_model(folder), self.config.decoder.fingerprint)
-        return Decoder.load(folder, device=device, dtype=dtype, attn_implementation=attn_implementation)
+        return Decoder.load(
+            folder,
+            device=device,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            adapter=self.load_adapter(),
+        )
 
     def load_projection(self, *, device: str = "cpu") -> Projection:
         """A copy of φ on `device`, float32."""
@@ -255,6 +327,9 @@ class Checkpoint:
     def save(self, folder: Path) -> "Checkpoint":
         """Write the checkpoint, its config last, and return it as loaded from `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
+        for file in self.config.weight_files:
+            if folder.resolve() != self._own_folder().resolve():
+                _publish(folder / file.name, (self._own_folder() / file.name).read_bytes())
         _publish(folder / PROJECTION_FILE, save(_state(self.projection)))
         _publish(folder / POLICY_FILE, save(_state(self.policy)))
         text = json.dumps(self.config.to_json(), indent=2, sort_keys=True, ensure_ascii=False)

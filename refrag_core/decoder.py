@@ -5,7 +5,7 @@ Notation: b prompts, s slots of the longest, d_dec width of the input embeddings
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,16 @@ class Prefilled:
     """The model's key-value cache over all slots."""
 
 
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """Trained low-rank updates of a decoder's linear layers (LoRA, arXiv:2106.09685)."""
+
+    state: Mapping[str, Tensor]
+    """`LAYER.down` float `[rank, in]` and `LAYER.up` float `[out, rank]` of each adapted layer."""
+    scale: float
+    """A layer's weight becomes weight + scale · up @ down."""
+
+
 class Decoder:
     """A causal language model, its tokenizer and the ids that end an answer.
 
@@ -69,10 +79,12 @@ class Decoder:
         device: str = "cpu",
         dtype: torch.dtype | None = None,
         attn_implementation: str | None = None,
+        adapter: Adapter | None = None,
     ) -> "Decoder":
         """The decoder in `folder`, from safetensors; float32 on a CPU, bfloat16 elsewhere unless `dtype` says.
 
-        Raises UnsupportedDecoderError, and ModelNotFoundError when weights are missing.
+        An `adapter` is merged into its weights. Raises UnsupportedDecoderError, ModelNotFoundError when weights
+        are missing, and ConfigError for an adapter of another decoder.
         """
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -92,6 +104,8 @@ class Decoder:
                 f"{folder} lacks {len(loaded['missing_keys'])} weights of its decoder "
                 f"({min(loaded['missing_keys'])}, …); expected all of them: get the complete model"
             )
+        if adapter is not None:
+            merge_adapter(model, adapter)
         return cls(model.to(device), load_tokenizer(folder))
 
     @property
@@ -203,6 +217,22 @@ class Decoder:
             mask = None if mask is None else torch.cat([mask, mask.new_ones(len(chosen), 1)], dim=1)
             position = position + 1
             chosen = sampler.choose(self.step(chosen, prefilled.cache, mask, position))
+
+
+@torch.no_grad()
+def merge_adapter(model: Any, adapter: Adapter) -> None:
+    """Add the adapter's updates to the weights in place, in float32. Raises ConfigError where they do not fit."""
+    layers = dict(model.named_modules())
+    for name in sorted({key.rpartition(".")[0] for key in adapter.state}):
+        down, up = (adapter.state.get(f"{name}.{part}") for part in ("down", "up"))
+        weight = getattr(layers.get(name), "weight", None)
+        if weight is None or down is None or up is None or (up.shape[0], down.shape[1]) != tuple(weight.shape):
+            raise ConfigError(
+                f"the adapter's layer {name!r} does not fit the decoder of type {model.config.model_type!r}; expected "
+                f"the decoder that the checkpoint was trained for: leave --decoder out"
+            )
+        update = up.float() @ down.float()
+        weight.copy_(weight.float() + adapter.scale * update.to(weight.device))
 
 
 def refuse_unsupported(config: Any) -> None:

@@ -6,7 +6,7 @@ recomputed at load and stored nowhere. A chunk embedding is thus a pure function
 Notation: n chunks, k = chunk_size, t tokens of one chunk (t ≤ k), d_enc body width, V decoder vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from refrag_core.batching import SafeBatchSize, cache_dir, map_batches_on
+from refrag_core.batching import SafeBatchSize, cache_dir, equal_runs, map_spans
 from refrag_core.digests import digest_json
 from refrag_core.errors import ConfigError, ModelNotFoundError
 from refrag_core.models import fingerprint_model, fingerprint_tokenizer, load_tokenizer, without_progress_bars
@@ -162,6 +162,33 @@ class EncoderModule(nn.Module):
         return hidden.mean(dim=1, dtype=torch.float32)
 
 
+def load_encoder_module(body: Path, decoder: Path) -> EncoderModule:
+    """The body in folder `body` with input embeddings for the tokens of the decoder in folder `decoder`, float32."""
+    module = load_body(body)
+    table: Tensor = module.get_input_embeddings().weight  # type: ignore[operator]
+    texts = token_texts(load_tokenizer(decoder))
+    return EncoderModule(module, transplant_vocabulary(texts, load_tokenizer(body), table))
+
+
+def trained_layers(body: nn.Module) -> dict[str, Tensor]:
+    """The body's weights without its own vocabulary's embeddings, which `transplant_vocabulary` reads as they were."""
+    table = body.get_input_embeddings().weight  # type: ignore[operator]
+    return {name: weight.detach() for name, weight in sorted(body.named_parameters()) if weight is not table}
+
+
+def load_trained_layers(body: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put `weights` into the body in place. Raises ConfigError unless they are `trained_layers` of such a body."""
+    own = trained_layers(body)
+    odd = sorted(own.keys() ^ weights.keys()) or [name for name in own if own[name].shape != weights[name].shape]
+    if odd:
+        raise ConfigError(
+            f"trained encoder weights do not fit the body: {len(odd)} differ in name or shape ({odd[0]}, …); "
+            f"expected those of the body that the checkpoint names: get the checkpoint again"
+        )
+    for name, weight in own.items():
+        weight.copy_(weights[name])
+
+
 class ChunkEncoder:
     """Encodes chunks in batches of equal length that shrink when the device runs out of memory.
 
@@ -204,14 +231,21 @@ class ChunkEncoder:
         device: str = "cpu",
         batch_rows: int | None = None,
         dtype: torch.dtype | None = None,
+        trained: Mapping[str, Tensor] | None = None,
+        body_fingerprint: str | None = None,
     ) -> "ChunkEncoder":
-        """The encoder with the body in folder `body`, for the tokens of the decoder in folder `decoder`."""
-        module = load_body(body)
-        texts = token_texts(load_tokenizer(decoder))
-        own_table: Tensor = module.get_input_embeddings().weight  # type: ignore[operator]
+        """The encoder with the body in folder `body`, for the tokens of the decoder in folder `decoder`.
+
+        Args:
+            trained: weights in place of the body's own (`load_trained_layers`).
+            body_fingerprint: of the body with these; None takes that of the folder.
+        """
+        module = load_encoder_module(body, decoder)
+        if trained is not None:
+            load_trained_layers(module.body, trained)
         return cls(
-            EncoderModule(module, transplant_vocabulary(texts, load_tokenizer(body), own_table)),
-            fingerprint=encode_fingerprint(fingerprint_model(body), fingerprint_tokenizer(decoder)),
+            module,
+            fingerprint=encode_fingerprint(body_fingerprint or fingerprint_model(body), fingerprint_tokenizer(decoder)),
             device=device,
             batch_rows=batch_rows,
             dtype=dtype,
@@ -236,8 +270,7 @@ class ChunkEncoder:
         staged = torch.empty((len(order), self.dim), dtype=torch.float16, pin_memory=self._on_cuda)
         ids = self._upload(np.ascontiguousarray(token_ids[order]))
         size = self._batch_size(token_ids.shape[1])
-        for start, stop, length in _runs(num_tokens[order]):
-            self._encode_run(ids[start:stop, :length], staged[start:stop], size)
+        self._encode_sorted(ids, num_tokens[order], staged, size)
         if self._on_cuda:
             torch.cuda.synchronize(self.device)
         embeddings = np.empty(staged.shape, dtype=np.float16)
@@ -268,15 +301,18 @@ class ChunkEncoder:
         key = f"encode/{name}/{self.fingerprint}/{self._dtype}/{chunk_size}"
         return SafeBatchSize(key, self._batch_rows, self._memory)
 
-    def _encode_run(self, ids: Tensor, staged: Tensor, size: SafeBatchSize) -> None:
-        """Encode rows of one length; on CUDA the copies back are only queued when this returns."""
+    def _encode_sorted(
+        self, ids: Tensor, lengths: npt.NDArray[np.integer[Any]], staged: Tensor, size: SafeBatchSize
+    ) -> None:
+        """Encode rows that are sorted by length; on CUDA the copies back are only queued when this returns."""
 
         @torch.inference_mode()
         def run(start: int, stop: int) -> Tensor:
-            made: Tensor = self._module(self._widened(ids[start:stop]))
+            made: Tensor = self._module(self._widened(ids[start:stop, : int(lengths[start])]))
             return made[: stop - start].to(torch.float16)
 
-        for start, stop, embeddings in map_batches_on(self.device.type, run, len(ids), size):
+        spans = ((start, stop, size) for start, stop in equal_runs(lengths))
+        for start, stop, embeddings in map_spans(self.device.type, run, spans):
             staged[start:stop].copy_(embeddings, non_blocking=True)
 
     def _widened(self, ids: Tensor) -> Tensor:
@@ -285,11 +321,3 @@ class ChunkEncoder:
         if self._on_cuda or missing <= 0:
             return ids
         return torch.cat([ids, ids[-1:].expand(missing, length)])
-
-
-def _runs(lengths: npt.NDArray[np.integer[Any]]) -> Iterator[tuple[int, int, int]]:
-    """`(start, stop, length)` of each run of equal values in the sorted `lengths`."""
-    values, starts = np.unique(lengths, return_index=True)
-    bounds = np.append(starts, len(lengths))
-    for value, start, stop in zip(values, bounds[:-1], bounds[1:], strict=True):
-        yield int(start), int(stop), int(value)

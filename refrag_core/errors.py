@@ -20,6 +20,7 @@ __all__ = [
     "RecallGateError",
     "RefragError",
     "StageError",
+    "TrainingDivergedError",
     "UnsupportedDecoderError",
     "UntrainedProjectionError",
     "UsageError",
@@ -88,6 +89,10 @@ class CommitConflictError(RefragError):
 
 class StageError(RefragError):
     """A stage failed on a shard for a reason that no single record explains."""
+
+
+class TrainingDivergedError(RefragError):
+    """A training loss is not a number any more."""
 
 
 class AccountingError(RefragError):

@@ -96,7 +96,8 @@ def _find(reader: IndexReader, wanted: str) -> Iterator[PassageRef]:
         if document_id and not by_document:
             continue
         rows = iterate_rows(reader.store.path(shard.tables["passages"]), ["passage_id", "document_id", "ordinal"])
+        live = reader.live_rows(number)
         for at, row in enumerate(rows):
             named = row["document_id"] == document_id and str(row["ordinal"]) == ordinal
-            if named or row["passage_id"].hex() == wanted:
+            if live[at] and (named or row["passage_id"].hex() == wanted):
                 yield PassageRef(number, at)

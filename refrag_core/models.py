@@ -230,6 +230,27 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     with without_progress_bars():
         _dequantised_model(gguf).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    _make_byte_level(folder / "tokenizer.json")
+
+
+def _make_byte_level(path: Path) -> None:
+    """Write a byte-level BPE in one form, whatever the version of transformers that imported it.
+
+    Versions differ in settings that decide no id of bytes that the vocabulary has, and a fingerprint must not.
+    """
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content["model"]["type"] != "BPE" or '"ByteLevel"' not in json.dumps(content["pre_tokenizer"]):
+        return
+    content["normalizer"] = None
+    content["decoder"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    content["model"] |= {
+        "unk_token": None,
+        "continuing_subword_prefix": "",
+        "end_of_word_suffix": "",
+        "fuse_unk": False,
+        "byte_fallback": False,
+    }
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
 def _dequantised_model(gguf: Path) -> Any:

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 
-from refrag_core.batching import SafeBatchSize, cache_dir, map_batches_on
+from refrag_core.batching import SafeBatchSize, Span, cache_dir, equal_runs, map_spans
 from refrag_core.digests import digest_json
 from refrag_core.encoder import load_body
 from refrag_core.errors import ConfigError
@@ -27,13 +27,14 @@ MAX_POSITIONS = 512
 """Tokens of a text that are read, special tokens included, where the body has as many positions."""
 
 PAD_MULTIPLE = 32
-CPU_BATCH_TOKENS = 8_192
+CPU_BATCH_TOKENS = 2_048
 CUDA_BATCH_TOKENS = 262_144
 CPU_MIN_TOKENS = 64
 """Fewer tokens in a CPU batch than this and matrix kernels for thin inputs round differently."""
 
 _RECIPE = "mean-l2-1"
-_TOKENIZED_AT_ONCE = 4_096
+_EMBEDDED_AT_ONCE = 4_096
+_TOKENIZED_AT_ONCE = 256  # an Encoding takes some hundred bytes a token; its ids, which are kept, take four
 _MODULES = ("Transformer", "Pooling", "Normalize")
 _POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "mpnet")
 
@@ -91,36 +92,49 @@ class Retriever:
     def _embed(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
         vectors = np.empty((len(texts), self.dim), dtype=np.float32)
         truncated = np.zeros(len(texts), dtype=np.bool_)
-        for start in range(0, len(texts), _TOKENIZED_AT_ONCE):
-            encodings = self._tokenizer.encode_batch(list(texts[start : start + _TOKENIZED_AT_ONCE]))
-            rows = slice(start, start + len(encodings))
-            truncated[rows] = [bool(encoding.overflowing) for encoding in encodings]
-            for length, members in self._buckets(encodings):
-                vectors[start + members] = self._embed_bucket([encodings[i].ids for i in members], length)
+        for start in range(0, len(texts), _EMBEDDED_AT_ONCE):
+            rows = slice(start, start + _EMBEDDED_AT_ONCE)
+            ids, truncated[rows] = self._tokenize(texts[rows])
+            self._embed_ids(ids, vectors[rows])
         return vectors, truncated
 
-    def _buckets(self, encodings: Sequence[Encoding]) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
-        """`(padded length, members)` of each padded length that occurs, longest first."""
-        lengths = np.array([len(encoding.ids) for encoding in encodings], dtype=np.int64)
-        padded = np.minimum(-(-lengths // PAD_MULTIPLE) * PAD_MULTIPLE, self.max_length)
-        for length in np.unique(padded)[::-1]:
-            yield int(length), np.flatnonzero(padded == length)
+    def _tokenize(self, texts: Sequence[str]) -> tuple[list[npt.NDArray[np.int32]], list[bool]]:
+        """Token ids of each text, special tokens included, and which texts were truncated."""
+        ids, truncated = [], []
+        for start in range(0, len(texts), _TOKENIZED_AT_ONCE):
+            encodings = self._tokenizer.encode_batch(list(texts[start : start + _TOKENIZED_AT_ONCE]))
+            ids += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+            truncated += [bool(encoding.overflowing) for encoding in encodings]
+        return ids, truncated
 
-    def _embed_bucket(self, rows: Sequence[Sequence[int]], length: int) -> npt.NDArray[np.float32]:
-        """Float32 `[len(rows), d_ret]` of token ids that are padded to `length`."""
+    def _embed_ids(self, ids: Sequence[npt.NDArray[np.int32]], vectors: npt.NDArray[np.float32]) -> None:
+        """Fill `vectors` `[n, d_ret]`; texts of one padded length share batches, the longest first."""
+        lengths = np.array([len(tokens) for tokens in ids], dtype=np.int64)
+        padded = np.minimum(-(-lengths // PAD_MULTIPLE) * PAD_MULTIPLE, self.max_length)
+        order = np.argsort(-padded, kind="stable")
+
+        def run(start: int, stop: int) -> npt.NDArray[np.float32]:
+            rows = [ids[i] for i in order[start:stop]]
+            return self._forward(*self._padded(rows, int(padded[order[start]])))
+
+        for start, stop, made in map_spans(self.device.type, run, self._spans(padded[order])):
+            vectors[order[start:stop]] = made
+
+    def _spans(self, padded: npt.NDArray[np.int64]) -> Iterator[Span]:
+        """The runs of equal values in `padded`, with the batch size of each."""
+        for start, stop in equal_runs(padded):
+            yield start, stop, self._batch_size(int(padded[start]))
+
+    def _padded(
+        self, rows: Sequence[npt.NDArray[np.int32]], length: int
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Token ids and mask `[len(rows), length]`."""
         ids = np.full((len(rows), length), self._pad_id, dtype=np.int64)
         mask = np.zeros((len(rows), length), dtype=np.int64)
         for row, tokens in enumerate(rows):
             ids[row, : len(tokens)] = tokens
             mask[row, : len(tokens)] = 1
-        vectors = np.empty((len(rows), self.dim), dtype=np.float32)
-
-        def run(start: int, stop: int) -> npt.NDArray[np.float32]:
-            return self._forward(ids[start:stop], mask[start:stop])
-
-        for start, stop, made in map_batches_on(self.device.type, run, len(rows), self._batch_size(length)):
-            vectors[start:stop] = made
-        return vectors
+        return ids, mask
 
     @torch.inference_mode()
     def _forward(self, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:

@@ -5,6 +5,7 @@ is not loaded: chunk embeddings come from the index's memory map.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ from refrag_core.chunking import ChunkingOptions, chunk_rows, cut_passages, pass
 from refrag_core.composition import Composed, ContextPassage, compose, pad_batch
 from refrag_core.decoder import FINISHED, Decoder, TextStream
 from refrag_core.devices import resolve_device
+from refrag_core.encoder import ChunkEncoder
 from refrag_core.errors import FingerprintMismatchError, UntrainedProjectionError
 from refrag_core.index_reader import FetchedPassage, IndexReader, PassageRef
 from refrag_core.models import fingerprint_tokenizer, resolve_model
@@ -189,14 +191,16 @@ class Runtime:
         folder = resolve_model(decoder) if decoder else opened.decoder_folder()
         _check_tokenizer(folder, reader)
         searcher = Searcher(reader, matching_retriever(reader, retriever, device))
-        return cls(searcher, opened, Decoder.load(folder, device=device), chunk_cache=chunk_cache)
+        adapted = Decoder.load(folder, device=device, adapter=opened.load_adapter())
+        _check_width(adapted, opened)
+        return cls(searcher, opened, adapted, chunk_cache=chunk_cache)
 
     # --- text outside the index
 
     @cached_property
     def chunk_encoder(self) -> CachedChunkEncoder:
-        """The checkpoint's encoder behind the chunk cache: loaded only for text that the index does not hold."""
-        encoder = self.checkpoint.load_encoder(device=str(self.decoder.device))
+        """The checkpoint's encoder behind the chunk cache: loaded only for chunks that neither index nor cache has."""
+        encoder = _DeferredEncoder(self.checkpoint, str(self.decoder.device))
         caches: list[ChunkCache] = [MemoryChunkCache(encoder.dim)]
         if self.chunk_cache is not None:
             caches.append(DiskChunkCache(self.chunk_cache, encoder.dim))
@@ -207,11 +211,12 @@ class Runtime:
         parameters = self.reader.manifest.parameters
         options = ChunkingOptions(parameters.chunk_size, parameters.max_passage_tokens)
         (tokens,) = tokenize_documents([text], self.decoder.tokenizer)
-        made = []
+        made, occurrences = [], Counter[str]()
         for passage in cut_passages(text, tokens, options):
             ids = tokens.ids[passage.token_start : passage.token_end]
             embeddings = self.chunk_encoder.encode(*chunk_rows(ids, parameters.chunk_size))
-            given = GivenPassage(name, passage.text, passage_id(name, passage.text, passage.ordinal).hex())
+            given = GivenPassage(name, passage.text, passage_id(name, passage.text, occurrences[passage.text]).hex())
+            occurrences[passage.text] += 1
             made.append((given, FetchedPassage(ids, parameters.chunk_size, embeddings, None)))
         return made
 
@@ -392,6 +397,26 @@ class Runtime:
         )
 
 
+class _DeferredEncoder:
+    """The checkpoint's chunk encoder, loaded when it has to encode."""
+
+    def __init__(self, checkpoint: Checkpoint, device: str) -> None:
+        self._checkpoint = checkpoint
+        self._device = device
+        self.dim = checkpoint.config.encoder.dim
+        self.fingerprint = checkpoint.encode_fingerprint
+
+    @cached_property
+    def _encoder(self) -> ChunkEncoder:
+        return self._checkpoint.load_encoder(device=self._device)
+
+    def encode(
+        self, token_ids: npt.NDArray[np.int32], num_tokens: npt.NDArray[np.integer[Any]]
+    ) -> npt.NDArray[np.float16]:
+        """Chunk embeddings float16 `[n, d_enc]` of tokens int32 `[n, k]`."""
+        return self._encoder.encode(token_ids, num_tokens)
+
+
 class _Clock:
     """Lap times in milliseconds from the moment the request came in."""
 
@@ -459,4 +484,13 @@ def _check_tokenizer(folder: Path, reader: IndexReader) -> None:
         raise FingerprintMismatchError(
             f"the decoder in {folder} has a tokenizer with fingerprint {found[:12]}, the index holds tokens of "
             f"{needed.fingerprint[:12]} ({needed.reference}): take that decoder, or rebuild the index for this one"
+        )
+
+
+def _check_width(decoder: Decoder, checkpoint: Checkpoint) -> None:
+    if decoder.dim != checkpoint.config.d_dec:
+        raise FingerprintMismatchError(
+            f"the decoder takes embeddings of width {decoder.dim}, the checkpoint's projection gives "
+            f"{checkpoint.config.d_dec} (made for {checkpoint.config.decoder.reference}): leave --decoder out, or "
+            "give a checkpoint made for this decoder with --checkpoint"
         )

@@ -170,9 +170,11 @@ class MappedColumn:
 
     def slice(self, start: int, stop: int) -> npt.NDArray[Any]:
         """Rows `[start, stop)`: a view where they lie in one row group, else a copy."""
-        first, last = start // self._rows_a_group, max(start, stop - 1) // self._rows_a_group
+        if len(self._views) == 1:
+            return self._views[0][start:stop]
         if not self._views:
             return self._shaped(np.empty(0, self._dtype))
+        first, last = start // self._rows_a_group, max(start, stop - 1) // self._rows_a_group
         if first == last:
             base = first * self._rows_a_group
             return self._views[first][start - base : stop - base]

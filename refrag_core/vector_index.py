@@ -230,14 +230,18 @@ def build_segment(quantizer: bytes, blocks: Iterable[Vectors], path: Path) -> in
     The file is a faiss index followed by a magic and its length (16 bytes, which faiss itself ignores).
     Byte-identical between runs, numbers of threads and ways of cutting the same rows into blocks (CPU).
     Holds one segment's codes and 16,384 float32 rows in memory. Publishing `path` is the caller's.
-    Raises CorruptIndexError for a quantizer that is none, StageError for a block of another width.
+    Raises CorruptIndexError for a quantizer that is none, StageError for a block of another width, and OSError
+    when the file cannot be written.
     """
     faiss = _faiss()
     index = _deserialize(faiss, quantizer)
     coarse = _coarse_quantizer(faiss, index)
     for rows in _regrouped(blocks, index.d, _ADD_ROWS):
         _add(faiss, index, coarse, rows)
-    faiss.write_index(index, str(path))
+    try:
+        faiss.write_index(index, str(path))
+    except RuntimeError as error:  # what the system said, a full disk for one, is in faiss's text
+        raise OSError(f"{path} cannot be written ({error})") from error
     _seal(path)
     return int(index.ntotal)
 

@@ -114,7 +114,11 @@ def test_nothing_is_pickled_or_executed(path: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "source", "found"),
     [
-        ("refrag_core.runtime", "from refrag.pipelines.build import build_index", ["refrag.pipelines.build.build_index"]),
+        (
+            "refrag_core.runtime",
+            "from refrag.pipelines.build import build_index",
+            ["refrag.pipelines.build.build_index"],
+        ),
         ("refrag_core.runtime", "def f():\n    import refrag.cli", ["refrag.cli"]),
         ("refrag.schemas", "import refrag_core", ["refrag_core"]),
         ("refrag.pipelines.build", "from refrag import cli", ["refrag.cli"]),
@@ -185,7 +189,7 @@ def test_help_loads_nothing_heavy() -> None:
     assert [] in commands()
     assert ["index", "build"] in commands()
     loaded = json.loads(python(HELP, json.dumps(commands())))
-    assert {words: sorted(HEAVY & set(modules)) for words, modules in loaded.items()} == dict.fromkeys(loaded, [])
+    assert {words: sorted(HEAVY & set(modules)) for words, modules in loaded.items()} == {words: [] for words in loaded}
 
 
 TOKENIZE = """

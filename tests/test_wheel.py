@@ -42,7 +42,11 @@ def test_it_claims_no_generic_module(wheel: Path) -> None:
 def test_it_carries_every_source_file_and_the_format_s_specification(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     installed = {"cli.py": "refrag/cli.py"}
-    for folder, package in (("schemas", "refrag/schemas"), ("pipelines", "refrag/pipelines"), ("refrag_core", "refrag_core")):
+    for folder, package in (
+        ("schemas", "refrag/schemas"),
+        ("pipelines", "refrag/pipelines"),
+        ("refrag_core", "refrag_core"),
+    ):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".py", ".json", ".md"):
                 installed[str(path)] = f"{package}/{path.relative_to(ROOT / folder).as_posix()}"

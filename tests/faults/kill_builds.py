@@ -57,13 +57,13 @@ class Outcome:
         return set(self.ids) == {self.expected} and not self.problems
 
 
-def build_arguments(root: Path, index: Path) -> list[str]:
+def build_arguments(root: Path, index: Path, *, checkpoint: Path | None = None, shard_bytes: int = 4000) -> list[str]:
     """`refrag index build` over the corpus in `root`: many shards, two workers."""
     models = models_folder()
     return [
         *("index", "build", str(root / "corpus"), "--output", str(index), "--workers", "2", "--json"),
-        *("--checkpoint", str(models / "checkpoint"), "--retriever", str(models / "encoder"), "--device", "cpu"),
-        *("--max-passage-tokens", "64", "--min-recall", "0.5", "--shard-bytes", "4000"),
+        *("--checkpoint", str(checkpoint or models / "checkpoint"), "--retriever", str(models / "encoder")),
+        *("--device", "cpu", "--max-passage-tokens", "64", "--min-recall", "0.5", "--shard-bytes", str(shard_bytes)),
     ]
 
 
@@ -167,7 +167,8 @@ def main() -> None:
         )
     for problem in outcome.problems:
         print(problem)
-    print(f"{len(outcome.killed)} kills, {len(outcome.ids)} completed builds: {'unharmed' if outcome.unharmed else 'HARMED'}")
+    state = "unharmed" if outcome.unharmed else "HARMED"
+    print(f"{len(outcome.killed)} kills, {len(outcome.ids)} completed builds: {state}")
     raise SystemExit(0 if outcome.unharmed else 1)
 
 

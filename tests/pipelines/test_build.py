@@ -201,6 +201,9 @@ class Poison:
             vectors[hit] = self.outcome
         return vectors, truncated
 
+    def embed_queries(self, texts: list[str]) -> Any:
+        return self.real(self.folder, "cpu").embed_queries(texts)
+
 
 @pytest.mark.parametrize("outcome", [ValueError("cannot read this"), float("nan")])
 def test_a_poisonous_document_leaves_alone(

@@ -1,0 +1,1 @@
+"""Training of encoder, projection, policy and decoder adapter."""

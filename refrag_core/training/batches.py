@@ -1,0 +1,118 @@
+"""Training batches: token windows → what the decoder reads and what it must predict. Integers in numpy only.
+
+One form serves every task: rows of equal length whose slots are tokens or compressed chunks, and the places
+whose next token counts. Notation: b rows, s context tokens, o output tokens, k = chunk_size, L chunks of a
+context (s = L·k), t slots of a row, n compressed chunks of a row, m predictions of a row.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from refrag_core.composition import COMPRESSED
+from refrag_core.errors import ConfigError
+
+Ids = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingBatch:
+    """Rows of one shape. Every row has as many compressed chunks and as many predictions as the others."""
+
+    ids: Ids
+    """int64 `[b, t]`, COMPRESSED where a chunk's vector goes."""
+    chunk_ids: Ids
+    """int64 `[b, n, k]`: tokens of the chunks that are compressed."""
+    places: Ids
+    """int64 `[b, n]`: the slots of their vectors."""
+    predict_at: Ids
+    """int64 `[b, m]`: slots whose next token is predicted."""
+    targets: Ids
+    """int64 `[b, m]`: those tokens."""
+
+    @property
+    def num_positions(self) -> int:
+        """Decoder positions, b·t."""
+        return int(self.ids.size)
+
+
+def reconstruction_batch(token_ids: Ids, *, chunk_size: int, num_chunks: int) -> TrainingBatch:
+    """Examples of `num_chunks` vectors followed by the tokens that they stand for, which are predicted.
+
+    Args:
+        token_ids: `[b, s]` with s a multiple of chunk_size · num_chunks. A row is cut into that many examples,
+            one behind the other in the decoder, so that all lengths of a curriculum have one shape (t = s + s/k).
+
+    Every token is predicted once, an example's first from its last vector.
+    """
+    rows, size = token_ids.shape
+    length = chunk_size * num_chunks
+    if size % length:
+        raise ConfigError(
+            f"{size} tokens a row are no multiple of {num_chunks} chunks of {chunk_size}; expected a context that is "
+            f"a power of two times the chunk size"
+        )
+    examples = token_ids.reshape(rows, size // length, length)
+    slots = np.full((*examples.shape[:2], num_chunks), COMPRESSED, dtype=np.int64)
+    starts = np.arange(size // length) * (num_chunks + length)
+    return TrainingBatch(
+        ids=np.concatenate([slots, examples], axis=2).reshape(rows, -1),
+        chunk_ids=token_ids.reshape(rows, -1, chunk_size),
+        places=_every_row(starts[:, None] + np.arange(num_chunks), rows),
+        predict_at=_every_row(starts[:, None] + num_chunks - 1 + np.arange(length), rows),
+        targets=token_ids,
+    )
+
+
+def _every_row(places: Ids, rows: int) -> Ids:
+    return np.broadcast_to(places.reshape(1, -1), (rows, places.size)).copy()
+
+
+def next_paragraph_batch(context: Ids, output: Ids, *, chunk_size: int, expansion_mask: Mask) -> TrainingBatch:
+    """Contexts of compressed and expanded chunks, followed by the output tokens, which are predicted.
+
+    Args:
+        context: `[b, s]`, s = L·k.
+        output: `[b, o]`.
+        expansion_mask: bool `[b, L]`, True = raw tokens; the same number of True in every row.
+    """
+    rows, size = context.shape
+    counts = expansion_mask.sum(axis=1)
+    if size != expansion_mask.shape[1] * chunk_size or (counts != counts[0]).any():
+        raise ConfigError(
+            f"{size} context tokens, chunk_size {chunk_size} and an expansion_mask {expansion_mask.shape} with "
+            f"{int(counts.min())} to {int(counts.max())} expanded chunks do not fit; expected one mask entry a chunk "
+            f"and equally many expanded in every row"
+        )
+    chunks = context.reshape(rows, -1, chunk_size)
+    expanded = expansion_mask[:, :, None]
+    valid = expanded | (np.arange(chunk_size) == 0)
+    slots = np.where(expanded, chunks, COMPRESSED)[valid].reshape(rows, -1)
+    return TrainingBatch(
+        ids=np.concatenate([slots, output], axis=1),
+        chunk_ids=chunks[~expansion_mask].reshape(rows, -1, chunk_size),
+        places=np.nonzero(slots == COMPRESSED)[1].reshape(rows, -1),
+        predict_at=_every_row(slots.shape[1] - 1 + np.arange(output.shape[1]), rows),
+        targets=output,
+    )
+
+
+def text_batch(token_ids: Ids, *, first: int = 1) -> TrainingBatch:
+    """Plain text `[b, t]`, of which the tokens from number `first` (at least 1) on are predicted."""
+    rows, size = token_ids.shape
+    return TrainingBatch(
+        ids=token_ids,
+        chunk_ids=np.empty((rows, 0, 1), dtype=np.int64),
+        places=np.empty((rows, 0), dtype=np.int64),
+        predict_at=_every_row(np.arange(first - 1, size - 1), rows),
+        targets=token_ids[:, first:],
+    )
+
+
+def random_masks(rows: int, num_chunks: int, count: int, random: np.random.Generator) -> Mask:
+    """Bool `[rows, num_chunks]` with `count` True in every row, each set equally likely."""
+    ranks = random.random((rows, num_chunks)).argsort(axis=1).argsort(axis=1)
+    mask: Mask = ranks < count
+    return mask

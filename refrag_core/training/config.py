@@ -1,0 +1,238 @@
+"""The settings of a training run: one TOML file, validated, with overrides.
+
+    [[tasks]]
+    kind = "reconstruct"       # reconstruct | next-paragraph | text
+    weight = 0.5               # share of the micro-batches
+    batch_rows = 64            # windows a micro-batch
+
+and the fields of `TrainingConfig` on the top level. `--set key=value` overrides one field; the value is TOML,
+or text where it is no TOML; `tasks.0.weight=0.3` reaches into a table.
+"""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from refrag_core.digests import JSON, digest_json
+from refrag_core.errors import ConfigError
+from refrag_core.models import DEFAULT_DECODER, DEFAULT_ENCODER
+from refrag_core.stored_weights import StoredDtype
+
+TaskKind = Literal["reconstruct", "next-paragraph", "text"]
+Teacher = Literal["self", "base"]
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "kind": get_args(TaskKind),
+    "curriculum": ("mixture", "geometric"),
+    "teacher": get_args(Teacher),
+    "precision": ("bf16", "fp32"),
+    "decoder_training": ("frozen", "lora"),
+    "encoder_dtype": get_args(StoredDtype),
+    "adapter_dtype": get_args(StoredDtype),
+}
+_MAY_BE_ZERO = ("seed", "evaluate_every", "weight_decay", "warmup", "learning_rate_floor", "distillation", "weight")
+
+
+@dataclass(frozen=True, slots=True)
+class TaskConfig:
+    """One kind of training example."""
+
+    kind: TaskKind
+    weight: float = 1.0
+    """Share of the micro-batches, relative to the other tasks'."""
+    batch_rows: int = 32
+    """Windows a micro-batch."""
+    curriculum: Literal["mixture", "geometric"] = "mixture"
+    """Of the lengths of reconstructions: `refrag_core.training.schedule.length_weights`."""
+    expansion_fractions: tuple[float, ...] = (0.0, 0.1, 0.25)
+    """p of next-paragraph contexts, each equally likely; the expanded chunks are drawn at random."""
+    distillation: float = 0.0
+    """Weight of the KL divergence from the decoder that reads the full context, in next-paragraph's loss."""
+    teacher: Teacher = "self"
+    """That decoder: as it is being trained, or `base`, without its adapter."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingConfig:
+    """A whole training run."""
+
+    data: str
+    """Folder of token shards."""
+    output: str
+    """Folder of the run: checkpoint/, state/, metrics.jsonl, evaluation.json."""
+    tasks: tuple[TaskConfig, ...]
+    checkpoint: str | None = None
+    """Checkpoint to go on from, with a re-warmed optimizer; None starts from encoder and decoder as they are."""
+    encoder: str = DEFAULT_ENCODER
+    decoder: str = DEFAULT_DECODER
+    chunk_sizes: tuple[int, ...] = (8, 16)
+    """One of them is drawn for each micro-batch; the last is the checkpoint's default."""
+    context_tokens: int = 512
+    output_tokens: int = 256
+    steps: int = 1000
+    seconds: float | None = None
+    """Training time after which the run ends, resumed parts counted together; the schedule follows what is nearer."""
+    stop_after_seconds: float | None = None
+    """Time after which this process saves its state and stops, to be resumed."""
+    seed: int = 0
+    device: str = "auto"
+    precision: Literal["bf16", "fp32"] = "bf16"
+    compile: bool = True
+    gradient_checkpointing: bool = False
+    decoder_training: Literal["frozen", "lora"] = "lora"
+    adapter_rank: int = 32
+    adapter_scale: float = 2.0
+    adapter_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    encoder_learning_rate: float = 2e-4
+    projection_learning_rate: float = 1e-3
+    decoder_learning_rate: float = 5e-4
+    warmup: float = 0.04
+    """Share of the training."""
+    learning_rate_floor: float = 0.02
+    """Of the peak, at the end."""
+    weight_decay: float = 0.01
+    max_gradient_norm: float = 1.0
+    micro_batches: int = 1
+    """Micro-batches a step, their gradients averaged."""
+    log_every: int = 10
+    save_every: int = 500
+    """Steps between two saves of the state."""
+    evaluate_every: int = 0
+    """Steps between two short evaluations on held-out documents; 0 for none but the last."""
+    evaluation_windows: int = 256
+    encoder_dtype: StoredDtype = "float16"
+    """How the checkpoint stores the encoder body."""
+    adapter_dtype: StoredDtype = "float16"
+    peak_tflops: float = 989.0
+    """Of the device in bf16 without sparsity, for the model FLOPs utilisation; 989 for an H100."""
+
+    def to_json(self) -> dict[str, JSON]:
+        """All fields."""
+        return asdict(self)
+
+    @property
+    def resume_fingerprint(self) -> str:
+        """Hash of what must not change between a run and its continuation."""
+        free = ("output", "data", "stop_after_seconds", "device", "compile", "log_every", "save_every")
+        return digest_json({key: value for key, value in self.to_json().items() if key not in free})
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainingConfig:
+    """The config in a TOML file. Raises ConfigError for what is unreadable, unknown, ill-typed or out of range."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as TOML ({error}); expected a training config") from error
+    for override in overrides:
+        _override(values, override)
+    return parse_config(values)
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator:
+        raise ConfigError(f"override {override!r} has no '='; expected key=value")
+    target: Any = values
+    *path, last = key.strip().split(".")
+    try:
+        for part in path:
+            target = target[int(part)] if isinstance(target, list) else target[part]
+        target[int(last) if isinstance(target, list) else last] = _value(text.strip())
+    except (KeyError, IndexError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"override {override!r} reaches nothing in the config; expected a path such as seed"
+        ) from error
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def parse_config(values: Mapping[str, Any]) -> TrainingConfig:
+    """The config of plain values. Raises ConfigError."""
+    tasks = values.get("tasks")
+    if not isinstance(tasks, Sequence) or isinstance(tasks, str) or not tasks:
+        raise ConfigError("the training config has no tasks; expected one or more [[tasks]] tables")
+    parsed = tuple(TaskConfig(**_checked(TaskConfig, task, "task")) for task in tasks)
+    rest = {key: value for key, value in values.items() if key != "tasks"}
+    config = TrainingConfig(tasks=parsed, **_checked(TrainingConfig, rest, "training config", given=("tasks",)))
+    _check_fit(config)
+    return config
+
+
+def _checked(kind: type[Any], values: Any, name: str, given: Sequence[str] = ()) -> dict[str, Any]:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"a {name} is {values!r}; expected a table of settings")
+    known = {field.name: field for field in fields(kind)}
+    unknown = sorted(values.keys() - known.keys())
+    required = {key for key in ("data", "output", "kind") if key in known}
+    missing = sorted(required - values.keys() - set(given))
+    if unknown or missing:
+        found = f"unknown {', '.join(unknown)}" if unknown else f"no {', '.join(missing)}"
+        raise ConfigError(f"{name} has {found}; expected settings among {', '.join(sorted(known))}")
+    return {key: _checked_value(key, value, _type_name(known[key].type)) for key, value in values.items()}
+
+
+def _type_name(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
+
+
+def _checked_value(key: str, value: Any, annotation: str) -> Any:
+    if key in _CHOICES:
+        if value not in _CHOICES[key]:
+            raise ConfigError(f"setting {key} is {value!r}; expected one of {', '.join(_CHOICES[key])}")
+        return value
+    if "tuple" in annotation:
+        if not isinstance(value, (list, tuple)) or not value:
+            raise ConfigError(f"setting {key} is {value!r}; expected a list")
+        return tuple(_scalar(key, item, annotation) for item in value)
+    return _scalar(key, value, annotation)
+
+
+def _scalar(key: str, value: Any, annotation: str) -> Any:
+    number: Any = value
+    if value is None and "None" in annotation:
+        return None
+    wanted: tuple[type, ...] = (str,)
+    if "bool" in annotation:
+        wanted = (bool,)
+    elif "int" in annotation:
+        wanted = (int,)
+    elif "float" in annotation:
+        wanted = (float, int)
+    if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
+        raise ConfigError(f"setting {key} is {value!r}; expected {annotation}")
+    if key == "expansion_fractions":
+        in_range = 0.0 <= number < 1.0
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        in_range = number > 0 or (number == 0 and key in _MAY_BE_ZERO)
+    else:
+        in_range = True
+    if not in_range:
+        raise ConfigError(f"setting {key} is {value!r}, which is out of range; expected a positive number")
+    return float(number) if "float" in annotation else value
+
+
+def _check_fit(config: TrainingConfig) -> None:
+    for size in config.chunk_sizes:
+        count = config.context_tokens // size
+        if config.context_tokens % size or count & (count - 1):
+            raise ConfigError(
+                f"context_tokens {config.context_tokens} is no power of two times chunk size {size}; expected one, "
+                f"such as 512 for 8 and 16"
+            )
+    if not any(task.weight for task in config.tasks):
+        raise ConfigError("all tasks have weight 0; expected a positive one")
+    if any(task.distillation > 1.0 for task in config.tasks):
+        raise ConfigError("distillation must be 0 to 1, the divergence's share of the loss")
+    if config.decoder_training == "frozen" and any(task.kind == "text" for task in config.tasks):
+        raise ConfigError(
+            "a text task trains nothing but the decoder, which is frozen; leave the task out, or use lora"
+        )
+    if config.warmup >= 1.0:
+        raise ConfigError(f"warmup is {config.warmup}; expected a share of the training below 1")

@@ -1,0 +1,493 @@
+"""The training loop: weighted tasks, one optimizer step after another, resumable at any saved step.
+
+A run's folder holds
+    checkpoint/      the trained checkpoint (`refrag_core.checkpoint`) and training.json
+    state/           weights, AdamW's moments (safetensors) and position, to resume from
+    metrics.jsonl    one line a logged step
+    evaluation.json  losses on held-out documents, at the end
+
+What a step computes depends on the config and the step's number alone (besides the clock, where the config
+limits seconds), so that a resumed run gives the same losses, bit for bit on a CPU.
+"""
+
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from refrag_core.checkpoint import Checkpoint, load_checkpoint
+from refrag_core.devices import resolve_device
+from refrag_core.errors import ConfigError, CorpusError, TrainingDivergedError
+from refrag_core.policy import num_expanded
+from refrag_core.training.batches import (
+    TrainingBatch,
+    next_paragraph_batch,
+    random_masks,
+    reconstruction_batch,
+    text_batch,
+)
+from refrag_core.training.config import TaskConfig, TrainingConfig
+from refrag_core.training.evaluate import EvaluationOptions, evaluate
+from refrag_core.training.losses import VocabularyLoss, vocabulary_loss
+from refrag_core.training.model import TrainingModel, compile_layers, without_adapter
+from refrag_core.training.schedule import chunk_counts, learning_rate_factor, length_weights, normalised
+from refrag_core.training.token_shards import TokenShards, Windows
+from refrag_core.training.trained_checkpoint import load_training_model, save_trained_checkpoint
+
+STATE_FILE = "state.json"
+WEIGHTS_FILE = "weights.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+
+_BETAS = (0.9, 0.95)
+_SHORT_EVALUATION_WINDOWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One micro-batch and what it is for."""
+
+    name: str
+    """Of the metric, such as reconstruct/k8."""
+    task: TaskConfig
+    batch: TrainingBatch
+    full: TrainingBatch | None
+    """The same predictions from the full context, for distillation."""
+
+
+def make_example(
+    config: TrainingConfig, windows: Windows, *, position: int, step: int, micro: int, progress: float
+) -> Example:
+    """The micro-batch number `micro` of a step; task, chunk size, lengths and masks follow from seed and step."""
+    random = np.random.default_rng([config.seed, step, micro])
+    task = config.tasks[int(random.choice(len(config.tasks), p=normalised([task.weight for task in config.tasks])))]
+    size = int(random.choice(config.chunk_sizes))
+    tokens = windows.take(position, task.batch_rows)
+    context, output = tokens[:, : config.context_tokens], tokens[:, config.context_tokens :]
+    if task.kind == "text":
+        return Example("text", task, text_batch(tokens), None)
+    if task.kind == "reconstruct":
+        counts = chunk_counts(config.context_tokens, size)
+        count = int(random.choice(counts, p=length_weights(task.curriculum, progress, len(counts))))
+        # Examples of a row must not continue one another, or the text before would give their tokens away.
+        pieces = random.permutation(context.reshape(-1, count * size)).reshape(context.shape)
+        batch = reconstruction_batch(pieces, chunk_size=size, num_chunks=count)
+        return Example(f"reconstruct/k{size}", task, batch, None)
+    fraction = float(random.choice(task.expansion_fractions))
+    chunks = config.context_tokens // size
+    masks = random_masks(len(context), chunks, num_expanded(chunks, fraction), random)
+    batch = next_paragraph_batch(context, output, chunk_size=size, expansion_mask=masks)
+    full = text_batch(tokens, first=config.context_tokens) if task.distillation else None
+    return Example(f"next-paragraph/k{size}/p{fraction:g}", task, batch, full)
+
+
+def autocast_of(device: torch.device, precision: str) -> Callable[[], AbstractContextManager[Any]]:
+    """What makes the context that a model of that precision computes in."""
+    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def make_optimizer(model: TrainingModel, config: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW with a group, and a learning rate, for encoder, projection and decoder each."""
+    rates = {
+        "encoder": config.encoder_learning_rate,
+        "projection": config.projection_learning_rate,
+        "decoder": config.decoder_learning_rate,
+    }
+    groups = [
+        {"params": [weight for _, weight in weights], "lr": rates[part], "peak": rates[part]}
+        for part, weights in model.groups().items()
+        if weights
+    ]
+    return torch.optim.AdamW(groups, betas=_BETAS, weight_decay=config.weight_decay, fused=model.head.is_cuda)
+
+
+@dataclass(frozen=True, slots=True)
+class FlopModel:
+    """Floating point operations of training, for the model FLOPs utilisation.
+
+    Forward passes count 2 a weight and position, attention 2·t·d_dec a layer and position (causal), and
+    backward passes twice the forward; a frozen decoder and the output layer, whose weights get no gradient,
+    once. Nothing that is computed again counts.
+    """
+
+    decoder_weights: int
+    encoder_weights: int
+    head_weights: int
+    layers: int
+    width: int
+    decoder_factor: int
+
+    @classmethod
+    def of(cls, model: TrainingModel, decoder_training: str) -> "FlopModel":
+        """The numbers of a model."""
+        config = model.decoder.config.get_text_config()
+        table = model.decoder.get_input_embeddings().weight
+        return cls(
+            decoder_weights=_matrix_weights(model.decoder.base_model, table),
+            encoder_weights=_matrix_weights(model.encoder.body, model.encoder.body.get_input_embeddings().weight),  # type: ignore[operator]
+            head_weights=model.head.numel(),
+            layers=int(config.num_hidden_layers),
+            width=int(config.hidden_size),
+            decoder_factor=4 if decoder_training == "frozen" else 6,
+        )
+
+    def of_example(self, example: "Example") -> float:
+        """Operations of one micro-batch, forward and backward."""
+        made = (
+            self._of_batch(example.batch, self.decoder_factor, 4)
+            + 6.0 * self.encoder_weights * example.batch.chunk_ids.size
+        )
+        return made + (self._of_batch(example.full, 2, 2) if example.full is not None else 0.0)
+
+    def _of_batch(self, batch: TrainingBatch, factor: int, head_factor: int) -> float:
+        attention = factor * self.layers * self.width * int(batch.ids.shape[1])
+        return batch.num_positions * (factor * self.decoder_weights + attention) + (
+            head_factor * self.head_weights * int(batch.targets.size)
+        )
+
+
+def _matrix_weights(module: nn.Module, table: Tensor) -> int:
+    """Weights in matrices, without the embedding table and adapters, which are merged into the matrices."""
+    adapters = (".down", ".up")
+    return sum(
+        weight.numel()
+        for name, weight in module.named_parameters()
+        if weight.ndim == 2 and weight is not table and not name.endswith(adapters) and "embeddings" not in name
+    )
+
+
+@dataclass(slots=True)
+class Meter:
+    """What was done since the last logged step."""
+
+    losses: dict[str, list[Tensor]] = field(default_factory=dict)
+    divergences: dict[str, list[Tensor]] = field(default_factory=dict)
+    positions: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+    def add(self, example: Example, loss: VocabularyLoss, flops: float) -> None:
+        """Count one micro-batch; nothing waits for the device."""
+        self.losses.setdefault(example.name, []).append(loss.cross_entropy.detach())
+        if example.full is not None:
+            self.divergences.setdefault(example.name, []).append(loss.divergence.detach())
+        self.positions += example.batch.num_positions
+        self.tokens += example.batch.chunk_ids.size + int((example.batch.ids >= 0).sum())
+        self.flops += flops
+
+    def report(self, peak_tflops: float) -> dict[str, Any]:
+        """Losses, rates and utilisation. Waits for the device."""
+        losses = {name: float(torch.stack(values).mean()) for name, values in sorted(self.losses.items())}
+        divergences = {name: float(torch.stack(values).mean()) for name, values in sorted(self.divergences.items())}
+        seconds = time.perf_counter() - self.started
+        return {
+            "losses": losses,
+            **({"divergences": divergences} if divergences else {}),
+            "decoder_positions_per_s": self.positions / seconds,
+            "tokens_per_s": self.tokens / seconds,
+            "mfu": self.flops / seconds / (peak_tflops * 1e12),
+        }
+
+
+class Trainer:
+    """One training run, from its start or from its saved state."""
+
+    def __init__(self, config: TrainingConfig) -> None:
+        torch.manual_seed(config.seed)
+        self.config = config
+        self.folder = Path(config.output)
+        self.device = torch.device(resolve_device(config.device))
+        self.base = base_checkpoint(config)
+        self.shards = TokenShards.open(
+            Path(config.data), tokenizer_fingerprint=self.base.config.decoder.tokenizer_fingerprint
+        )
+        length = config.context_tokens + config.output_tokens
+        self.windows = Windows(self.shards.split("train"), length=length, seed=config.seed)
+        self.model = load_training_model(self.base, config).to(self.device)
+        self.autocast = autocast_of(self.device, config.precision)
+        self.optimizer = make_optimizer(self.model, config)
+        self.flops = FlopModel.of(self.model, config.decoder_training)
+        self.step, self.position, self.elapsed = 0, 0, 0.0
+        self.last_report: dict[str, Any] = {}
+        if self._resume():
+            self.say(f"resumed at step {self.step}, after {self.elapsed:.0f} s of training")
+        elif config.checkpoint is not None:
+            self.say(f"goes on from {config.checkpoint}; its optimizer starts anew, with a warm-up")
+        if config.compile:
+            compile_layers(self.model)
+
+    def say(self, message: str) -> None:
+        """A line for the log."""
+        print(message, file=sys.stderr, flush=True)
+
+    @property
+    def progress(self) -> float:
+        """From 0 to 1: of the steps, or of the seconds where these are nearer to their end."""
+        of_seconds = self.elapsed / self.config.seconds if self.config.seconds else 0.0
+        return min(1.0, max(self.step / self.config.steps, of_seconds))
+
+    def run(self) -> bool:
+        """Train until the run is complete, then write its checkpoint and evaluation.
+
+        Returns False when `stop_after_seconds` came first. Raises TrainingDivergedError.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        limit = self.config.stop_after_seconds or math.inf
+        began = time.perf_counter()
+        meter = Meter()
+        while self.progress < 1.0 and time.perf_counter() - began < limit:
+            started = time.perf_counter()
+            self._train_step(meter)
+            if self.step % self.config.log_every == 0 or self.step % self.config.save_every == 0:
+                self._log(meter)
+                meter = Meter()
+            self.elapsed += time.perf_counter() - started
+            self._at_intervals()
+            meter.started = meter.started if meter.losses else time.perf_counter()
+        if meter.losses:
+            self._log(meter)
+        self.save()
+        if self.progress < 1.0:
+            self.say(f"stopped at step {self.step} ({self.progress:.0%}); run again to resume")
+            return False
+        self._finish()
+        return True
+
+    def _train_step(self, meter: Meter) -> None:
+        progress = self.progress
+        factor = learning_rate_factor(progress, warmup=self.config.warmup, floor=self.config.learning_rate_floor)
+        # The first step would have a factor of 0: nothing learnt, and a first moment of stale gradients.
+        factor = max(factor, 1e-3)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        for micro in range(self.config.micro_batches):
+            example = make_example(
+                self.config, self.windows, position=self.position, step=self.step, micro=micro, progress=progress
+            )
+            self.position += example.task.batch_rows
+            loss = self._loss(example)
+            (loss.total / self.config.micro_batches).backward()  # type: ignore[no-untyped-call]
+            meter.add(example, loss, self.flops.of_example(example))
+        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        # A part can be without gradient: a step of plain text alone does not touch the encoder.
+        torch.nn.utils.clip_grad_norm_(weights, self.config.max_gradient_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+
+    def _loss(self, example: Example) -> VocabularyLoss:
+        compiled = self.config.compile and self.device.type == "cuda"
+        with self.autocast():
+            teacher = self._teacher(example)
+            hidden = self._hidden(example.batch)
+        targets = self._upload(example.batch.targets).reshape(-1)
+        return vocabulary_loss(
+            hidden,
+            self.model.head,
+            targets,
+            teacher=teacher,
+            teacher_weight=example.task.distillation if teacher is not None else 0.0,
+            compiled=compiled,
+        )
+
+    def _teacher(self, example: Example) -> Tensor | None:
+        if example.full is None:
+            return None
+        with torch.no_grad():
+            if example.task.teacher == "self":
+                return self._hidden(example.full)
+            with without_adapter(self.model.decoder):
+                return self._hidden(example.full)
+
+    def _hidden(self, batch: TrainingBatch) -> Tensor:
+        arrays = (batch.ids, batch.chunk_ids, batch.places, batch.predict_at)
+        hidden: Tensor = self.model(*(self._upload(array) for array in arrays))
+        return hidden
+
+    def _upload(self, array: np.ndarray[Any, np.dtype[np.int64]]) -> Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+    def _log(self, meter: Meter) -> None:
+        report = meter.report(self.config.peak_tflops)
+        bad = [name for name, loss in report["losses"].items() if not math.isfinite(loss)]
+        if bad:
+            raise TrainingDivergedError(
+                f"the loss of {', '.join(bad)} is not a number at step {self.step}; expected finite losses: lower the "
+                f"learning rates and resume from the last state in {self.folder / 'state'}"
+            )
+        self.last_report = report
+        line = {
+            "step": self.step,
+            "progress": self.progress,
+            "epoch": self.windows.epoch_of(max(0, self.position - 1)),
+            "seconds": self.elapsed,
+            "learning_rate_factor": self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0]["peak"],
+            **report,
+        }
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+        losses = "  ".join(f"{name} {loss:.3f}" for name, loss in report["losses"].items())
+        self.say(
+            f"step {self.step} {self.progress:.1%} {self.elapsed:.0f} s  {losses}  "
+            f"{report['decoder_positions_per_s']:,.0f} positions/s  MFU {report['mfu']:.1%}"
+        )
+
+    def _at_intervals(self) -> None:
+        if self.config.evaluate_every and self.step % self.config.evaluate_every == 0 and self.progress < 1.0:
+            result = self.evaluate("held_out", windows=_SHORT_EVALUATION_WINDOWS)
+            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"step": self.step, "seconds": self.elapsed, "held_out": result}) + "\n")
+            self.say(summary(result))
+        if self.step % self.config.save_every == 0:
+            self.save()
+
+    # --- the end
+
+    def evaluate(self, split: Any, *, windows: int) -> dict[str, Any]:
+        """`refrag_core.training.evaluate` on a split."""
+        options = EvaluationOptions(
+            context_tokens=self.config.context_tokens,
+            output_tokens=self.config.output_tokens,
+            chunk_sizes=self.config.chunk_sizes,
+            windows=windows,
+            seed=self.config.seed,
+        )
+        return evaluate(self.model, self.shards.split(split), options, autocast=self.autocast)
+
+    def _finish(self) -> None:
+        self.say("writing the checkpoint")
+        self.save_checkpoint({})
+        result = {}
+        for split in ("held_out", "train", "reported"):
+            if int(self.shards.index["splits"][split]["tokens"]) == 0:
+                continue
+            try:
+                result[split] = self.evaluate(split, windows=self.config.evaluation_windows)
+            except ConfigError as error:
+                result[split] = {"skipped": str(error)}
+                self.say(f"no evaluation on {split}: {error}")
+                continue
+            self.say(f"{split}: {summary(result[split])}")
+            (self.folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        self.save_checkpoint(result)
+
+    def save_checkpoint(self, evaluation: Mapping[str, Any]) -> Checkpoint:
+        """Write `checkpoint/` and what it was trained on."""
+        record = {
+            "config": self.config.to_json(),
+            "data_fingerprint": self.shards.fingerprint,
+            "data": self.shards.index,
+            "usable_tokens": self.windows.usable_tokens,
+            "step": self.step,
+            "windows": self.position,
+            "epoch": self.windows.epoch_of(max(0, self.position - 1)),
+            "seconds": self.elapsed,
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
+            "torch": torch.__version__,
+            "metrics": self.last_report,
+            "evaluation": evaluation,
+            "policy_trained": False,
+        }
+        return save_trained_checkpoint(self.folder / "checkpoint", self.base, self.model, self.config, record)
+
+    # --- state
+
+    def save(self) -> None:
+        """Write `state/`, the whole or nothing of it."""
+        temporary = self.folder / f"state.{os.getpid()}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file({name: weight.detach().contiguous() for name, weight in self._weights()}, temporary / WEIGHTS_FILE)
+        save_file(self._moments(), temporary / OPTIMIZER_FILE)
+        state = {
+            "step": self.step,
+            "position": self.position,
+            "elapsed": self.elapsed,
+            "config": self.config.resume_fingerprint,
+            "data": self.shards.fingerprint,
+        }
+        (temporary / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        final = self.folder / "state"
+        previous = self.folder / "state.previous"
+        shutil.rmtree(previous, ignore_errors=True)
+        if final.exists():
+            final.rename(previous)
+        temporary.rename(final)
+        shutil.rmtree(previous, ignore_errors=True)
+
+    def _weights(self) -> list[tuple[str, nn.Parameter]]:
+        return [(f"{part}.{name}", weight) for part, weights in self.model.groups().items() for name, weight in weights]
+
+    def _moments(self) -> dict[str, Tensor]:
+        moments = {}
+        for name, weight in self._weights():
+            for key, value in self.optimizer.state.get(weight, {}).items():
+                moments[f"{name}::{key}"] = value.detach().contiguous()
+        return moments
+
+    def _resume(self) -> bool:
+        """Continue from `state/`, or from the one before where a kill hit the moment between the two."""
+        for name in ("state", "state.previous"):
+            if (self.folder / name / STATE_FILE).is_file():
+                self._load_state(self.folder / name)
+                return True
+        return False
+
+    def _load_state(self, folder: Path) -> None:
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        for key, found, name in (
+            ("config", self.config.resume_fingerprint, "settings"),
+            ("data", self.shards.fingerprint, "token shards"),
+        ):
+            if state[key] != found:
+                raise ConfigError(
+                    f"{folder} was saved by a run with other {name}; expected the same to resume: take another output "
+                    f"folder, and give that run's checkpoint as `checkpoint` to go on from its weights"
+                )
+        weights = load_file(folder / WEIGHTS_FILE, device=str(self.device))
+        moments = load_file(folder / OPTIMIZER_FILE, device=str(self.device))
+        own = dict(self._weights())
+        if own.keys() != weights.keys():
+            raise CorpusError(
+                f"{folder / WEIGHTS_FILE} has other weights than the model; delete {folder} to start again"
+            )
+        with torch.no_grad():
+            for name, weight in own.items():
+                weight.copy_(weights[name])
+        for key, value in moments.items():
+            name, _, kind = key.partition("::")
+            # AdamW counts steps in a float32 tensor that stays on the CPU unless it is fused or captured.
+            self.optimizer.state[own[name]][kind] = value if self.device.type == "cuda" else value.cpu()
+        self.step, self.position, self.elapsed = state["step"], state["position"], state["elapsed"]
+
+
+def base_checkpoint(config: TrainingConfig) -> Checkpoint:
+    """What training starts from: the config's checkpoint, else a fresh one over its encoder and decoder."""
+    if config.checkpoint is None:
+        return load_checkpoint(None, encoder=config.encoder, decoder=config.decoder, seed=config.seed)
+    return load_checkpoint(config.checkpoint)
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    """An evaluation in one line."""
+    parts = [f"none {result['none']:.3f} full {result['full']:.3f} base full {result['base']['full']:.3f}"]
+    for key, rows in result.items():
+        if key.startswith("chunk_size_"):
+            gaps = " ".join(f"G({p})={by['random']:.3f}" for p, by in rows["gap_closed"].items())
+            last = " ".join(f"{p}:{value['gap_closed']:.3f}" for p, value in rows["last"].items())
+            made = " ".join(f"{count}:{loss:.3f}" for count, loss in rows["reconstruction"].items())
+            parts.append(f"k={key[11:]} {gaps} last {last} wrong {rows['wrong']:.3f} reconstruction {made}")
+    return " | ".join(parts)

@@ -1,0 +1,178 @@
+"""What is trained: encoder body, projection and decoder adapter as one module.
+
+Notation as in `refrag_core.training.batches`; d_enc and d_dec as elsewhere.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from refrag_core.encoder import EncoderModule
+from refrag_core.errors import ConfigError, UnsupportedDecoderError
+
+DecoderTraining = Literal["frozen", "lora"]
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+_HEAD_TOLERANCE = 1e-2
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer plus a trained update of low rank: weight + scale · up @ down (LoRA, arXiv:2106.09685).
+
+    The update is added to the weight and not to the output: the forward pass then is exactly what a decoder
+    with merged weights computes, and costs one matrix product a layer.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.scale = scale
+        self.enabled = True
+        self.down = nn.Parameter(torch.empty((rank, base.in_features), dtype=torch.float32, device=base.weight.device))
+        self.up = nn.Parameter(torch.zeros((base.out_features, rank), dtype=torch.float32, device=base.weight.device))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """`[…, in]` → `[…, out]`."""
+        if not self.enabled:
+            return nn.functional.linear(inputs, self.base.weight, self.base.bias)
+        weight = torch.addmm(self.base.weight, self.up, self.down, alpha=self.scale)
+        return nn.functional.linear(inputs, weight, self.base.bias)
+
+
+def add_adapter(decoder: Any, *, rank: int, scale: float, targets: Sequence[str], seed: int) -> None:
+    """Put a `LoRALinear`, which at first changes nothing, in place of the linear layers named `targets`.
+
+    Raises ConfigError when no layer has such a name.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found = [
+        name
+        for name, module in decoder.named_modules()
+        if isinstance(module, nn.Linear) and name.split(".")[-1] in targets
+    ]
+    if not found:
+        raise ConfigError(f"the decoder has no linear layer named {', '.join(targets)}; give its own adapter_targets")
+    for name in sorted(found):
+        layer = LoRALinear(decoder.get_submodule(name), rank, scale)
+        down = torch.randn(layer.down.shape, generator=generator) / math.sqrt(layer.down.shape[1])
+        layer.down.data.copy_(down)
+        parent, _, own = name.rpartition(".")
+        setattr(decoder.get_submodule(parent), own, layer)
+
+
+def adapter_layers(decoder: Any) -> dict[str, LoRALinear]:
+    """The adapted layers, by name."""
+    return {name: module for name, module in decoder.named_modules() if isinstance(module, LoRALinear)}
+
+
+def adapter_state(decoder: Any) -> dict[str, Tensor]:
+    """`NAME.down` and `NAME.up` of every adapted layer, as `refrag_core.decoder.merge_adapter` reads them."""
+    return {
+        f"{name}.{part}": getattr(layer, part).detach()
+        for name, layer in sorted(adapter_layers(decoder).items())
+        for part in ("down", "up")
+    }
+
+
+@contextmanager
+def without_adapter(decoder: Any) -> Iterator[None]:
+    """The decoder as it was before training."""
+    layers = list(adapter_layers(decoder).values())
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
+
+
+class TrainingModel(nn.Module):
+    """Encoder (frozen embedding table, trained body), projection, and a decoder that is frozen or has an adapter.
+
+    Args:
+        encoder: with the body's layers to train, float32.
+        projection: φ, float32.
+        decoder: a transformers causal language model whose logits are its output layer over its last hidden
+            state; UnsupportedDecoderError for others.
+    """
+
+    def __init__(self, encoder: EncoderModule, projection: nn.Module, decoder: Any) -> None:
+        super().__init__()
+        refuse_other_heads(decoder)
+        self.encoder = encoder
+        self.projection = projection
+        self.decoder = decoder
+        for name, parameter in encoder.named_parameters():
+            parameter.requires_grad_(not _is_table(name))
+
+    @property
+    def head(self) -> Tensor:
+        """`[V, d_dec]`, the output layer's weight."""
+        weight: Tensor = self.decoder.get_output_embeddings().weight
+        return weight
+
+    def forward(self, ids: Tensor, chunk_ids: Tensor, places: Tensor, predict_at: Tensor) -> Tensor:
+        """Last hidden states `[b·m, d_dec]` of the slots `predict_at`. Arguments as in `TrainingBatch`."""
+        hidden: Tensor = self.decoder.base_model(
+            inputs_embeds=self.embed(ids, chunk_ids, places), use_cache=False
+        ).last_hidden_state
+        index = predict_at[:, :, None].expand(-1, -1, hidden.shape[2])
+        return hidden.gather(1, index).flatten(0, 1)
+
+    def embed(self, ids: Tensor, chunk_ids: Tensor, places: Tensor) -> Tensor:
+        """Decoder input `[b, t, d_dec]`: token embeddings with the projected chunk vectors in their slots."""
+        embeds: Tensor = self.decoder.get_input_embeddings()(ids.clamp_min(0))
+        rows, count, size = chunk_ids.shape
+        if count == 0:
+            return embeds
+        vectors = self.projection(self.encoder(chunk_ids.reshape(rows * count, size)))
+        index = places[:, :, None].expand(-1, -1, embeds.shape[2])
+        return embeds.scatter(1, index, vectors.view(rows, count, -1).to(embeds.dtype))
+
+    def groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """Trained parameters by part: encoder, projection, decoder; sorted by name."""
+        return {
+            part: sorted(
+                (name, weight) for name, weight in getattr(self, part).named_parameters() if weight.requires_grad
+            )
+            for part in ("encoder", "projection", "decoder")
+        }
+
+
+def _is_table(name: str) -> bool:
+    return name.startswith("embedding.") or name.endswith("word_embeddings.weight")
+
+
+@torch.no_grad()
+def refuse_other_heads(decoder: Any) -> None:
+    """Raise UnsupportedDecoderError where logits are not simply the output layer over the last hidden state."""
+    device = decoder.get_input_embeddings().weight.device
+    ids = torch.arange(4, device=device)[None]
+    logits = decoder(input_ids=ids, use_cache=False).logits.float()
+    hidden = decoder.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    made = (hidden @ decoder.get_output_embeddings().weight.to(hidden.dtype).T).float()
+    if logits.shape != made.shape or not torch.allclose(logits, made, rtol=_HEAD_TOLERANCE, atol=_HEAD_TOLERANCE):
+        raise UnsupportedDecoderError(
+            f"decoder type {decoder.config.model_type!r} does more to its last hidden state than its output layer; "
+            f"expected plain logits to train with: take a Llama, Qwen, Mistral or GPT-2 kind of decoder"
+        )
+
+
+def compile_layers(model: TrainingModel) -> None:
+    """Compile the layers of body and decoder in place, each for the few static shapes of a training run."""
+    torch._dynamo.config.recompile_limit = 64
+    for stack in (model.decoder.base_model, model.encoder.body):
+        for layer in _layers(stack):
+            layer.compile(dynamic=False)
+
+
+def _layers(module: nn.Module) -> nn.ModuleList:
+    """The longest list of layers in `module`: its stack."""
+    lists = [found for found in module.modules() if isinstance(found, nn.ModuleList)]
+    return max(lists, key=len, default=nn.ModuleList())

@@ -1,0 +1,29 @@
+"""One index with a bit of everything, for the tests of all that reads an index."""
+
+import pytest
+
+from refrag.pipelines import indexing, stages
+from tests.small_index import SmallIndex, documents
+
+LIBRARY = [
+    "{broken",
+    *documents(40)[:5],
+    {"id": "doc-0005", "text": "Edited: the capital of the island is a harbour.", "year": 2001},
+    *documents(40)[7:],
+    {"id": "guide#1", "text": "A guide to the copper orbit of the northern king.", "year": 1999},
+]
+"""The corpus of `library`'s second generation: doc-0005 edited, doc-0006 removed, guide#1 new."""
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> SmallIndex:
+    """Two generations, scores, several segments and row groups, tombstones, quarantine. Not to be written to."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REFRAG_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(indexing, "SEGMENT_ROWS", 40)
+        patch.setattr(stages, "PASSAGE_ROWS_A_GROUP", 3)
+        small = SmallIndex(tmp_path_factory.mktemp("library"), ["{broken", *documents(40)], score=True)
+        small.build()
+        small.write(LIBRARY)
+        small.build(delete_missing=True)
+    return small

@@ -1,0 +1,63 @@
+import numpy as np
+import pytest
+
+from refrag_core.errors import ConfigError
+from refrag_core.training.batches import next_paragraph_batch, random_masks, reconstruction_batch, text_batch
+
+V = -1
+
+
+def rows(*values: list[int]) -> np.ndarray:
+    return np.asarray(values, dtype=np.int64)
+
+
+def test_reconstruction_of_two_examples_in_a_row() -> None:
+    batch = reconstruction_batch(rows([1, 2, 3, 4, 5, 6, 7, 8]), chunk_size=2, num_chunks=2)
+    assert batch.ids.tolist() == [[V, V, 1, 2, 3, 4, V, V, 5, 6, 7, 8]]
+    assert batch.chunk_ids.tolist() == [[[1, 2], [3, 4], [5, 6], [7, 8]]]
+    assert batch.places.tolist() == [[0, 1, 6, 7]]
+    assert batch.predict_at.tolist() == [[1, 2, 3, 4, 7, 8, 9, 10]]
+    assert batch.targets.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8]]
+
+
+def test_every_length_of_a_curriculum_has_one_shape() -> None:
+    tokens = np.arange(2 * 16).reshape(2, 16)
+    shapes = {reconstruction_batch(tokens, chunk_size=2, num_chunks=n).ids.shape for n in (1, 2, 4, 8)}
+    assert shapes == {(2, 24)}
+
+
+def test_reconstruction_refuses_what_does_not_divide() -> None:
+    with pytest.raises(ConfigError, match="no multiple"):
+        reconstruction_batch(np.zeros((1, 10), np.int64), chunk_size=4, num_chunks=1)
+
+
+def test_next_paragraph_mixes_chunks_and_tokens() -> None:
+    batch = next_paragraph_batch(
+        rows([1, 2, 3, 4, 5, 6], [11, 12, 13, 14, 15, 16]),
+        rows([7, 8], [17, 18]),
+        chunk_size=2,
+        expansion_mask=np.asarray([[False, True, False], [False, False, True]]),
+    )
+    assert batch.ids.tolist() == [[V, 3, 4, V, 7, 8], [V, V, 15, 16, 17, 18]]
+    assert batch.chunk_ids.tolist() == [[[1, 2], [5, 6]], [[11, 12], [13, 14]]]
+    assert batch.places.tolist() == [[0, 3], [0, 1]]
+    assert batch.predict_at.tolist() == [[3, 4], [3, 4]]
+    assert batch.targets.tolist() == [[7, 8], [17, 18]]
+
+
+def test_next_paragraph_refuses_rows_of_unequal_length() -> None:
+    mask = np.asarray([[True, False], [False, False]])
+    with pytest.raises(ConfigError, match="equally many"):
+        next_paragraph_batch(np.zeros((2, 4), np.int64), np.zeros((2, 1), np.int64), chunk_size=2, expansion_mask=mask)
+
+
+def test_text_predicts_from_the_first_token_asked_for() -> None:
+    batch = text_batch(rows([1, 2, 3, 4]), first=2)
+    assert (batch.predict_at.tolist(), batch.targets.tolist()) == ([[1, 2]], [[3, 4]])
+    assert batch.chunk_ids.size == 0
+
+
+def test_random_masks_have_as_many_in_every_row() -> None:
+    masks = random_masks(50, 8, 3, np.random.default_rng(0))
+    assert masks.sum(axis=1).tolist() == [3] * 50
+    assert (masks.sum(axis=0) > 0).all()

@@ -1,0 +1,55 @@
+from pathlib import Path
+
+import pytest
+
+from refrag_core.errors import ConfigError
+from refrag_core.training.config import load_config, parse_config
+
+TEXT = 'data = "d"\noutput = "o"\n[[tasks]]\nkind = "text"\n'
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "config.toml"
+    path.write_text(text)
+    return path
+
+
+def test_overrides_reach_fields_and_tasks(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, TEXT), ["seed=7", "tasks.0.weight=0.5", "data=other", "chunk_sizes=[16]"])
+    assert (config.seed, config.tasks[0].weight, config.data, config.chunk_sizes) == (7, 0.5, "other", (16,))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sed=1", "unknown sed"),
+        ("seed", "no '='"),
+        ("seed=x", "expected int"),
+        ("steps=0", "out of range"),
+        ("compile=1", "expected bool"),
+        ("precision=fp8", "one of bf16, fp32"),
+        ("context_tokens=500", "power of two"),
+        ("tasks.3.weight=1", "reaches nothing"),
+        ("tasks.0.weight=0", "weight 0"),
+        ('decoder_training="frozen"', "which is frozen"),
+        ("tasks.0.kind=sing", "one of reconstruct"),
+        ("tasks.0.expansion_fractions=[1.5]", "out of range"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path, TEXT), [override])
+
+
+def test_missing_settings_are_named() -> None:
+    with pytest.raises(ConfigError, match="no data, output"):
+        parse_config({"tasks": [{"kind": "text"}]})
+    with pytest.raises(ConfigError, match="no tasks"):
+        parse_config({"data": "d", "output": "o"})
+
+
+def test_the_projects_configs_are_valid() -> None:
+    paths = sorted((Path(__file__).parents[3] / "benchmarks" / "training").glob("*.toml"))
+    assert paths
+    for path in paths:
+        load_config(path)

@@ -1,0 +1,150 @@
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from refrag_core.checkpoint import Checkpoint
+from refrag_core.composition import ContextPassage, compose, pad_batch
+from refrag_core.errors import ConfigError, TrainingDivergedError
+from refrag_core.template import PromptTemplate
+from refrag_core.training.batches import next_paragraph_batch
+from refrag_core.training.loop import Trainer
+from refrag_core.training.token_shards import TokenShards
+from tests.refrag_core.training.conftest import settings
+
+EMPTY = PromptTemplate(
+    bos=(),
+    prefix=(),
+    before_passages=(),
+    passage_header=(),
+    passage_footer=(),
+    before_question=(),
+    after_question=(),
+    suffix=(),
+    question_first=False,
+)
+
+
+def losses(folder: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["losses"] for line in lines]
+
+
+def test_reconstruction_is_learnt(tmp_path: Path, data: Path, models: tuple[Path, Path]) -> None:
+    config = settings(
+        data,
+        models,
+        tmp_path,
+        steps=250,
+        chunk_sizes=[2],
+        context_tokens=4,
+        output_tokens=4,
+        adapter_rank=16,
+        decoder_learning_rate=2e-2,
+        encoder_learning_rate=3e-3,
+        projection_learning_rate=1e-2,
+        log_every=10,
+        tasks=[{"kind": "reconstruct", "batch_rows": 48}],
+    )
+    assert Trainer(config).run()
+    made = [line["reconstruct/k2"] for line in losses(tmp_path)]
+    uniform = math.log(400)
+    assert made[-1] < 0.7 * uniform < made[0]
+
+
+@pytest.mark.parametrize("decoder_training", ["lora", "frozen"])
+def test_a_resumed_run_has_the_same_losses_bit_for_bit(
+    tmp_path: Path, data: Path, models: tuple[Path, Path], decoder_training: str
+) -> None:
+    tasks = [{"kind": "reconstruct", "batch_rows": 4}, {"kind": "next-paragraph", "batch_rows": 4}]
+    changes = {"steps": 6, "save_every": 3, "decoder_training": decoder_training, "tasks": tasks}
+    assert Trainer(settings(data, models, tmp_path / "whole", **changes)).run()
+    killed = Trainer(settings(data, models, tmp_path / "parts", **changes))
+    finish = killed.save
+
+    def save_and_die() -> None:
+        finish()
+        raise KeyboardInterrupt
+
+    killed.save = save_and_die  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        killed.run()
+    resumed = Trainer(settings(data, models, tmp_path / "parts", **changes))
+    assert resumed.step == 3
+    assert resumed.run()
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    for name in ("encoder-00001.safetensors", "projection.safetensors"):
+        parts, whole_run = (tmp_path / run / "checkpoint" / name for run in ("parts", "whole"))
+        assert parts.read_bytes() == whole_run.read_bytes()
+
+
+def test_other_settings_are_not_resumed(tmp_path: Path, data: Path, models: tuple[Path, Path]) -> None:
+    Trainer(settings(data, models, tmp_path, steps=1)).save()
+    with pytest.raises(ConfigError, match="other settings"):
+        Trainer(settings(data, models, tmp_path, steps=1, seed=1))
+
+
+def test_a_loss_that_is_no_number_is_one_error(tmp_path: Path, data: Path, models: tuple[Path, Path]) -> None:
+    trainer = Trainer(settings(data, models, tmp_path))
+    with torch.no_grad():
+        trainer.model.projection.output.bias.fill_(math.nan)  # type: ignore[union-attr, operator]
+    with pytest.raises(TrainingDivergedError, match="lower the learning rates"):
+        trainer.run()
+
+
+def test_the_checkpoint_computes_what_the_trained_model_did(
+    tmp_path: Path, data: Path, models: tuple[Path, Path]
+) -> None:
+    """Encoded, composed and prefilled as a host does it, from the files: the same next-token logits."""
+    trainer = Trainer(settings(data, models, tmp_path, steps=8, encoder_dtype="float32", adapter_dtype="float32"))
+    assert trainer.run()
+    made = trainer.model.eval()
+    window = TokenShards.open(data).split("held_out").document(0)[:24].astype("int64")[None]
+    mask = torch.tensor([[False, True, False, False]]).numpy()
+    batch = next_paragraph_batch(window[:, :16], window[:, 16:], chunk_size=4, expansion_mask=mask)
+    arrays: list[Any] = [torch.from_numpy(a) for a in (batch.ids, batch.chunk_ids, batch.places, batch.predict_at)]
+    with torch.no_grad():
+        expected = made(*arrays)[-1] @ made.head.T
+
+    checkpoint = Checkpoint.load(tmp_path / "checkpoint")
+    assert checkpoint.config.trained
+    assert checkpoint.encode_fingerprint != trainer.base.encode_fingerprint
+    chunks = window[0, :16].reshape(4, 4).astype("int32")
+    embeddings = checkpoint.load_encoder().encode(chunks, torch.full((4,), 4).numpy())
+    decoder = checkpoint.load_decoder()
+    passage = ContextPassage(window[0, :16].astype("int32"), 4, embeddings)
+    composed = compose(
+        EMPTY, [passage], mask[0], window[0, 16:-1].tolist(), embed=decoder.embed, project=checkpoint.projection
+    )
+    found = decoder.prefill(pad_batch([composed.inputs_embeds])).logits[0]
+    assert torch.allclose(found, expected, atol=2e-2)
+    untrained = trainer.base.load_decoder().prefill(pad_batch([composed.inputs_embeds])).logits[0]
+    assert not torch.allclose(found, untrained, atol=2e-2)
+
+
+def test_training_goes_on_from_a_checkpoint(tmp_path: Path, data: Path, models: tuple[Path, Path]) -> None:
+    assert Trainer(settings(data, models, tmp_path / "one", encoder_dtype="float32", adapter_dtype="float32")).run()
+    again = Trainer(settings(data, models, tmp_path / "two", checkpoint=str(tmp_path / "one" / "checkpoint")))
+    stored = Checkpoint.load(tmp_path / "one" / "checkpoint")
+    layers = stored.load_trained_layers()
+    assert layers is not None
+    name = next(name for name in layers if name.endswith("query.weight"))
+    assert torch.equal(again.model.encoder.body.get_parameter(name), layers[name])  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match="same"):
+        Trainer(
+            settings(data, models, tmp_path / "three", checkpoint=str(tmp_path / "one" / "checkpoint"), adapter_rank=5)
+        )
+
+
+def test_evaluation_has_every_condition(tmp_path: Path, data: Path, models: tuple[Path, Path]) -> None:
+    assert Trainer(settings(data, models, tmp_path, steps=2)).run()
+    result = json.loads((tmp_path / "evaluation.json").read_text())
+    assert set(result) == {"held_out", "train", "reported"}
+    rows = result["held_out"]["chunk_size_4"]
+    assert set(rows["refrag"]) == {"0", "0.1", "0.25"}
+    assert rows["last"]["0"]["positions"] == 4
+    assert rows["last"]["0.25"]["positions"] == 3 + 4
+    assert set(rows["reconstruction"]) == {"4"}
