@@ -19,7 +19,7 @@ from refrag_core.manifest import LiveDocument, document_key
 
 MIN_SHARD_BYTES = 256 << 10
 MAX_SHARD_BYTES = 64 << 20
-_SHARDS_AIMED_AT = 64
+_SHARDS_AIMED_AT = 128
 _ROWS_A_BATCH = 4096
 
 Row = Mapping[str, Any]

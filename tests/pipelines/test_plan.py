@@ -87,7 +87,7 @@ def test_a_boundary_needs_half_the_target_and_comes_by_twice_of_it() -> None:
 def test_default_shard_bytes_are_powers_of_two_within_bounds() -> None:
     assert default_shard_bytes(0) == 256 << 10
     assert default_shard_bytes(20_000_000) == 256 << 10
-    assert default_shard_bytes(150_000_000) == 2 << 20
+    assert default_shard_bytes(150_000_000) == 1 << 20
     assert default_shard_bytes(10**13) == 64 << 20
 
 
