@@ -143,7 +143,7 @@ def build_vector_index(
 
     Raises RecallGateError when even freshly trained segments stay below `min_recall`.
     """
-    if parent is not None and _unchanged(parent, shards, live):
+    if parent is not None and _unchanged(parent, shards, live) and parent.vector_index.recall_at_10 >= min_recall:
         names = [parent.vector_index.quantizer, *(segment.file for segment in parent.segments)]
         return BuiltIndex(parent.segments, parent.vector_index, [parent.files[name] for name in names])
     spec = choose_index(sum(shard.passages for shard in shards), dim, memory_budget_bytes)
