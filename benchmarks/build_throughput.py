@@ -16,22 +16,19 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 
 from benchmarks import corpora
 from benchmarks.measurement import add_output, finish, load, say
-from refrag.pipelines.build import BuildOptions, BuildReport, build_index
-from refrag.pipelines.components import ModelOptions, Models, resolve_models
-from refrag.pipelines.engines.local import LocalEngine
-from refrag_core.corpus.sources import CorpusOptions
-from refrag_core.index_reader import IndexReader
-from refrag_core.models import load_tokenizer
-from refrag_core.storage import Store
-from refrag_core.tables import open_table
+
+# Every worker process of a build imports its main module again, which here is this file: what loads PyTorch is
+# imported in the functions, as in the command line, or each build would be charged for it.
+if TYPE_CHECKING:
+    from refrag.pipelines.build import BuildOptions, BuildReport
+    from refrag.pipelines.components import Models
 
 ST_BATCHES = (32, 128, 512)
 """32 is the default of sentence-transformers."""
@@ -89,39 +86,54 @@ def matmul_gflops() -> float:
 def body_gflops_a_token(body: Any) -> float:
     """GFLOP of an encoder body's matrix products for one token of a short text (attention scores left out)."""
     weights = sum(weight.numel() for name, weight in body.named_parameters() if ".layer." in name and weight.ndim == 2)
-    return 2e-9 * weights
+    return 2e-9 * float(weights)
 
 
-def options_for(corpus: Path, output: Path, arguments: argparse.Namespace) -> BuildOptions:
+def options_for(corpus: Path, output: Path, arguments: argparse.Namespace) -> "BuildOptions":
     """The build as `refrag index build CORPUS` would run it."""
+    from refrag.pipelines.build import BuildOptions
+    from refrag.pipelines.components import ModelOptions
+    from refrag_core.corpus.sources import CorpusOptions
+
     models = ModelOptions(device="cpu") if arguments.models is None else ModelOptions(**arguments.models, device="cpu")
     corpus_options = CorpusOptions(roots=(str(corpus),))
     return BuildOptions(corpus=corpus_options, output=output, models=models, min_recall=arguments.min_recall)
 
 
-def preload(options: BuildOptions) -> Models:
+def preload(options: "BuildOptions") -> "Models":
     """Resolve the models and load their weights as this build will find them."""
+    from refrag.pipelines.components import resolve_models
+    from refrag_core.storage import Store
+
     models = resolve_models(Store(options.output), options.models)
     models.encode_stage().load()
     models.embed_stage().load()
     return models
 
 
-def run_build(options: BuildOptions, workers: int | None) -> BuildReport:
+def run_build(options: "BuildOptions", workers: int | None) -> "BuildReport":
     """One build of a fresh index, worker start included."""
+    from refrag.pipelines.build import build_index
+    from refrag.pipelines.engines.local import LocalEngine
+
     with LocalEngine(workers) as engine:
         return build_index(options, engine)
 
 
 def read_inputs(root: Path, decoder: Path) -> Inputs:
     """Chunks and passages of an index, in its order."""
+    from refrag_core.index_reader import IndexReader
+    from refrag_core.models import load_tokenizer
+    from refrag_core.tables import open_table
+
     reader = IndexReader(root)
     shards = [reader.shard(number) for number in range(len(reader.manifest.shards))]
     tokens = np.concatenate([shard.tokens.slice(0, shard.tokens.num_rows) for shard in shards])
     num_tokens, passages = [], []
     for shard in shards:
         tables = {name: reader.store.path(path) for name, path in shard.shard.tables.items()}
-        num_tokens.append(pq.read_table(tables["chunks"], columns=["num_tokens"]).column(0).to_numpy())
+        with open_table(tables["chunks"]) as file:
+            num_tokens.append(file.read(columns=["num_tokens"]).column(0).to_numpy())
         with open_table(tables["passages"]) as file:
             passages += file.read(columns=["text"]).column(0).to_pylist()
     counts = np.concatenate(num_tokens)
@@ -143,7 +155,8 @@ def sentence_transformer(retriever: Path) -> Callable[[list[str], int], Any] | N
 def measure(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
     """All rounds and what follows from them."""
     corpus = arguments.corpus or make_corpus(root / "corpus", arguments)
-    times, reports, cold = Times(), [], []
+    times, cold = Times(), list[float]()
+    reports: list[BuildReport] = []
     say("a first build, from nothing: it loads the models, and its index gives the loops their input")
     with clock(cold):
         run_build(options_for(corpus, root / "index-first", arguments), arguments.workers)
@@ -165,7 +178,9 @@ def measure(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
         with clock(times.bare_embed):
             retriever.embed(inputs.passages)
         say(f"round {number + 1}: bare loop {times.bare_encode[-1]} + {times.bare_embed[-1]} s")
-        for batch in ST_BATCHES if other is not None else ():
+        for batch in ST_BATCHES:
+            if other is None:
+                break
             with clock(times.sentence_transformers.setdefault(batch, [])):
                 other(inputs.chunk_texts, batch)
             say(f"round {number + 1}: sentence-transformers, batch {batch}: {times.sentence_transformers[batch][-1]} s")
@@ -184,7 +199,7 @@ def make_corpus(folder: Path, arguments: argparse.Namespace) -> Path:
 
 
 def summary(
-    times: Times, reports: Sequence[BuildReport], inputs: Inputs, cold: float, gflops_a_token: float
+    times: Times, reports: Sequence["BuildReport"], inputs: Inputs, cold: float, gflops_a_token: float
 ) -> dict[str, Any]:
     """Rates at the median round, and ratios of neighbouring build and bare rounds."""
     bare = [encode + embed for encode, embed in zip(times.bare_encode, times.bare_embed, strict=True)]
