@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from refrag_core.decoder import Adapter, Decoder, input_embedding_size
 from refrag_core.digests import JSON, digest_bytes, digest_json
-from refrag_core.encoder import EMBEDDING_FORM, POOLING, ChunkEncoder, encode_fingerprint
+from refrag_core.encoder import EMBEDDING_FORM, POOLING, ChunkEncoder, EmbeddingForm, Pooling, encode_fingerprint
 from refrag_core.errors import ConfigError, FingerprintMismatchError, ModelNotFoundError
 from refrag_core.models import (
     DEFAULT_DECODER,
@@ -140,10 +140,11 @@ class CheckpointConfig:
 
     @property
     def body_fingerprint(self) -> str:
-        """Of the encoder body with its trained layers."""
+        """Of the encoder body with its trained layers and, where it reads them, the decoder's embeddings."""
         if not self.encoder_files:
             return self.encoder.fingerprint
-        return digest_json([self.encoder.fingerprint, *(file.digest for file in self.encoder_files)])
+        decoder = () if self.encoder.embedding == EMBEDDING_FORM else (self.decoder.fingerprint,)
+        return digest_json([self.encoder.fingerprint, *decoder, *(file.digest for file in self.encoder_files)])
 
     @property
     def weight_files(self) -> tuple[WeightFile, ...]:
@@ -215,10 +216,11 @@ def _check_values(config: CheckpointConfig) -> None:
     widths = (config.encoder.dim, config.decoder.dim, config.policy.width, config.policy.num_heads)
     if not all(type(width) is int and width > 0 for width in widths) or type(config.trained) is not bool:
         raise ConfigError("checkpoint config has a width that is no positive number, or a 'trained' that is no boolean")
-    if (config.encoder.embedding, config.encoder.pooling) != (EMBEDDING_FORM, POOLING):
+    if config.encoder.embedding not in get_args(EmbeddingForm) or config.encoder.pooling not in get_args(Pooling):
         raise ConfigError(
             f"checkpoint's encoder has embedding {config.encoder.embedding!r} and pooling {config.encoder.pooling!r}; "
-            f"this refrag has {EMBEDDING_FORM!r} and {POOLING!r}: use the refrag that wrote it"
+            f"this refrag has {', '.join(get_args(EmbeddingForm))} and {', '.join(get_args(Pooling))}: use the refrag "
+            f"that wrote it"
         )
 
 
@@ -277,11 +279,11 @@ class Checkpoint:
             batch_rows=batch_rows,
             dtype=dtype,
             trained=self.load_trained_layers(),
-            body_fingerprint=self.config.body_fingerprint,
+            fingerprint=self.encode_fingerprint,
         )
 
     def load_trained_layers(self) -> dict[str, Tensor] | None:
-        """Trained layers of the encoder body, verified, float32; None for the body as it is."""
+        """Trained weights of the encoder, verified, float32; None for the body as it is."""
         return self._read(self.config.encoder_files) if self.config.encoder_files else None
 
     def load_adapter(self) -> Adapter | None:

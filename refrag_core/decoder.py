@@ -348,6 +348,28 @@ def input_embedding_size(folder: Path) -> tuple[int, float]:
     Only the embedding table is read where the safetensors name it as the architecture does; else the whole
     model is loaded. Raises UnsupportedDecoderError.
     """
+    table = _stored_table(folder)
+    if table is None:
+        decoder = Decoder.load(folder, dtype=torch.float32)
+        return decoder.dim, decoder.embedding_rms()
+    return int(table.shape[1]), _rms(torch.split(table, _RMS_BLOCK))
+
+
+@torch.inference_mode()
+def input_embeddings(folder: Path) -> Tensor:
+    """Input embeddings float32 `[V, d_dec]` of every id of the decoder in `folder`; memory as `input_embedding_size`.
+
+    Raises UnsupportedDecoderError.
+    """
+    table = _stored_table(folder)
+    if table is None:
+        decoder = Decoder.load(folder, dtype=torch.float32)
+        table = decoder.embed(torch.arange(decoder.model.get_input_embeddings().weight.shape[0]))
+    return table.float().clone()
+
+
+def _stored_table(folder: Path) -> Tensor | None:
+    """The embedding table as it is stored; None where the embedding does more than look up a row."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -355,11 +377,7 @@ def input_embedding_size(folder: Path) -> tuple[int, float]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     embedding = model.get_input_embeddings()
-    table = _stored_tensor(folder, _names(model, embedding)) if type(embedding) is nn.Embedding else None
-    if table is None:
-        decoder = Decoder.load(folder, dtype=torch.float32)
-        return decoder.dim, decoder.embedding_rms()
-    return int(table.shape[1]), _rms(torch.split(table, _RMS_BLOCK))
+    return _stored_tensor(folder, _names(model, embedding)) if type(embedding) is nn.Embedding else None
 
 
 def _names(model: Any, embedding: nn.Module) -> list[str]:

@@ -2,13 +2,16 @@
 
 Its body (BERT, RoBERTa, MiniLM, MPNet) keeps its pretrained layers and reads the *decoder's* tokens: each
 decoder token's input embedding is the mean of the body's own sub-token embeddings for that token's text,
-recomputed at load and stored nowhere. A chunk embedding is thus a pure function of the chunk's token ids.
-Notation: n chunks, k = chunk_size, t tokens of one chunk (t ≤ k), d_enc body width, V decoder vocabulary.
+recomputed at load and stored nowhere. That mean does not tell apart what the body's tokenizer does not (case,
+spaces, line ends), so a trained encoder adds a linear map of the decoder's own embedding of the token.
+A chunk embedding is a pure function of the chunk's token ids and the checkpoint.
+Notation: n chunks, k = chunk_size, t tokens of one chunk (t ≤ k), d_enc body width, d_dec decoder width,
+V decoder vocabulary.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +20,15 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from refrag_core.batching import SafeBatchSize, cache_dir, equal_runs, map_spans
+from refrag_core.decoder import input_embeddings
 from refrag_core.digests import digest_json
 from refrag_core.errors import ConfigError, ModelNotFoundError
 from refrag_core.models import fingerprint_model, fingerprint_tokenizer, load_tokenizer, without_progress_bars
 
-EMBEDDING_FORM = "subtoken-mean-1"
-POOLING = "mean"
+EmbeddingForm = Literal["subtoken-mean-1", "subtoken-mean-decoder-map-1"]
+Pooling = Literal["mean", "gated-mean-1"]
+EMBEDDING_FORM: EmbeddingForm = "subtoken-mean-1"
+POOLING: Pooling = "mean"
 STORED_DTYPE = "float16"
 
 BODY_TYPES = ("bert", "roberta", "xlm-roberta", "mpnet")
@@ -31,6 +37,10 @@ CPU_BATCH_ROWS = 128
 CUDA_BATCH_ROWS = 8192
 CPU_MIN_TOKENS = 64
 """Fewer tokens in a CPU batch than this and matrix kernels for thin inputs round differently."""
+
+_TOKEN_MAP = "token_map.weight"
+_GATES = "gates"
+_FOLD_ROWS = 8192
 
 Ids = npt.NDArray[np.int32]
 Embeddings = npt.NDArray[np.float16]
@@ -148,45 +158,135 @@ def strip_pooler(body: Any) -> nn.Module:
 class EncoderModule(nn.Module):
     """Body and transplanted embedding table as one module: ids `[b, t]` → chunk embeddings `[b, d_enc]`.
 
-    All rows have t tokens: no padding, hence no attention mask and no special tokens (mean pooling).
+    No special tokens; the vector is the mean over the chunk's tokens.
+
+    Args:
+        body: without its pooler.
+        table: float `[V, d_enc]`, frozen.
+        decoder_table: float `[V, d_dec]` to map with a trained, at first zero, matrix into `table`'s space; None
+            for no map.
+        gates: `[k, d_enc]`, what each position's vector is multiplied by before the mean, so that the mean keeps
+            the order of the tokens; None for a plain mean. Chunks are then at most k tokens long.
     """
 
-    def __init__(self, body: nn.Module, table: Tensor) -> None:
+    def __init__(
+        self, body: nn.Module, table: Tensor, *, decoder_table: Tensor | None = None, gates: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.body = body
         self.embedding = nn.Embedding(table.shape[0], table.shape[1], _weight=table, _freeze=True)
+        self.token_map: nn.Linear | None = None
+        if decoder_table is not None:
+            self.token_map = nn.Linear(decoder_table.shape[1], table.shape[1], bias=False)
+            nn.init.zeros_(self.token_map.weight)
+        self.register_buffer("decoder_table", decoder_table, persistent=False)
+        self.gates = None if gates is None else nn.Parameter(gates)
 
-    def forward(self, token_ids: Tensor) -> Tensor:
-        """Float32 `[b, d_enc]`: mean over the tokens of the body's last layer."""
-        hidden: Tensor = self.body(inputs_embeds=self.embedding(token_ids)).last_hidden_state
-        return hidden.mean(dim=1, dtype=torch.float32)
+    def forward(self, token_ids: Tensor, present: Tensor | None = None) -> Tensor:
+        """Float32 `[b, d_enc]`: mean over the tokens of the body's last layer.
+
+        Args:
+            token_ids: int64 `[b, t]`.
+            present: bool `[b, t]`, False behind the end of short chunks; None where all are t tokens long, which
+                needs no mask. A row without tokens gives zeros.
+        """
+        embeds = self.embedding(token_ids)
+        if self.token_map is not None:
+            embeds = embeds + self.token_map(self.decoder_table[token_ids].to(self.token_map.weight.dtype))
+        if present is None:
+            return self._gated(self.body(inputs_embeds=embeds).last_hidden_state).mean(dim=1, dtype=torch.float32)
+        first = torch.arange(token_ids.shape[1], device=token_ids.device) == 0
+        hidden = self.body(inputs_embeds=embeds, attention_mask=(present | first).long()).last_hidden_state
+        total = self._gated(hidden).float().masked_fill(~present[:, :, None], 0.0).sum(dim=1)
+        return total / present.sum(dim=1, keepdim=True).clamp_min(1)
+
+    def _gated(self, hidden: Tensor) -> Tensor:
+        return hidden if self.gates is None else hidden * self.gates[: hidden.shape[1]].to(hidden.dtype)
+
+    @torch.no_grad()
+    def fold(self) -> "EncoderModule":
+        """Put the map's result into the table, which then is all that is looked up. Returns the module itself."""
+        if self.token_map is not None:
+            for start in range(0, len(self.embedding.weight), _FOLD_ROWS):
+                rows = slice(start, start + _FOLD_ROWS)
+                self.embedding.weight[rows] += self.token_map(self.decoder_table[rows])
+        self.token_map = self.decoder_table = None
+        return self
 
 
-def load_encoder_module(body: Path, decoder: Path) -> EncoderModule:
-    """The body in folder `body` with input embeddings for the tokens of the decoder in folder `decoder`, float32."""
-    module = load_body(body)
-    table: Tensor = module.get_input_embeddings().weight  # type: ignore[operator]
-    texts = token_texts(load_tokenizer(decoder))
-    return EncoderModule(module, transplant_vocabulary(texts, load_tokenizer(body), table))
+def random_gates(size: int, dim: int, *, seed: int) -> Tensor:
+    """Float32 `[size, dim]` of ±1: directions in which positions can be told apart after they were added up."""
+    draws = torch.randint(0, 2, (size, dim), generator=torch.Generator().manual_seed(seed))
+    return draws.float() * 2.0 - 1.0
 
 
-def trained_layers(body: nn.Module) -> dict[str, Tensor]:
-    """The body's weights without its own vocabulary's embeddings, which `transplant_vocabulary` reads as they were."""
+def load_encoder_module(body: Path, decoder: Path, *, trained: Mapping[str, Tensor] | None = None) -> EncoderModule:
+    """The body in folder `body` with input embeddings for the tokens of the decoder in folder `decoder`, float32.
+
+    Args:
+        trained: `trained_layers` of an encoder that was trained from these two; ConfigError where they do not fit.
+    """
+    weights = dict(trained or {})
+    token_map, gates = weights.pop(_TOKEN_MAP, None), weights.pop(_GATES, None)
+    found = load_body(body)
+    own_table: Tensor = found.get_input_embeddings().weight  # type: ignore[operator]
+    table = transplant_vocabulary(token_texts(load_tokenizer(decoder)), load_tokenizer(body), own_table)
+    if weights:
+        load_trained_layers(found, weights)
+    decoder_table = None if token_map is None else _decoder_table(decoder, len(table))
+    module = EncoderModule(found, table, decoder_table=decoder_table, gates=gates)
+    if module.token_map is not None and token_map is not None:
+        if token_map.shape != module.token_map.weight.shape:
+            raise _other_encoder([_TOKEN_MAP])
+        module.token_map.weight.data.copy_(token_map)
+    return module
+
+
+def extend_encoder(
+    module: EncoderModule, decoder: Path, *, embedding: EmbeddingForm, gates: Tensor | None
+) -> EncoderModule:
+    """The module of an untrained encoder with what the embedding form and, where given, the gates add to it."""
+    table = module.embedding.weight
+    mapped = None if embedding == EMBEDDING_FORM else _decoder_table(decoder, len(table))
+    return EncoderModule(module.body, table, decoder_table=mapped, gates=gates)
+
+
+def _decoder_table(decoder: Path, rows: int) -> Tensor:
+    """The decoder's input embeddings of the `rows` ids that its tokenizer has."""
+    return input_embeddings(decoder)[:rows]
+
+
+def trained_layers(module: EncoderModule) -> dict[str, Tensor]:
+    """What training changes: the body without its own vocabulary, which `transplant_vocabulary` reads as it was,
+    the map and the gates."""
+    weights = _body_layers(module.body)
+    if module.token_map is not None:
+        weights[_TOKEN_MAP] = module.token_map.weight.detach()
+    if module.gates is not None:
+        weights[_GATES] = module.gates.detach()
+    return weights
+
+
+def _body_layers(body: nn.Module) -> dict[str, Tensor]:
     table = body.get_input_embeddings().weight  # type: ignore[operator]
     return {name: weight.detach() for name, weight in sorted(body.named_parameters()) if weight is not table}
 
 
 def load_trained_layers(body: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Put `weights` into the body in place. Raises ConfigError unless they are `trained_layers` of such a body."""
-    own = trained_layers(body)
+    """Put `weights` into the body in place. Raises ConfigError unless they are those of such a body."""
+    own = _body_layers(body)
     odd = sorted(own.keys() ^ weights.keys()) or [name for name in own if own[name].shape != weights[name].shape]
     if odd:
-        raise ConfigError(
-            f"trained encoder weights do not fit the body: {len(odd)} differ in name or shape ({odd[0]}, …); "
-            f"expected those of the body that the checkpoint names: get the checkpoint again"
-        )
+        raise _other_encoder(odd)
     for name, weight in own.items():
         weight.copy_(weights[name])
+
+
+def _other_encoder(odd: list[str]) -> ConfigError:
+    return ConfigError(
+        f"trained encoder weights do not fit the body: {len(odd)} differ in name or shape ({odd[0]}, …); "
+        f"expected those of the body that the checkpoint names: get the checkpoint again"
+    )
 
 
 class ChunkEncoder:
@@ -232,20 +332,17 @@ class ChunkEncoder:
         batch_rows: int | None = None,
         dtype: torch.dtype | None = None,
         trained: Mapping[str, Tensor] | None = None,
-        body_fingerprint: str | None = None,
+        fingerprint: str | None = None,
     ) -> "ChunkEncoder":
         """The encoder with the body in folder `body`, for the tokens of the decoder in folder `decoder`.
 
         Args:
-            trained: weights in place of the body's own (`load_trained_layers`).
-            body_fingerprint: of the body with these; None takes that of the folder.
+            trained: `trained_layers` in place of the body's own.
+            fingerprint: the encode fingerprint with these; None is right without them.
         """
-        module = load_encoder_module(body, decoder)
-        if trained is not None:
-            load_trained_layers(module.body, trained)
         return cls(
-            module,
-            fingerprint=encode_fingerprint(body_fingerprint or fingerprint_model(body), fingerprint_tokenizer(decoder)),
+            load_encoder_module(body, decoder, trained=trained).fold(),
+            fingerprint=fingerprint or encode_fingerprint(fingerprint_model(body), fingerprint_tokenizer(decoder)),
             device=device,
             batch_rows=batch_rows,
             dtype=dtype,

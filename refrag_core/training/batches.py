@@ -16,6 +16,9 @@ from refrag_core.errors import ConfigError
 Ids = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
+NO_TOKEN = -1
+"""Fills a short chunk up."""
+
 
 @dataclass(frozen=True, slots=True)
 class TrainingBatch:
@@ -24,13 +27,18 @@ class TrainingBatch:
     ids: Ids
     """int64 `[b, t]`, COMPRESSED where a chunk's vector goes."""
     chunk_ids: Ids
-    """int64 `[b, n, k]`: tokens of the chunks that are compressed."""
+    """int64 `[b, n, k]`: tokens of the chunks that are compressed, NO_TOKEN behind the end of short ones."""
     places: Ids
     """int64 `[b, n]`: the slots of their vectors."""
     predict_at: Ids
     """int64 `[b, m]`: slots whose next token is predicted."""
     targets: Ids
-    """int64 `[b, m]`: those tokens."""
+    """int64 `[b, m]`: those tokens, `losses.IGNORED` where there is none."""
+
+    @property
+    def ragged(self) -> bool:
+        """Whether some chunk is short."""
+        return bool((self.chunk_ids < 0).any())
 
     @property
     def num_positions(self) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from refrag_core.digests import JSON, digest_json
+from refrag_core.encoder import EmbeddingForm, Pooling
 from refrag_core.errors import ConfigError
 from refrag_core.models import DEFAULT_DECODER, DEFAULT_ENCODER
 from refrag_core.stored_weights import StoredDtype
@@ -28,7 +29,10 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "curriculum": ("mixture", "geometric"),
     "teacher": get_args(Teacher),
     "precision": ("bf16", "fp32"),
-    "decoder_training": ("frozen", "lora"),
+    "decoder_training": ("frozen", "lora", "full"),
+    "encoder_embedding": get_args(EmbeddingForm),
+    "encoder_pooling": get_args(Pooling),
+    "encoder_optimizer": ("adamw", "muon"),
     "encoder_dtype": get_args(StoredDtype),
     "adapter_dtype": get_args(StoredDtype),
 }
@@ -67,6 +71,10 @@ class TrainingConfig:
     """Checkpoint to go on from, with a re-warmed optimizer; None starts from encoder and decoder as they are."""
     encoder: str = DEFAULT_ENCODER
     decoder: str = DEFAULT_DECODER
+    encoder_embedding: EmbeddingForm = "subtoken-mean-decoder-map-1"
+    """What an encoder that was not trained before reads of a token; a trained one stays as it is."""
+    encoder_pooling: Pooling = "gated-mean-1"
+    """How its chunk embedding is made of the body's outputs; likewise."""
     chunk_sizes: tuple[int, ...] = (8, 16)
     """One of them is drawn for each micro-batch; the last is the checkpoint's default."""
     context_tokens: int = 512
@@ -81,10 +89,13 @@ class TrainingConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     compile: bool = True
     gradient_checkpointing: bool = False
-    decoder_training: Literal["frozen", "lora"] = "lora"
+    decoder_training: Literal["frozen", "lora", "full"] = "lora"
+    """`full` trains whole matrices, which the checkpoint holds as an adapter of `adapter_rank` that is closest."""
     adapter_rank: int = 32
     adapter_scale: float = 2.0
     adapter_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    encoder_optimizer: Literal["adamw", "muon"] = "adamw"
+    """Of the encoder body's matrices; AdamW has all else."""
     encoder_learning_rate: float = 2e-4
     projection_learning_rate: float = 1e-3
     decoder_learning_rate: float = 5e-4
@@ -232,7 +243,7 @@ def _check_fit(config: TrainingConfig) -> None:
         raise ConfigError("distillation must be 0 to 1, the divergence's share of the loss")
     if config.decoder_training == "frozen" and any(task.kind == "text" for task in config.tasks):
         raise ConfigError(
-            "a text task trains nothing but the decoder, which is frozen; leave the task out, or use lora"
+            "a text task trains nothing but the decoder, which is frozen; leave the task out, or use lora or full"
         )
     if config.warmup >= 1.0:
         raise ConfigError(f"warmup is {config.warmup}; expected a share of the training below 1")

@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +42,8 @@ from refrag_core.training.config import TaskConfig, TrainingConfig
 from refrag_core.training.evaluate import EvaluationOptions, evaluate
 from refrag_core.training.losses import VocabularyLoss, vocabulary_loss
 from refrag_core.training.model import TrainingModel, compile_layers, without_adapter
+from refrag_core.training.optimizer import make_optimizer
+from refrag_core.training.processes import Processes, join_processes
 from refrag_core.training.schedule import chunk_counts, learning_rate_factor, length_weights, normalised
 from refrag_core.training.token_shards import TokenShards, Windows
 from refrag_core.training.trained_checkpoint import load_training_model, save_trained_checkpoint
@@ -50,7 +52,6 @@ STATE_FILE = "state.json"
 WEIGHTS_FILE = "weights.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 
-_BETAS = (0.9, 0.95)
 _SHORT_EVALUATION_WINDOWS = 64
 
 
@@ -66,14 +67,33 @@ class Example:
     """The same predictions from the full context, for distillation."""
 
 
-def make_example(
-    config: TrainingConfig, windows: Windows, *, position: int, step: int, micro: int, progress: float
-) -> Example:
-    """The micro-batch number `micro` of a step; task, chunk size, lengths and masks follow from seed and step."""
-    random = np.random.default_rng([config.seed, step, micro])
-    task = config.tasks[int(random.choice(len(config.tasks), p=normalised([task.weight for task in config.tasks])))]
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """A planned micro-batch: all that decides what is in it."""
+
+    task: TaskConfig
+    position: int
+    """Number of its first window."""
+    random: np.random.Generator
+
+
+def plan_step(config: TrainingConfig, *, position: int, step: int) -> list[MicroBatch]:
+    """The micro-batches of a step, which follow from seed, step and position; cheap, so every process plans all."""
+    planned = []
+    shares = normalised([task.weight for task in config.tasks])
+    for micro in range(config.micro_batches):
+        random = np.random.default_rng([config.seed, step, micro])
+        task = config.tasks[int(random.choice(len(config.tasks), p=shares))]
+        planned.append(MicroBatch(task, position, random))
+        position += task.batch_rows
+    return planned
+
+
+def make_example(config: TrainingConfig, windows: Windows, planned: MicroBatch, *, progress: float) -> Example:
+    """A planned micro-batch; chunk size, lengths and masks are drawn by its generator."""
+    task, random = planned.task, planned.random
     size = int(random.choice(config.chunk_sizes))
-    tokens = windows.take(position, task.batch_rows)
+    tokens = windows.take(planned.position, task.batch_rows)
     context, output = tokens[:, : config.context_tokens], tokens[:, config.context_tokens :]
     if task.kind == "text":
         return Example("text", task, text_batch(tokens), None)
@@ -95,21 +115,6 @@ def make_example(
 def autocast_of(device: torch.device, precision: str) -> Callable[[], AbstractContextManager[Any]]:
     """What makes the context that a model of that precision computes in."""
     return lambda: torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
-def make_optimizer(model: TrainingModel, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW with a group, and a learning rate, for encoder, projection and decoder each."""
-    rates = {
-        "encoder": config.encoder_learning_rate,
-        "projection": config.projection_learning_rate,
-        "decoder": config.decoder_learning_rate,
-    }
-    groups = [
-        {"params": [weight for _, weight in weights], "lr": rates[part], "peak": rates[part]}
-        for part, weights in model.groups().items()
-        if weights
-    ]
-    return torch.optim.AdamW(groups, betas=_BETAS, weight_decay=config.weight_decay, fused=model.head.is_cuda)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +164,7 @@ class FlopModel:
 
 def _matrix_weights(module: nn.Module, table: Tensor) -> int:
     """Weights in matrices, without the embedding table and adapters, which are merged into the matrices."""
-    adapters = (".down", ".up")
+    adapters = (".down", ".up", ".update")
     return sum(
         weight.numel()
         for name, weight in module.named_parameters()
@@ -187,18 +192,31 @@ class Meter:
         self.tokens += example.batch.chunk_ids.size + int((example.batch.ids >= 0).sum())
         self.flops += flops
 
-    def report(self, peak_tflops: float) -> dict[str, Any]:
-        """Losses, rates and utilisation. Waits for the device."""
-        losses = {name: float(torch.stack(values).mean()) for name, values in sorted(self.losses.items())}
-        divergences = {name: float(torch.stack(values).mean()) for name, values in sorted(self.divergences.items())}
+    def report(self, peak_tflops: float, processes: Processes) -> dict[str, Any]:
+        """Losses, rates and utilisation of all processes together. Waits for the device."""
+        found = processes.gather(
+            (_numbers(self.losses), _numbers(self.divergences), self.positions, self.tokens, self.flops)
+        )
+        losses, divergences, positions, tokens, flops = zip(*found, strict=True)
         seconds = time.perf_counter() - self.started
         return {
-            "losses": losses,
-            **({"divergences": divergences} if divergences else {}),
-            "decoder_positions_per_s": self.positions / seconds,
-            "tokens_per_s": self.tokens / seconds,
-            "mfu": self.flops / seconds / (peak_tflops * 1e12),
+            "losses": _means(losses),
+            **({"divergences": _means(divergences)} if any(divergences) else {}),
+            "decoder_positions_per_s": sum(positions) / seconds,
+            "tokens_per_s": sum(tokens) / seconds,
+            "mfu": sum(flops) / seconds / (processes.count * peak_tflops * 1e12),
         }
+
+
+def _numbers(values: Mapping[str, list[Tensor]]) -> dict[str, list[float]]:
+    return {name: torch.stack(tensors).tolist() for name, tensors in values.items()}
+
+
+def _means(found: Sequence[Mapping[str, list[float]]]) -> dict[str, float]:
+    """Of each name, over all processes."""
+    names = sorted({name for values in found for name in values})
+    everywhere = {name: [value for values in found for value in values.get(name, [])] for name in names}
+    return {name: sum(values) / len(values) for name, values in everywhere.items()}
 
 
 class Trainer:
@@ -208,7 +226,13 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.config = config
         self.folder = Path(config.output)
-        self.device = torch.device(resolve_device(config.device))
+        self.processes = join_processes(config.device)
+        if config.micro_batches % self.processes.count:
+            raise ConfigError(
+                f"{self.processes.count} processes cannot share {config.micro_batches} micro_batches a step; expected "
+                f"a multiple of {self.processes.count}"
+            )
+        self.device = self.processes.device or torch.device(resolve_device(config.device))
         self.base = base_checkpoint(config)
         self.shards = TokenShards.open(
             Path(config.data), tokenizer_fingerprint=self.base.config.decoder.tokenizer_fingerprint
@@ -229,8 +253,9 @@ class Trainer:
             compile_layers(self.model)
 
     def say(self, message: str) -> None:
-        """A line for the log."""
-        print(message, file=sys.stderr, flush=True)
+        """A line for the log, once."""
+        if self.processes.is_first:
+            print(message, file=sys.stderr, flush=True)
 
     @property
     def progress(self) -> float:
@@ -247,13 +272,14 @@ class Trainer:
         limit = self.config.stop_after_seconds or math.inf
         began = time.perf_counter()
         meter = Meter()
-        while self.progress < 1.0 and time.perf_counter() - began < limit:
+        # All processes follow the first one's clock, or they would take different steps.
+        while self.progress < 1.0 and self.processes.from_first(time.perf_counter() - began) < limit:
             started = time.perf_counter()
             self._train_step(meter)
             if self.step % self.config.log_every == 0 or self.step % self.config.save_every == 0:
                 self._log(meter)
                 meter = Meter()
-            self.elapsed += time.perf_counter() - started
+            self.elapsed = self.processes.from_first(self.elapsed + time.perf_counter() - started)
             self._at_intervals()
             meter.started = meter.started if meter.losses else time.perf_counter()
         if meter.losses:
@@ -262,7 +288,9 @@ class Trainer:
         if self.progress < 1.0:
             self.say(f"stopped at step {self.step} ({self.progress:.0%}); run again to resume")
             return False
-        self._finish()
+        if self.processes.is_first:
+            self._finish()
+        self.processes.wait()
         return True
 
     def _train_step(self, meter: Meter) -> None:
@@ -270,21 +298,21 @@ class Trainer:
         factor = learning_rate_factor(progress, warmup=self.config.warmup, floor=self.config.learning_rate_floor)
         # The first step would have a factor of 0: nothing learnt, and a first moment of stale gradients.
         factor = max(factor, 1e-3)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
-        for micro in range(self.config.micro_batches):
-            example = make_example(
-                self.config, self.windows, position=self.position, step=self.step, micro=micro, progress=progress
-            )
-            self.position += example.task.batch_rows
+        self.optimizer.set_factor(factor)
+        planned = plan_step(self.config, position=self.position, step=self.step)
+        for micro_batch in self.processes.own(planned):
+            example = make_example(self.config, self.windows, micro_batch, progress=progress)
             loss = self._loss(example)
             (loss.total / self.config.micro_batches).backward()  # type: ignore[no-untyped-call]
             meter.add(example, loss, self.flops.of_example(example))
-        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
-        # A part can be without gradient: a step of plain text alone does not touch the encoder.
+        self.position = planned[-1].position + planned[-1].task.batch_rows
+        weights = self.optimizer.weights
+        # A part can be without gradient, as the encoder is in a step of plain text alone: zeros, on any number of
+        # processes, so that its momentum goes on.
+        self.processes.sum_gradients(weights)
         torch.nn.utils.clip_grad_norm_(weights, self.config.max_gradient_norm)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         self.step += 1
 
     def _loss(self, example: Example) -> VocabularyLoss:
@@ -313,7 +341,7 @@ class Trainer:
 
     def _hidden(self, batch: TrainingBatch) -> Tensor:
         arrays = (batch.ids, batch.chunk_ids, batch.places, batch.predict_at)
-        hidden: Tensor = self.model(*(self._upload(array) for array in arrays))
+        hidden: Tensor = self.model(*(self._upload(array) for array in arrays), batch.ragged)
         return hidden
 
     def _upload(self, array: np.ndarray[Any, np.dtype[np.int64]]) -> Tensor:
@@ -321,7 +349,7 @@ class Trainer:
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def _log(self, meter: Meter) -> None:
-        report = meter.report(self.config.peak_tflops)
+        report = meter.report(self.config.peak_tflops, self.processes)
         bad = [name for name, loss in report["losses"].items() if not math.isfinite(loss)]
         if bad:
             raise TrainingDivergedError(
@@ -337,6 +365,8 @@ class Trainer:
             "learning_rate_factor": self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0]["peak"],
             **report,
         }
+        if not self.processes.is_first:
+            return
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
         losses = "  ".join(f"{name} {loss:.3f}" for name, loss in report["losses"].items())
@@ -346,7 +376,8 @@ class Trainer:
         )
 
     def _at_intervals(self) -> None:
-        if self.config.evaluate_every and self.step % self.config.evaluate_every == 0 and self.progress < 1.0:
+        every = self.config.evaluate_every
+        if self.processes.is_first and every and self.step % every == 0 and self.progress < 1.0:
             result = self.evaluate("held_out", windows=_SHORT_EVALUATION_WINDOWS)
             with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps({"step": self.step, "seconds": self.elapsed, "held_out": result}) + "\n")
@@ -407,6 +438,8 @@ class Trainer:
 
     def save(self) -> None:
         """Write `state/`, the whole or nothing of it."""
+        if not self.processes.is_first:
+            return
         temporary = self.folder / f"state.{os.getpid()}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -434,7 +467,7 @@ class Trainer:
     def _moments(self) -> dict[str, Tensor]:
         moments = {}
         for name, weight in self._weights():
-            for key, value in self.optimizer.state.get(weight, {}).items():
+            for key, value in self.optimizer.moments(weight).items():
                 moments[f"{name}::{key}"] = value.detach().contiguous()
         return moments
 
@@ -470,7 +503,7 @@ class Trainer:
         for key, value in moments.items():
             name, _, kind = key.partition("::")
             # AdamW counts steps in a float32 tensor that stays on the CPU unless it is fused or captured.
-            self.optimizer.state[own[name]][kind] = value if self.device.type == "cuda" else value.cpu()
+            self.optimizer.restore(own[name], kind, value if self.device.type == "cuda" else value.cpu())
         self.step, self.position, self.elapsed = state["step"], state["position"], state["elapsed"]
 
 

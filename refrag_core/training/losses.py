@@ -14,6 +14,9 @@ from torch import Tensor
 
 SLICE_ROWS = int(os.environ.get("REFRAG_LOSS_SLICE_ROWS", "4096"))
 
+IGNORED = -1
+"""A target that no loss counts."""
+
 Terms = tuple[Tensor, Tensor, Tensor]
 
 
@@ -33,21 +36,23 @@ def slice_terms(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None, 
 
     Args:
         logits: `[n, V]`, of any float dtype.
-        targets: int64 `[n]`.
+        targets: int64 `[n]`, IGNORED where nothing is to be predicted.
         teacher_logits: `[n, V]` or None.
         weight: w, the divergence's share.
 
     With p the student's distribution, q the teacher's and y the target: ∂/∂logits = p − (1 − w)·y − w·q.
     """
+    counted = (targets >= 0)[:, None].float()
     log_p = torch.log_softmax(logits.float(), dim=-1)
-    cross_entropy = -log_p.gather(1, targets[:, None]).sum()
+    cross_entropy = -(log_p.gather(1, targets.clamp_min(0)[:, None]) * counted).sum()
     is_target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
     if teacher_logits is None:
-        return cross_entropy, cross_entropy.new_zeros(()), (log_p.exp() - is_target.float()).to(logits.dtype)
+        gradient = (log_p.exp() - is_target.float()) * counted
+        return cross_entropy, cross_entropy.new_zeros(()), gradient.to(logits.dtype)
     log_q = torch.log_softmax(teacher_logits.float(), dim=-1)
     q = log_q.exp()
-    gradient = log_p.exp() - (1.0 - weight) * is_target.float() - weight * q
-    return cross_entropy, (q * (log_q - log_p)).sum(), gradient.to(logits.dtype)
+    gradient = (log_p.exp() - (1.0 - weight) * is_target.float() - weight * q) * counted
+    return cross_entropy, (q * (log_q - log_p) * counted).sum(), gradient.to(logits.dtype)
 
 
 @cache
@@ -82,15 +87,16 @@ class _SlicedLoss(torch.autograd.Function):
             by_hidden[part] = gradient @ table
             if by_head is not None:
                 by_head += (gradient.T @ hidden[part]).float()
-        ctx.save_for_backward(by_hidden, by_head)
-        cross_entropy, divergence = sums / len(hidden)
+        count = (targets >= 0).sum().clamp_min(1)
+        ctx.save_for_backward(by_hidden, by_head, count)
+        cross_entropy, divergence = sums / count
         ctx.mark_non_differentiable(cross_entropy, divergence)
         return (1.0 - weight) * cross_entropy + weight * divergence, cross_entropy, divergence
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        by_hidden, by_head = ctx.saved_tensors
-        scale = gradients[0] / len(by_hidden)
+        by_hidden, by_head, count = ctx.saved_tensors
+        scale = gradients[0] / count
         return by_hidden * scale.to(by_hidden.dtype), None if by_head is None else by_head * scale, *([None] * 5)
 
 
@@ -109,7 +115,7 @@ def vocabulary_loss(
     Args:
         hidden: `[n, d]`, what the decoder hands to its output layer.
         head: `[V, d]`, the output layer's weight.
-        targets: int64 `[n]`.
+        targets: int64 `[n]`; those that are IGNORED count for nothing, also not in the means.
         teacher: `[n, d]` without gradient, through the same head; None for none.
         teacher_weight: w of `VocabularyLoss.total`; must be 0 without a teacher.
         slice_rows: positions whose logits are held at once.
@@ -124,12 +130,14 @@ def vocabulary_loss(
 
 @torch.no_grad()
 def token_nll(hidden: Tensor, head: Tensor, targets: Tensor, *, slice_rows: int = SLICE_ROWS) -> Tensor:
-    """Negative log-likelihood float32 `[n]` of every target, in nats."""
+    """Negative log-likelihood float32 `[n]` of every target, in nats; 0 where it is IGNORED."""
     table = head.to(hidden.dtype)
     parts = []
     for start in range(0, len(hidden), slice_rows):
         part = slice(start, start + slice_rows)
         parts.append(
-            torch.nn.functional.cross_entropy((hidden[part] @ table.T).float(), targets[part], reduction="none")
+            torch.nn.functional.cross_entropy(
+                (hidden[part] @ table.T).float(), targets[part], reduction="none", ignore_index=IGNORED
+            )
         )
     return torch.cat(parts)

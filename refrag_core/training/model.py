@@ -14,34 +14,100 @@ from torch import Tensor, nn
 from refrag_core.encoder import EncoderModule
 from refrag_core.errors import ConfigError, UnsupportedDecoderError
 
-DecoderTraining = Literal["frozen", "lora"]
+DecoderTraining = Literal["frozen", "lora", "full"]
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 _HEAD_TOLERANCE = 1e-2
 
 
-class LoRALinear(nn.Module):
-    """A frozen linear layer plus a trained update of low rank: weight + scale · up @ down (LoRA, arXiv:2106.09685).
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer with a trained update of its weight, which `enabled` switches off.
 
     The update is added to the weight and not to the output: the forward pass then is exactly what a decoder
     with merged weights computes, and costs one matrix product a layer.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
+    def __init__(self, base: nn.Linear, scale: float) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
         self.scale = scale
         self.enabled = True
-        self.down = nn.Parameter(torch.empty((rank, base.in_features), dtype=torch.float32, device=base.weight.device))
-        self.up = nn.Parameter(torch.zeros((base.out_features, rank), dtype=torch.float32, device=base.weight.device))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """`[…, in]` → `[…, out]`."""
-        if not self.enabled:
-            return nn.functional.linear(inputs, self.base.weight, self.base.bias)
-        weight = torch.addmm(self.base.weight, self.up, self.down, alpha=self.scale)
+        weight = self.weight() if self.enabled else self.base.weight
         return nn.functional.linear(inputs, weight, self.base.bias)
+
+    def weight(self) -> Tensor:
+        """`[out, in]`, base and update."""
+        raise NotImplementedError
+
+    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """`down` float32 `[rank, in]` and `up` float32 `[out, rank]`: the update is `scale` · up @ down."""
+        raise NotImplementedError
+
+    def takes(self, down: Tensor, up: Tensor) -> bool:
+        """Whether the update can start from these factors."""
+        raise NotImplementedError
+
+    def start_from(self, down: Tensor, up: Tensor) -> None:
+        """Make the update `scale` · up @ down."""
+        raise NotImplementedError
+
+
+class LoRALinear(AdaptedLinear):
+    """The update is of low rank: scale · up @ down (LoRA, arXiv:2106.09685)."""
+
+    def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
+        super().__init__(base, scale)
+        self.down = nn.Parameter(torch.empty((rank, base.in_features), dtype=torch.float32, device=base.weight.device))
+        self.up = nn.Parameter(torch.zeros((base.out_features, rank), dtype=torch.float32, device=base.weight.device))
+
+    def weight(self) -> Tensor:
+        """`[out, in]`."""
+        return torch.addmm(self.base.weight, self.up, self.down, alpha=self.scale)
+
+    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Its own. Raises ConfigError for another rank."""
+        if rank != len(self.down):
+            raise ConfigError(f"the decoder is trained with rank {len(self.down)}; expected adapter_rank {rank}")
+        return self.down.detach(), self.up.detach()
+
+    def takes(self, down: Tensor, up: Tensor) -> bool:
+        """Factors of its own shape."""
+        return self.down.shape == down.shape and self.up.shape == up.shape
+
+    def start_from(self, down: Tensor, up: Tensor) -> None:
+        """Copy the factors."""
+        self.down.copy_(down)
+        self.up.copy_(up)
+
+
+class FullLinear(AdaptedLinear):
+    """The update is a whole matrix, float32 beside a base of the run's precision; saved as its closest of low rank."""
+
+    def __init__(self, base: nn.Linear, scale: float) -> None:
+        super().__init__(base, scale)
+        self.update = nn.Parameter(torch.zeros_like(base.weight, dtype=torch.float32))
+
+    def weight(self) -> Tensor:
+        """`[out, in]`, rounded once."""
+        return (self.base.weight.float() + self.update).to(self.base.weight.dtype)
+
+    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Of the update's `rank` largest singular values (Eckart-Young), each factor with half of their scale."""
+        left, values, right = torch.linalg.svd(self.update.detach(), full_matrices=False)
+        root = (values[:rank] / self.scale).sqrt()
+        return root[:, None] * right[:rank], left[:, :rank] * root
+
+    def takes(self, down: Tensor, up: Tensor) -> bool:
+        """Factors of any rank."""
+        return self.update.shape == (up.shape[0], down.shape[1])
+
+    def start_from(self, down: Tensor, up: Tensor) -> None:
+        """Multiply the factors out."""
+        self.update.copy_(self.scale * (up.float() @ down.float()))
 
 
 def add_adapter(decoder: Any, *, rank: int, scale: float, targets: Sequence[str], seed: int) -> None:
@@ -50,6 +116,23 @@ def add_adapter(decoder: Any, *, rank: int, scale: float, targets: Sequence[str]
     Raises ConfigError when no layer has such a name.
     """
     generator = torch.Generator().manual_seed(seed)
+    for name in _target_names(decoder, targets):
+        layer = LoRALinear(decoder.get_submodule(name), rank, scale)
+        down = torch.randn(layer.down.shape, generator=generator) / math.sqrt(layer.down.shape[1])
+        layer.down.data.copy_(down)
+        _replace(decoder, name, layer)
+
+
+def unfreeze(decoder: Any, *, scale: float, targets: Sequence[str]) -> None:
+    """Put a `FullLinear`, which at first changes nothing, in place of the linear layers named `targets`.
+
+    Raises ConfigError when no layer has such a name.
+    """
+    for name in _target_names(decoder, targets):
+        _replace(decoder, name, FullLinear(decoder.get_submodule(name), scale))
+
+
+def _target_names(decoder: Any, targets: Sequence[str]) -> list[str]:
     found = [
         name
         for name, module in decoder.named_modules()
@@ -57,26 +140,25 @@ def add_adapter(decoder: Any, *, rank: int, scale: float, targets: Sequence[str]
     ]
     if not found:
         raise ConfigError(f"the decoder has no linear layer named {', '.join(targets)}; give its own adapter_targets")
-    for name in sorted(found):
-        layer = LoRALinear(decoder.get_submodule(name), rank, scale)
-        down = torch.randn(layer.down.shape, generator=generator) / math.sqrt(layer.down.shape[1])
-        layer.down.data.copy_(down)
-        parent, _, own = name.rpartition(".")
-        setattr(decoder.get_submodule(parent), own, layer)
+    return sorted(found)
 
 
-def adapter_layers(decoder: Any) -> dict[str, LoRALinear]:
+def _replace(decoder: Any, name: str, layer: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    setattr(decoder.get_submodule(parent), own, layer)
+
+
+def adapter_layers(decoder: Any) -> dict[str, AdaptedLinear]:
     """The adapted layers, by name."""
-    return {name: module for name, module in decoder.named_modules() if isinstance(module, LoRALinear)}
+    return {name: module for name, module in decoder.named_modules() if isinstance(module, AdaptedLinear)}
 
 
-def adapter_state(decoder: Any) -> dict[str, Tensor]:
+def adapter_state(decoder: Any, rank: int) -> dict[str, Tensor]:
     """`NAME.down` and `NAME.up` of every adapted layer, as `refrag_core.decoder.merge_adapter` reads them."""
-    return {
-        f"{name}.{part}": getattr(layer, part).detach()
-        for name, layer in sorted(adapter_layers(decoder).items())
-        for part in ("down", "up")
-    }
+    state = {}
+    for name, layer in sorted(adapter_layers(decoder).items()):
+        state[f"{name}.down"], state[f"{name}.up"] = layer.factors(rank)
+    return state
 
 
 @contextmanager
@@ -117,21 +199,25 @@ class TrainingModel(nn.Module):
         weight: Tensor = self.decoder.get_output_embeddings().weight
         return weight
 
-    def forward(self, ids: Tensor, chunk_ids: Tensor, places: Tensor, predict_at: Tensor) -> Tensor:
+    def forward(
+        self, ids: Tensor, chunk_ids: Tensor, places: Tensor, predict_at: Tensor, ragged: bool = False
+    ) -> Tensor:
         """Last hidden states `[b·m, d_dec]` of the slots `predict_at`. Arguments as in `TrainingBatch`."""
         hidden: Tensor = self.decoder.base_model(
-            inputs_embeds=self.embed(ids, chunk_ids, places), use_cache=False
+            inputs_embeds=self.embed(ids, chunk_ids, places, ragged), use_cache=False
         ).last_hidden_state
         index = predict_at[:, :, None].expand(-1, -1, hidden.shape[2])
         return hidden.gather(1, index).flatten(0, 1)
 
-    def embed(self, ids: Tensor, chunk_ids: Tensor, places: Tensor) -> Tensor:
+    def embed(self, ids: Tensor, chunk_ids: Tensor, places: Tensor, ragged: bool = False) -> Tensor:
         """Decoder input `[b, t, d_dec]`: token embeddings with the projected chunk vectors in their slots."""
         embeds: Tensor = self.decoder.get_input_embeddings()(ids.clamp_min(0))
         rows, count, size = chunk_ids.shape
         if count == 0:
             return embeds
-        vectors = self.projection(self.encoder(chunk_ids.reshape(rows * count, size)))
+        chunks = chunk_ids.reshape(rows * count, size)
+        encoded = self.encoder(chunks.clamp_min(0), chunks >= 0) if ragged else self.encoder(chunks)
+        vectors = self.projection(encoded)
         index = places[:, :, None].expand(-1, -1, embeds.shape[2])
         return embeds.scatter(1, index, vectors.view(rows, count, -1).to(embeds.dtype))
 

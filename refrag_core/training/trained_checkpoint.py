@@ -13,11 +13,18 @@ import torch
 
 from refrag_core.checkpoint import AdapterConfig, Checkpoint
 from refrag_core.decoder import Decoder
-from refrag_core.encoder import load_encoder_module, load_trained_layers, trained_layers
+from refrag_core.encoder import (
+    EMBEDDING_FORM,
+    POOLING,
+    extend_encoder,
+    load_encoder_module,
+    random_gates,
+    trained_layers,
+)
 from refrag_core.errors import ConfigError
 from refrag_core.stored_weights import write_weights
 from refrag_core.training.config import TrainingConfig
-from refrag_core.training.model import TrainingModel, adapter_layers, adapter_state, add_adapter
+from refrag_core.training.model import TrainingModel, adapter_layers, adapter_state, add_adapter, unfreeze
 
 TRAINING_FILE = "training.json"
 
@@ -26,25 +33,32 @@ def load_training_model(checkpoint: Checkpoint, config: TrainingConfig) -> Train
     """The checkpoint's parts, ready to train: encoder body and projection float32, decoder in the run's precision.
 
     A checkpoint's adapter is trained on, or, with a frozen decoder, merged into it. Raises ConfigError when it
-    has another shape than the config asks for.
+    has another shape than the config asks for; a full update goes on from any.
     """
     decoder_folder = checkpoint.decoder_folder()
-    encoder = load_encoder_module(checkpoint.encoder_folder(), decoder_folder)
-    layers = checkpoint.load_trained_layers()
-    if layers is not None:
-        load_trained_layers(encoder.body, layers)
+    encoder = load_encoder_module(checkpoint.encoder_folder(), decoder_folder, trained=checkpoint.load_trained_layers())
+    if not checkpoint.config.encoder_files:
+        gates = random_gates(max(config.chunk_sizes), checkpoint.config.d_enc, seed=config.seed + 3)
+        encoder = extend_encoder(
+            encoder,
+            decoder_folder,
+            embedding=config.encoder_embedding,
+            gates=None if config.encoder_pooling == POOLING else gates,
+        )
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     frozen = config.decoder_training == "frozen"
     adapter = checkpoint.load_adapter()
     decoder = Decoder.load(decoder_folder, dtype=dtype, adapter=adapter if frozen else None).model
     model = TrainingModel(encoder, deepcopy(checkpoint.projection).requires_grad_(True), decoder)
-    if not frozen:
-        scale = adapter.scale if adapter else config.adapter_scale
+    scale = adapter.scale if adapter else config.adapter_scale
+    if config.decoder_training == "lora":
         add_adapter(
             decoder, rank=config.adapter_rank, scale=scale, targets=config.adapter_targets, seed=config.seed + 2
         )
-        if adapter is not None:
-            _load_adapter(decoder, adapter.state)
+    elif config.decoder_training == "full":
+        unfreeze(decoder, scale=scale, targets=config.adapter_targets)
+    if adapter is not None and not frozen:
+        _load_adapter(decoder, adapter.state)
     if config.gradient_checkpointing:
         decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         decoder.train()
@@ -53,15 +67,18 @@ def load_training_model(checkpoint: Checkpoint, config: TrainingConfig) -> Train
 
 @torch.no_grad()
 def _load_adapter(decoder: Any, state: Mapping[str, torch.Tensor]) -> None:
-    own = adapter_state(decoder)
-    odd = sorted(own.keys() ^ state.keys()) or [name for name in own if own[name].shape != state[name].shape]
+    layers = adapter_layers(decoder)
+    names = {key.rpartition(".")[0] for key in state}
+    odd = sorted(layers.keys() ^ names) or [
+        name for name, layer in layers.items() if not layer.takes(state[f"{name}.down"], state[f"{name}.up"])
+    ]
     if odd:
         raise ConfigError(
-            f"the checkpoint's adapter differs from the config's in {len(odd)} weights ({odd[0]}, …); expected the "
+            f"the checkpoint's adapter differs from the config's in {len(odd)} layers ({odd[0]}, …); expected the "
             f"same adapter_rank and adapter_targets to go on training it"
         )
-    for name, weight in own.items():
-        weight.copy_(state[name])
+    for name, layer in layers.items():
+        layer.start_from(state[f"{name}.down"], state[f"{name}.up"])
 
 
 def save_trained_checkpoint(
@@ -74,11 +91,13 @@ def save_trained_checkpoint(
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    encoder_files = write_weights(temporary, "encoder", trained_layers(model.encoder.body), dtype=config.encoder_dtype)
+    encoder_files = write_weights(temporary, "encoder", trained_layers(model.encoder), dtype=config.encoder_dtype)
     adapter = base.config.adapter
     layers = list(adapter_layers(model.decoder).values())
     if layers:
-        files = write_weights(temporary, "adapter", adapter_state(model.decoder), dtype=config.adapter_dtype)
+        files = write_weights(
+            temporary, "adapter", adapter_state(model.decoder, config.adapter_rank), dtype=config.adapter_dtype
+        )
         adapter = AdapterConfig(layers[0].scale, files)
     elif adapter is not None:
         for file in adapter.files:
@@ -90,6 +109,11 @@ def save_trained_checkpoint(
             chunk_sizes=tuple(sorted(set(config.chunk_sizes))),
             trained=True,
             seed=config.seed,
+            encoder=replace(
+                base.config.encoder,
+                embedding=EMBEDDING_FORM if model.encoder.token_map is None else "subtoken-mean-decoder-map-1",
+                pooling=POOLING if model.encoder.gates is None else "gated-mean-1",
+            ),
             encoder_files=encoder_files,
             adapter=adapter,
         ),

@@ -8,9 +8,13 @@ from refrag_core.encoder import (
     ChunkEncoder,
     EncoderModule,
     encode_fingerprint,
+    extend_encoder,
     load_body,
+    load_encoder_module,
+    random_gates,
     strip_pooler,
     token_texts,
+    trained_layers,
     transplant_vocabulary,
 )
 from refrag_core.errors import ConfigError, ModelNotFoundError
@@ -218,3 +222,45 @@ def test_the_default_encoder_has_the_same_bits_in_any_company() -> None:
     for rows in (1, 3, 7):
         parts = [encoder.encode(ids[i : i + rows], lengths[i : i + rows]) for i in range(0, 70, rows)]
         assert np.array_equal(np.concatenate(parts), reference)
+
+
+def test_gates_tell_the_order_of_tokens_apart() -> None:
+    """A body without layers: the plain mean forgets the order, the gated one does not."""
+
+    class Echo(torch.nn.Module):
+        def forward(self, inputs_embeds: torch.Tensor) -> object:
+            return type("Output", (), {"last_hidden_state": inputs_embeds})
+
+    table = torch.tensor([[1.0, 2.0], [5.0, 3.0]])
+    gates = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0]])
+    one, other = torch.tensor([[0, 1]]), torch.tensor([[1, 0]])
+    plain, gated = EncoderModule(Echo(), table), EncoderModule(Echo(), table.clone(), gates=gates)
+    assert torch.equal(plain(one), plain(other))
+    assert gated(one).tolist() == [[3.0, -0.5]]
+    assert gated(other).tolist() == [[3.0, 0.5]]
+
+
+def test_gates_are_signs_drawn_by_the_seed() -> None:
+    gates = random_gates(16, 8, seed=1)
+    assert set(gates.flatten().tolist()) == {-1.0, 1.0}
+    assert torch.equal(gates, random_gates(16, 8, seed=1))
+    assert not torch.equal(gates, random_gates(16, 8, seed=2))
+
+
+def test_a_folded_map_computes_the_same(tmp_path: Path) -> None:
+    body, decoder = encoder_folder(tmp_path / "body"), decoder_folder(tmp_path / "decoder")
+    module = extend_encoder(
+        load_encoder_module(body, decoder), decoder, embedding="subtoken-mean-decoder-map-1", gates=None
+    )
+    ids = torch.tensor([[5, 9, 7]])
+    with torch.no_grad():
+        untouched = module(ids)
+        assert torch.equal(untouched, load_encoder_module(body, decoder)(ids))
+        assert module.token_map is not None
+        module.token_map.weight.normal_(generator=torch.Generator().manual_seed(0))
+        expected = module(ids)
+        assert not torch.allclose(expected, untouched, atol=1e-3)
+        stored = trained_layers(module)
+        assert torch.allclose(load_encoder_module(body, decoder, trained=stored).fold()(ids), expected, atol=1e-5)
+    with pytest.raises(ConfigError, match="token_map"):
+        load_encoder_module(body, decoder, trained=stored | {"token_map.weight": torch.zeros((2, 2))})

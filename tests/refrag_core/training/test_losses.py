@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from refrag_core.training.losses import slice_terms, token_nll, vocabulary_loss
+from refrag_core.training.losses import IGNORED, slice_terms, token_nll, vocabulary_loss
 
 
 def problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -63,3 +63,22 @@ def test_token_nll_of_every_target() -> None:
     hidden, head, targets, _ = problem()
     expected = torch.nn.functional.cross_entropy(hidden @ head.T, targets, reduction="none")
     assert torch.allclose(token_nll(hidden, head, targets, slice_rows=2), expected, atol=1e-6)
+
+
+def test_ignored_targets_count_for_nothing() -> None:
+    hidden, head, targets, teacher = problem()
+    some = targets.clone()
+    some[[1, 3]] = IGNORED
+    made = vocabulary_loss(hidden, head, some, teacher=teacher, teacher_weight=0.4, slice_rows=2)
+    made.total.backward()
+    found = hidden.grad
+    assert found is not None
+    assert found[[1, 3]].abs().sum() == 0.0
+    kept = [0, 2, 4]
+    alone = hidden.detach()[kept].requires_grad_()
+    expected = vocabulary_loss(alone, head.detach(), targets[kept], teacher=teacher[kept], teacher_weight=0.4)
+    expected.total.backward()
+    assert made.total.item() == pytest.approx(expected.total.item(), abs=1e-6)
+    assert alone.grad is not None
+    assert torch.allclose(found[kept], alone.grad, atol=1e-6)
+    assert token_nll(hidden.detach(), head.detach(), some)[1] == 0.0

@@ -1,0 +1,134 @@
+"""One training run on several GPUs: processes that share each step's micro-batches and sum their gradients.
+
+Started by `accelerate launch` or `torchrun`, every process makes the same plan, works through its own part of a
+step's micro-batches, and adds its gradients to the others', so that a run computes the same steps on any number
+of processes that divides `micro_batches`. Data parallel: every GPU holds the whole model.
+"""
+
+import importlib.util
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refrag_core.errors import ConfigError, MissingExtraError
+
+_BUCKET_ELEMENTS = 1 << 25
+
+
+class Processes:
+    """The processes of this run as one of them sees them: here, the only one."""
+
+    rank = 0
+    count = 1
+
+    @property
+    def device(self) -> torch.device | None:
+        """The device of this process, None where the config may choose."""
+        return None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this one logs, evaluates and saves."""
+        return self.rank == 0
+
+    def own(self, items: Sequence[Any]) -> Sequence[Any]:
+        """This process's share of what all plan."""
+        return items[self.rank :: self.count]
+
+    def sum_gradients(self, weights: Iterable[Tensor]) -> None:
+        """Replace every gradient by its sum over the processes; one that nobody has is zeros."""
+        for weight in weights:
+            weight.grad = _gradient(weight)
+
+    def from_first(self, value: float) -> float:
+        """The first process's number, in all."""
+        return value
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, in all."""
+        return [value]
+
+    def wait(self) -> None:
+        """Go on when all are here."""
+
+
+class AccelerateProcesses(Processes):
+    """Several processes, joined by accelerate."""
+
+    def __init__(self, device_type: str) -> None:
+        from accelerate import Accelerator, InitProcessGroupKwargs
+
+        # Small numbers travel between CPUs, where they make nobody wait for a GPU.
+        backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+        self._accelerator = Accelerator(cpu=device_type == "cpu", kwargs_handlers=[InitProcessGroupKwargs(backend)])
+        self.rank = self._accelerator.process_index
+        self.count = self._accelerator.num_processes
+
+    @property
+    def device(self) -> torch.device | None:
+        """The device of this process."""
+        device: torch.device = self._accelerator.device
+        return device
+
+    def sum_gradients(self, weights: Iterable[Tensor]) -> None:
+        """Replace every gradient by its sum over the processes; one that nobody has is zeros."""
+        for bucket in _buckets(list(weights)):
+            flat = torch.cat([_gradient(weight).reshape(-1) for weight in bucket])
+            total = self._accelerator.reduce(flat, reduction="sum")
+            for weight, part in zip(bucket, total.split([weight.numel() for weight in bucket]), strict=True):
+                weight.grad = part.view_as(weight)
+
+    def from_first(self, value: float) -> float:
+        """The first process's number, in all."""
+        number = torch.tensor([value], dtype=torch.float64)
+        torch.distributed.broadcast(number, src=0)
+        return float(number[0])
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, in all."""
+        found: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(found, value)
+        return found
+
+    def wait(self) -> None:
+        """Go on when all are here."""
+        self._accelerator.wait_for_everyone()
+
+
+def _gradient(weight: Tensor) -> Tensor:
+    return torch.zeros_like(weight) if weight.grad is None else weight.grad
+
+
+def _buckets(weights: list[Tensor]) -> list[list[Tensor]]:
+    """Groups of some 128 MiB, so that few and bounded messages are sent."""
+    buckets: list[list[Tensor]] = []
+    size = _BUCKET_ELEMENTS
+    for weight in weights:
+        if size >= _BUCKET_ELEMENTS:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(weight)
+        size += weight.numel()
+    return buckets
+
+
+def join_processes(device: str) -> Processes:
+    """The processes that a launcher started, or this one alone.
+
+    Args:
+        device: `cpu`, `cuda` or `auto`, as in the config.
+
+    Raises MissingExtraError where a launcher started several and accelerate is not there, and ConfigError for a
+    device that names one GPU for all.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Processes()
+    if importlib.util.find_spec("accelerate") is None:
+        raise MissingExtraError("training with several processes needs accelerate: pip install 'refrag[train]'")
+    if ":" in device:
+        raise ConfigError(f"device is {device!r} in a run of several processes; expected cpu, cuda or auto")
+    chosen = "cuda" if device in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
+    return AccelerateProcesses(chosen)

@@ -1,0 +1,87 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from refrag_core.checkpoint import Checkpoint
+from refrag_core.decoder import Adapter, merge_adapter
+from refrag_core.errors import ConfigError
+from refrag_core.training.batches import NO_TOKEN, next_paragraph_batch
+from refrag_core.training.loop import Trainer
+from refrag_core.training.model import FullLinear, LoRALinear, adapter_state, without_adapter
+from tests.refrag_core.training.conftest import settings
+
+
+def linear() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(3, 4, bias=False)
+
+
+def test_a_full_update_is_saved_as_its_closest_of_low_rank() -> None:
+    layer = FullLinear(linear(), scale=2.0)
+    with torch.no_grad():
+        # Singular values 6 and 1 by hand: one direction is kept of two.
+        layer.update[0, 1], layer.update[2, 2] = 6.0, 1.0
+    down, up = layer.factors(1)
+    assert (down.shape, up.shape) == ((1, 3), (4, 1))
+    expected = torch.zeros((4, 3))
+    expected[0, 1] = 6.0
+    assert torch.allclose(2.0 * up @ down, expected, atol=1e-5)
+    down, up = layer.factors(3)
+    assert torch.allclose(2.0 * up @ down, layer.update.detach(), atol=1e-5)
+
+
+def test_a_full_update_goes_on_from_factors_of_any_rank() -> None:
+    layer = FullLinear(linear(), scale=2.0)
+    down, up = torch.ones((1, 3)), torch.full((4, 1), 0.5)
+    assert layer.takes(down, up)
+    with torch.no_grad():
+        layer.start_from(down, up)
+    assert torch.allclose(layer.weight(), layer.base.weight + 1.0)
+
+
+def test_low_rank_layers_take_their_own_rank_alone() -> None:
+    layer = LoRALinear(linear(), rank=2, scale=1.0)
+    assert not layer.takes(torch.ones((1, 3)), torch.ones((4, 1)))
+    with pytest.raises(ConfigError, match="rank 2"):
+        layer.factors(1)
+
+
+def test_full_training_is_what_the_checkpoint_holds(tmp_path: Path, data: Path, models: tuple[Path, Path]) -> None:
+    changes: dict[str, Any] = {"decoder_training": "full", "adapter_rank": 64, "adapter_dtype": "float32"}
+    trainer = Trainer(settings(data, models, tmp_path, **changes))
+    assert trainer.run()
+    ids = torch.arange(6)[None]
+    trained = trainer.model.decoder(input_ids=ids).logits
+    stored = Checkpoint.load(tmp_path / "checkpoint").load_decoder().model(input_ids=ids).logits
+    assert torch.allclose(stored, trained, atol=1e-4)
+    base = trainer.base.load_decoder().model
+    with without_adapter(trainer.model.decoder):
+        assert torch.allclose(trainer.model.decoder(input_ids=ids).logits, base(input_ids=ids).logits, atol=1e-5)
+    assert not torch.allclose(base(input_ids=ids).logits, trained, atol=1e-3)
+    state = adapter_state(trainer.model.decoder, 64)
+    merge_adapter(base, Adapter(state, trainer.config.adapter_scale))
+    assert torch.allclose(base(input_ids=ids).logits, trained, atol=1e-4)
+
+
+def test_short_chunks_are_encoded_as_if_alone(tmp_path: Path, data: Path, models: tuple[Path, Path]) -> None:
+    model = Trainer(settings(data, models, tmp_path)).model.eval()
+    with torch.no_grad():
+        assert model.encoder.token_map is not None
+        model.encoder.token_map.weight.normal_()
+    ids = np.arange(8).reshape(1, 8)
+    batch = next_paragraph_batch(ids, np.array([[9, 10]]), chunk_size=4, expansion_mask=np.zeros((1, 2), dtype=bool))
+    arrays = [torch.from_numpy(array) for array in (batch.ids, batch.chunk_ids, batch.places)]
+    short = arrays[1].clone()
+    short[0, 1, 2:] = NO_TOKEN
+    with torch.no_grad():
+        whole = model.embed(*arrays)
+        assert torch.allclose(model.embed(*arrays, True), whole, atol=1e-5)
+        ragged = model.embed(arrays[0], short, arrays[2], True)
+        alone = model.projection(model.encoder(torch.tensor([[4, 5]])))
+    assert torch.allclose(ragged[0, 0], whole[0, 0], atol=1e-5)
+    assert torch.allclose(ragged[0, 1], alone[0], atol=1e-5)
+    assert not torch.allclose(ragged[0, 1], whole[0, 1], atol=1e-2)
