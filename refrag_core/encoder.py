@@ -175,6 +175,7 @@ class EncoderModule(nn.Module):
         super().__init__()
         self.body = body
         self.embedding = nn.Embedding(table.shape[0], table.shape[1], _weight=table, _freeze=True)
+        self.decoder_table: Tensor | None
         self.token_map: nn.Linear | None = None
         if decoder_table is not None:
             self.token_map = nn.Linear(decoder_table.shape[1], table.shape[1], bias=False)
@@ -191,7 +192,7 @@ class EncoderModule(nn.Module):
                 needs no mask. A row without tokens gives zeros.
         """
         embeds = self.embedding(token_ids)
-        if self.token_map is not None:
+        if self.token_map is not None and self.decoder_table is not None:
             embeds = embeds + self.token_map(self.decoder_table[token_ids].to(self.token_map.weight.dtype))
         if present is None:
             return self._gated(self.body(inputs_embeds=embeds).last_hidden_state).mean(dim=1, dtype=torch.float32)
@@ -206,7 +207,7 @@ class EncoderModule(nn.Module):
     @torch.no_grad()
     def fold(self) -> "EncoderModule":
         """Put the map's result into the table, which then is all that is looked up. Returns the module itself."""
-        if self.token_map is not None:
+        if self.token_map is not None and self.decoder_table is not None:
             for start in range(0, len(self.embedding.weight), _FOLD_ROWS):
                 rows = slice(start, start + _FOLD_ROWS)
                 self.embedding.weight[rows] += self.token_map(self.decoder_table[rows])

@@ -49,7 +49,8 @@ class Optimizers:
 
     def moments(self, weight: Tensor) -> Mapping[str, Any]:
         """What is remembered of a weight, empty before the first step."""
-        return self._owner(weight).state.get(weight, {})
+        state: Mapping[str, Any] = self._owner(weight).state.get(weight, {})
+        return state
 
     def restore(self, weight: Tensor, kind: str, value: Tensor) -> None:
         """Put back one of the `moments`."""
