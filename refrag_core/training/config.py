@@ -88,6 +88,8 @@ class TrainingConfig:
     device: str = "auto"
     precision: Literal["bf16", "fp32"] = "bf16"
     compile: bool = True
+    capture: bool = True
+    """Replay each shape's forward and backward pass as a CUDA graph; without effect on a CPU."""
     gradient_checkpointing: bool = False
     decoder_training: Literal["frozen", "lora", "full"] = "lora"
     """`full` trains whole matrices, which the checkpoint holds as an adapter of `adapter_rank` that is closest."""
@@ -123,10 +125,14 @@ class TrainingConfig:
         """All fields."""
         return asdict(self)
 
+    def captures(self, device_type: str) -> bool:
+        """Whether passes are captured. Not with gradient checkpointing, which keeps random states on the CPU."""
+        return self.capture and device_type == "cuda" and not self.gradient_checkpointing
+
     @property
     def resume_fingerprint(self) -> str:
         """Hash of what must not change between a run and its continuation."""
-        free = ("output", "data", "stop_after_seconds", "device", "compile", "log_every", "save_every")
+        free = ("output", "data", "stop_after_seconds", "device", "compile", "capture", "log_every", "save_every")
         return digest_json({key: value for key, value in self.to_json().items() if key not in free})
 
 

@@ -31,6 +31,7 @@ from refrag_core.checkpoint import Checkpoint, load_checkpoint
 from refrag_core.devices import resolve_device
 from refrag_core.errors import ConfigError, CorpusError, TrainingDivergedError
 from refrag_core.policy import num_expanded
+from refrag_core.training.backward import Backward, CapturedBackward, Gradients, Inputs, Losses, upload
 from refrag_core.training.batches import (
     TrainingBatch,
     next_paragraph_batch,
@@ -40,7 +41,7 @@ from refrag_core.training.batches import (
 )
 from refrag_core.training.config import TaskConfig, TrainingConfig
 from refrag_core.training.evaluate import EvaluationOptions, evaluate
-from refrag_core.training.losses import VocabularyLoss, vocabulary_loss
+from refrag_core.training.losses import vocabulary_loss
 from refrag_core.training.model import TrainingModel, compile_layers, without_adapter
 from refrag_core.training.optimizer import make_optimizer
 from refrag_core.training.processes import Processes, join_processes
@@ -183,11 +184,11 @@ class Meter:
     flops: float = 0.0
     started: float = field(default_factory=time.perf_counter)
 
-    def add(self, example: Example, loss: VocabularyLoss, flops: float) -> None:
+    def add(self, example: Example, losses: Losses, flops: float) -> None:
         """Count one micro-batch; nothing waits for the device."""
-        self.losses.setdefault(example.name, []).append(loss.cross_entropy.detach())
+        self.losses.setdefault(example.name, []).append(losses[0])
         if example.full is not None:
-            self.divergences.setdefault(example.name, []).append(loss.divergence.detach())
+            self.divergences.setdefault(example.name, []).append(losses[1])
         self.positions += example.batch.num_positions
         self.tokens += example.batch.chunk_ids.size + int((example.batch.ids >= 0).sum())
         self.flops += flops
@@ -206,6 +207,11 @@ class Meter:
             "tokens_per_s": sum(tokens) / seconds,
             "mfu": sum(flops) / seconds / (processes.count * peak_tflops * 1e12),
         }
+
+
+def _tensors(batch: TrainingBatch) -> tuple[Tensor, ...]:
+    arrays = (batch.ids, batch.chunk_ids, batch.places, batch.predict_at, batch.targets)
+    return tuple(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
 
 
 def _numbers(values: Mapping[str, list[Tensor]]) -> dict[str, list[float]]:
@@ -242,6 +248,9 @@ class Trainer:
         self.model = load_training_model(self.base, config).to(self.device)
         self.autocast = autocast_of(self.device, config.precision)
         self.optimizer = make_optimizer(self.model, config)
+        self.gradients = Gradients(self.optimizer.weights)
+        make_backward = CapturedBackward if config.captures(self.device.type) else Backward
+        self.backward = make_backward(self.gradients, 1.0 / config.micro_batches)
         self.flops = FlopModel.of(self.model, config.decoder_training)
         self.step, self.position, self.elapsed = 0, 0, 0.0
         self.last_report: dict[str, Any] = {}
@@ -300,53 +309,50 @@ class Trainer:
         factor = max(factor, 1e-3)
         self.optimizer.set_factor(factor)
         planned = plan_step(self.config, position=self.position, step=self.step)
+        self.gradients.clear()
         for micro_batch in self.processes.own(planned):
             example = make_example(self.config, self.windows, micro_batch, progress=progress)
-            loss = self._loss(example)
-            (loss.total / self.config.micro_batches).backward()  # type: ignore[no-untyped-call]
-            meter.add(example, loss, self.flops.of_example(example))
+            meter.add(example, self._backward(example), self.flops.of_example(example))
         self.position = planned[-1].position + planned[-1].task.batch_rows
-        weights = self.optimizer.weights
-        # A part can be without gradient, as the encoder is in a step of plain text alone: zeros, on any number of
-        # processes, so that its momentum goes on.
-        self.processes.sum_gradients(weights)
-        torch.nn.utils.clip_grad_norm_(weights, self.config.max_gradient_norm)
+        self.processes.sum(self.gradients.flat)
+        self.gradients.clip(self.config.max_gradient_norm)
         self.optimizer.step()
-        self.optimizer.zero_grad()
         self.step += 1
 
-    def _loss(self, example: Example) -> VocabularyLoss:
-        compiled = self.config.compile and self.device.type == "cuda"
-        with self.autocast():
-            teacher = self._teacher(example)
-            hidden = self._hidden(example.batch)
-        targets = self._upload(example.batch.targets).reshape(-1)
-        return vocabulary_loss(
-            hidden,
-            self.model.head,
-            targets,
-            teacher=teacher,
-            teacher_weight=example.task.distillation if teacher is not None else 0.0,
-            compiled=compiled,
-        )
+    def _backward(self, example: Example) -> Losses:
+        """Losses of an example, whose gradients are added to the others' of the step."""
+        task, ragged = example.task, example.batch.ragged
+        own = _tensors(example.batch)
+        full = () if example.full is None else _tensors(example.full)
 
-    def _teacher(self, example: Example) -> Tensor | None:
-        if example.full is None:
+        def compute(inputs: Inputs) -> tuple[Tensor, Losses]:
+            *student, targets = inputs[: len(own)]
+            with self.autocast():
+                teacher = self._teacher(task, inputs[len(own) :])
+                hidden = self.model(*student, ragged)
+            loss = vocabulary_loss(
+                hidden,
+                self.model.head,
+                targets.reshape(-1),
+                teacher=teacher,
+                teacher_weight=0.0 if teacher is None else task.distillation,
+                compiled=self.config.compile and self.device.type == "cuda",
+            )
+            return loss.total, (loss.cross_entropy.detach(), loss.divergence.detach())
+
+        return self.backward(compute, upload((*own, *full), self.device), (task, ragged))
+
+    @torch.no_grad()
+    def _teacher(self, task: TaskConfig, inputs: Sequence[Tensor]) -> Tensor | None:
+        if not inputs:
             return None
-        with torch.no_grad():
-            if example.task.teacher == "self":
-                return self._hidden(example.full)
+        hidden: Tensor
+        if task.teacher == "self":
+            hidden = self.model(*inputs[:-1])
+        else:
             with without_adapter(self.model.decoder):
-                return self._hidden(example.full)
-
-    def _hidden(self, batch: TrainingBatch) -> Tensor:
-        arrays = (batch.ids, batch.chunk_ids, batch.places, batch.predict_at)
-        hidden: Tensor = self.model(*(self._upload(array) for array in arrays), batch.ragged)
+                hidden = self.model(*inputs[:-1])
         return hidden
-
-    def _upload(self, array: np.ndarray[Any, np.dtype[np.int64]]) -> Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def _log(self, meter: Meter) -> None:
         report = meter.report(self.config.peak_tflops, self.processes)

@@ -19,6 +19,7 @@ DecoderTraining = Literal["frozen", "lora", "full"]
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 _HEAD_TOLERANCE = 1e-2
+_CAUSAL = "refrag-causal-sdpa"
 
 
 class AdaptedLinear(nn.Module):
@@ -190,6 +191,7 @@ class TrainingModel(nn.Module):
         self.encoder = encoder
         self.projection = projection
         self.decoder = decoder
+        self._causal = read_rows_causally(decoder)
         for name, parameter in encoder.named_parameters():
             parameter.requires_grad_(not _is_table(name))
 
@@ -203,8 +205,9 @@ class TrainingModel(nn.Module):
         self, ids: Tensor, chunk_ids: Tensor, places: Tensor, predict_at: Tensor, ragged: bool = False
     ) -> Tensor:
         """Last hidden states `[b·m, d_dec]` of the slots `predict_at`. Arguments as in `TrainingBatch`."""
+        mask = torch.ones_like(ids, dtype=torch.bool) if self._causal else None
         hidden: Tensor = self.decoder.base_model(
-            inputs_embeds=self.embed(ids, chunk_ids, places, ragged), use_cache=False
+            inputs_embeds=self.embed(ids, chunk_ids, places, ragged), attention_mask=mask, use_cache=False
         ).last_hidden_state
         index = predict_at[:, :, None].expand(-1, -1, hidden.shape[2])
         return hidden.gather(1, index).flatten(0, 1)
@@ -233,6 +236,30 @@ class TrainingModel(nn.Module):
 
 def _is_table(name: str) -> bool:
     return name.startswith("embedding.") or name.endswith("word_embeddings.weight")
+
+
+def read_rows_causally(decoder: Any) -> bool:
+    """Tell a decoder whose layers all attend to the whole row that rows hold one text each, without padding.
+
+    transformers otherwise looks for several texts in a row, by values that it waits for on the device: that stalls
+    every step and cannot be captured. A mask given then means nothing to the decoder, but spares the search.
+    Returns False, and changes nothing, for a decoder with other attention or another implementation of it.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    config = decoder.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if config._attn_implementation != "sdpa" or kinds != {"full_attention"} or getattr(config, "sliding_window", None):
+        return False
+    AttentionInterface.register(_CAUSAL, sdpa_attention_forward)
+    AttentionMaskInterface.register(_CAUSAL, _no_mask)
+    decoder.set_attn_implementation(_CAUSAL)
+    return True
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """sdpa without a mask is causal."""
 
 
 @torch.no_grad()

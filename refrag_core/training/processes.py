@@ -7,15 +7,13 @@ of processes that divides `micro_batches`. Data parallel: every GPU holds the wh
 
 import importlib.util
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from refrag_core.errors import ConfigError, MissingExtraError
-
-_BUCKET_ELEMENTS = 1 << 25
 
 
 class Processes:
@@ -38,10 +36,8 @@ class Processes:
         """This process's share of what all plan."""
         return items[self.rank :: self.count]
 
-    def sum_gradients(self, weights: Iterable[Tensor]) -> None:
-        """Replace every gradient by its sum over the processes; one that nobody has is zeros."""
-        for weight in weights:
-            weight.grad = _gradient(weight)
+    def sum(self, values: Tensor) -> None:
+        """Replace `values` by their sum over the processes, in place."""
 
     def from_first(self, value: float) -> float:
         """The first process's number, in all."""
@@ -73,13 +69,9 @@ class AccelerateProcesses(Processes):
         device: torch.device = self._accelerator.device
         return device
 
-    def sum_gradients(self, weights: Iterable[Tensor]) -> None:
-        """Replace every gradient by its sum over the processes; one that nobody has is zeros."""
-        for bucket in _buckets(list(weights)):
-            flat = torch.cat([_gradient(weight).reshape(-1) for weight in bucket])
-            total = self._accelerator.reduce(flat, reduction="sum")
-            for weight, part in zip(bucket, total.split([weight.numel() for weight in bucket]), strict=True):
-                weight.grad = part.view_as(weight)
+    def sum(self, values: Tensor) -> None:
+        """Replace `values` by their sum over the processes, in place."""
+        torch.distributed.all_reduce(values)
 
     def from_first(self, value: float) -> float:
         """The first process's number, in all."""
@@ -96,23 +88,6 @@ class AccelerateProcesses(Processes):
     def wait(self) -> None:
         """Go on when all are here."""
         self._accelerator.wait_for_everyone()
-
-
-def _gradient(weight: Tensor) -> Tensor:
-    return torch.zeros_like(weight) if weight.grad is None else weight.grad
-
-
-def _buckets(weights: list[Tensor]) -> list[list[Tensor]]:
-    """Groups of some 128 MiB, so that few and bounded messages are sent."""
-    buckets: list[list[Tensor]] = []
-    size = _BUCKET_ELEMENTS
-    for weight in weights:
-        if size >= _BUCKET_ELEMENTS:
-            buckets.append([])
-            size = 0
-        buckets[-1].append(weight)
-        size += weight.numel()
-    return buckets
 
 
 def join_processes(device: str) -> Processes:

@@ -5,11 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from refrag_core.errors import ConfigError
 from refrag_core.training.loop import Trainer
-from refrag_core.training.processes import Processes, _buckets, join_processes
+from refrag_core.training.processes import Processes, join_processes
 from tests.refrag_core.training.conftest import settings
 
 ROOT = Path(__file__).parents[3]
@@ -72,9 +71,3 @@ def test_several_processes_take_no_single_gpu(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="'cuda:1' in a run of several"):
         join_processes("cuda:1")
-
-
-def test_buckets_keep_order_and_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("refrag_core.training.processes._BUCKET_ELEMENTS", 5)
-    weights = [torch.zeros(size) for size in (3, 3, 3, 9, 1)]
-    assert [[len(weight) for weight in bucket] for bucket in _buckets(weights)] == [[3, 3], [3, 9], [1]]

@@ -1,0 +1,67 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from refrag_core.training.backward import Backward, Gradients
+from refrag_core.training.loop import Trainer
+from refrag_core.training.model import read_rows_causally
+from tests.refrag_core.training.conftest import settings
+from tests.refrag_core.training.test_loop import losses
+
+
+def test_gradients_of_all_weights_are_added_up_in_one_buffer() -> None:
+    used, unused = nn.Parameter(torch.tensor([1.0, 2.0])), nn.Parameter(torch.tensor([[5.0]]))
+    gradients = Gradients([used, unused])
+    backward = Backward(gradients, scale=0.5)
+
+    def compute(inputs: Any) -> Any:
+        total = (used * inputs[0]).sum()
+        return total, (total.detach(), total.detach())
+
+    for factor in (3.0, 1.0):
+        reported = backward(compute, (torch.tensor([factor, -factor]),), "key")
+    assert reported[0] == pytest.approx(-1.0)
+    assert gradients.flat.tolist() == [2.0, -2.0, 0.0]
+    assert used.grad is not None
+    assert used.grad.tolist() == [2.0, -2.0]
+    gradients.clip(1.0)
+    assert used.grad.norm().item() == pytest.approx(1.0, abs=1e-5)
+    gradients.clip(5.0)
+    assert used.grad.norm().item() == pytest.approx(1.0, abs=1e-5)
+    gradients.clear()
+    assert used.grad.tolist() == [0.0, 0.0]
+
+
+def test_a_decoder_reads_rows_causally_as_it_did_before(tmp_path: Path, data: Path, models: tuple[Path, Path]) -> None:
+    trainer = Trainer(settings(data, models, tmp_path))
+    decoder = trainer.base.load_decoder().model
+    ids = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
+    before = decoder(input_ids=ids).logits
+    assert read_rows_causally(decoder)
+    with torch.no_grad():
+        after = decoder(input_ids=ids, attention_mask=torch.ones_like(ids, dtype=torch.bool)).logits
+    assert torch.allclose(before, after, atol=1e-6)
+
+
+def test_a_decoder_with_windows_keeps_its_own_attention(tmp_path: Path, data: Path, models: tuple[Path, Path]) -> None:
+    decoder = Trainer(settings(data, models, tmp_path)).base.load_decoder().model
+    decoder.config.sliding_window = 4
+    assert not read_rows_causally(decoder)
+    assert decoder.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures CUDA graphs")
+def test_captured_passes_learn_what_eager_ones_do(tmp_path: Path, data: Path, models: tuple[Path, Path]) -> None:
+    tasks = [
+        {"kind": "reconstruct", "batch_rows": 4},
+        {"kind": "next-paragraph", "batch_rows": 4, "distillation": 0.5},
+    ]
+    for name in ("captured", "eager"):
+        changes = {"tasks": tasks, "steps": 12, "device": "cuda", "compile": False, "capture": name == "captured"}
+        assert Trainer(settings(data, models, tmp_path / name, **changes)).run()
+    captured, eager = losses(tmp_path / "captured"), losses(tmp_path / "eager")
+    for mine, theirs in zip(captured, eager, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-3)
