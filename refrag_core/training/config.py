@@ -36,7 +36,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "encoder_dtype": get_args(StoredDtype),
     "adapter_dtype": get_args(StoredDtype),
 }
-_MAY_BE_ZERO = ("seed", "evaluate_every", "weight_decay", "warmup", "learning_rate_floor", "distillation", "weight")
+_MAY_BE_ZERO = ("seed", "evaluate_every", "weight_decay", "warmup", "learning_rate_floor", "distillation", "weight", "final_weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,8 @@ class TaskConfig:
     kind: TaskKind
     weight: float = 1.0
     """Share of the micro-batches, relative to the other tasks'."""
+    final_weight: float | None = None
+    """The share at the end of the training, reached evenly; None for the same all along."""
     batch_rows: int = 32
     """Windows a micro-batch."""
     curriculum: Literal["mixture", "geometric"] = "mixture"
@@ -56,6 +58,10 @@ class TaskConfig:
     """Weight of the KL divergence from the decoder that reads the full context, in next-paragraph's loss."""
     teacher: Teacher = "self"
     """That decoder: as it is being trained, or `base`, without its adapter."""
+
+    def weight_at(self, progress: float) -> float:
+        """The share when this much (0 to 1) of the training is done."""
+        return self.weight if self.final_weight is None else self.weight + progress * (self.final_weight - self.weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,8 +249,8 @@ def _check_fit(config: TrainingConfig) -> None:
                 f"context_tokens {config.context_tokens} is no power of two times chunk size {size}; expected one, "
                 f"such as 512 for 8 and 16"
             )
-    if not any(task.weight for task in config.tasks):
-        raise ConfigError("all tasks have weight 0; expected a positive one")
+    if not all(any(task.weight_at(progress) for task in config.tasks) for progress in (0.0, 1.0)):
+        raise ConfigError("all tasks have weight 0 at the start or at the end; expected a positive one")
     if any(task.distillation > 1.0 for task in config.tasks):
         raise ConfigError("distillation must be 0 to 1, the divergence's share of the loss")
     if config.decoder_training == "frozen" and any(task.kind == "text" for task in config.tasks):

@@ -78,10 +78,10 @@ class MicroBatch:
     random: np.random.Generator
 
 
-def plan_step(config: TrainingConfig, *, position: int, step: int) -> list[MicroBatch]:
-    """The micro-batches of a step, which follow from seed, step and position; cheap, so every process plans all."""
+def plan_step(config: TrainingConfig, *, position: int, step: int, progress: float) -> list[MicroBatch]:
+    """The micro-batches of a step, which follow from these numbers and the seed; cheap, so every process plans all."""
     planned = []
-    shares = normalised([task.weight for task in config.tasks])
+    shares = normalised([task.weight_at(progress) for task in config.tasks])
     for micro in range(config.micro_batches):
         random = np.random.default_rng([config.seed, step, micro])
         task = config.tasks[int(random.choice(len(config.tasks), p=shares))]
@@ -308,7 +308,7 @@ class Trainer:
         # The first step would have a factor of 0: nothing learnt, and a first moment of stale gradients.
         factor = max(factor, 1e-3)
         self.optimizer.set_factor(factor)
-        planned = plan_step(self.config, position=self.position, step=self.step)
+        planned = plan_step(self.config, position=self.position, step=self.step, progress=progress)
         self.gradients.clear()
         for micro_batch in self.processes.own(planned):
             example = make_example(self.config, self.windows, micro_batch, progress=progress)

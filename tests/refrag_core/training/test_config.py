@@ -30,7 +30,9 @@ def test_overrides_reach_fields_and_tasks(tmp_path: Path) -> None:
         ("precision=fp8", "one of bf16, fp32"),
         ("context_tokens=500", "power of two"),
         ("tasks.3.weight=1", "reaches nothing"),
-        ("tasks.0.weight=0", "weight 0"),
+        ("tasks.0.weight=0", "weight 0 at the start or at the end"),
+        ("tasks.0.final_weight=0", "weight 0 at the start or at the end"),
+        ("tasks.0.final_weight=-1", "out of range"),
         ('decoder_training="frozen"', "which is frozen"),
         ("tasks.0.kind=sing", "one of reconstruct"),
         ("tasks.0.expansion_fractions=[1.5]", "out of range"),
@@ -53,3 +55,10 @@ def test_the_projects_configs_are_valid() -> None:
     assert paths
     for path in paths:
         load_config(path)
+
+
+def test_a_task_gives_way_to_another_evenly() -> None:
+    tasks = [{"kind": "reconstruct", "weight": 0.8, "final_weight": 0.2}, {"kind": "text", "weight": 0.1}]
+    first, second = parse_config({"data": "d", "output": "o", "tasks": tasks}).tasks
+    assert [first.weight_at(progress) for progress in (0.0, 0.5, 1.0)] == pytest.approx([0.8, 0.5, 0.2])
+    assert [second.weight_at(progress) for progress in (0.0, 1.0)] == [0.1, 0.1]
