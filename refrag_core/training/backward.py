@@ -7,7 +7,7 @@ few shapes, so every shape's forward and backward pass is captured once and repl
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 Inputs = tuple[Tensor, ...]
 Losses = tuple[Tensor, Tensor]
@@ -28,20 +28,21 @@ class Gradients:
         weights: float32, on one device.
     """
 
-    def __init__(self, weights: Iterable[nn.Parameter]) -> None:
+    def __init__(self, weights: Iterable[Tensor]) -> None:
         self.weights = list(weights)
         sizes = [weight.numel() for weight in self.weights]
         device = self.weights[0].device if self.weights else None
         self.flat = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
-        for weight, part in zip(self.weights, self.flat.split(sizes), strict=True):
-            weight.grad = part.view_as(weight)
+        parts = torch.split(self.flat, sizes)
+        self._views = [part.view_as(weight) for weight, part in zip(self.weights, parts, strict=True)]
+        for weight, view in zip(self.weights, self._views, strict=True):
+            weight.grad = view
 
     def add(self, loss: Tensor) -> None:
         """Add the gradients of `loss`; weights that it does not depend on are left out."""
         found = torch.autograd.grad(loss, self.weights, allow_unused=True)
-        pairs = [(weight.grad, new) for weight, new in zip(self.weights, found, strict=True) if new is not None]
-        if pairs:
-            torch._foreach_add_([own for own, _ in pairs], [new for _, new in pairs])
+        given = [(view, new) for view, new in zip(self._views, found, strict=True) if new is not None]
+        torch._foreach_add_([view for view, _ in given], [new for _, new in given])
 
     def clip(self, limit: float) -> None:
         """Scale all of them down where their norm is above `limit`."""
@@ -104,7 +105,7 @@ class CapturedBackward(Backward):
 
     def _warm_up(self, compute: Compute, inputs: Inputs) -> None:
         """Compiles, tunes and allocates what must not happen while capturing; its gradients are dropped."""
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):
