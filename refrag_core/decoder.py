@@ -69,7 +69,7 @@ class Decoder:
         _refuse_signature(model)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
-        self.eos_ids = frozenset(_own_eos_ids(model) if eos_ids is None else eos_ids)
+        self.eos_ids = frozenset(own_eos_ids(model) if eos_ids is None else eos_ids)
 
     @classmethod
     def load(
@@ -259,7 +259,7 @@ def _refuse_signature(model: Any) -> None:
         )
 
 
-def _own_eos_ids(model: Any) -> list[int]:
+def own_eos_ids(model: Any) -> list[int]:
     """All ids that the generation settings, else the config, name as ends."""
     for settings in (getattr(model, "generation_config", None), model.config.get_text_config()):
         found = getattr(settings, "eos_token_id", None)

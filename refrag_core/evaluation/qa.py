@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from refrag_core.errors import UsageError
 from refrag_core.evaluation.questions import Question
 
+ABSTENTION = "The passages do not say."
+"""What instruction tuning teaches to answer where the passages hold no answer, and what counts as abstaining."""
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -59,6 +62,11 @@ def contains_answer(output: str, answers: Sequence[str]) -> float:
     words = f" {normalise_answer(output)} "
     normalised = (normalise_answer(answer) for answer in answers)
     return float(any(answer and f" {answer} " in words for answer in normalised))
+
+
+def is_abstention(output: str) -> bool:
+    """Whether the normalised output begins with ABSTENTION."""
+    return f"{normalise_answer(output)} ".startswith(f"{normalise_answer(ABSTENTION)} ")
 
 
 def score_answers(questions: Sequence[Question], outputs: Mapping[str, str]) -> AnswerScores:

@@ -1,7 +1,7 @@
 """The settings of a training run: one TOML file, validated, with overrides.
 
     [[tasks]]
-    kind = "reconstruct"       # reconstruct | next-paragraph | text
+    kind = "reconstruct"       # reconstruct | next-paragraph | text | instruct
     weight = 0.5               # share of the micro-batches
     batch_rows = 64            # windows a micro-batch
 
@@ -21,7 +21,7 @@ from refrag_core.errors import ConfigError
 from refrag_core.models import DEFAULT_DECODER, DEFAULT_ENCODER
 from refrag_core.stored_weights import StoredDtype
 
-TaskKind = Literal["reconstruct", "next-paragraph", "text"]
+TaskKind = Literal["reconstruct", "next-paragraph", "text", "instruct"]
 Teacher = Literal["self", "base"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -36,7 +36,21 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "encoder_dtype": get_args(StoredDtype),
     "adapter_dtype": get_args(StoredDtype),
 }
-_MAY_BE_ZERO = ("seed", "evaluate_every", "weight_decay", "warmup", "learning_rate_floor", "distillation", "weight", "final_weight")
+_MAY_BE_ZERO = (
+    "seed",
+    "evaluate_every",
+    "weight_decay",
+    "warmup",
+    "learning_rate_floor",
+    "distillation",
+    "weight",
+    "final_weight",
+    "shuffled_share",
+    "warm_start_share",
+    "entropy_weight",
+    "divergence_weight",
+    "query_dropout",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +67,9 @@ class TaskConfig:
     curriculum: Literal["mixture", "geometric"] = "mixture"
     """Of the lengths of reconstructions: `refrag_core.training.schedule.length_weights`."""
     expansion_fractions: tuple[float, ...] = (0.0, 0.1, 0.25)
-    """p of next-paragraph contexts, each equally likely; the expanded chunks are drawn at random."""
+    """p of the contexts of next-paragraph and instruct, each equally likely; expanded chunks are drawn at random."""
+    gold_expansion_weight: float = 1.0
+    """How many times as readily chunks of passages that hold the answer are drawn, in instruct."""
     distillation: float = 0.0
     """Weight of the KL divergence from the decoder that reads the full context, in next-paragraph's loss."""
     teacher: Teacher = "self"
@@ -75,6 +91,8 @@ class TrainingConfig:
     tasks: tuple[TaskConfig, ...]
     checkpoint: str | None = None
     """Checkpoint to go on from, with a re-warmed optimizer; None starts from encoder and decoder as they are."""
+    instructions: str | None = None
+    """JSON Lines file of instruct's examples (`refrag_core.training.instruct_data`)."""
     encoder: str = DEFAULT_ENCODER
     decoder: str = DEFAULT_DECODER
     encoder_embedding: EmbeddingForm = "subtoken-mean-decoder-map-1"
@@ -138,19 +156,34 @@ class TrainingConfig:
     @property
     def resume_fingerprint(self) -> str:
         """Hash of what must not change between a run and its continuation."""
-        free = ("output", "data", "stop_after_seconds", "device", "compile", "capture", "log_every", "save_every")
+        free = (
+            "output",
+            "data",
+            "instructions",
+            "stop_after_seconds",
+            "device",
+            "compile",
+            "capture",
+            "log_every",
+            "save_every",
+        )
         return digest_json({key: value for key, value in self.to_json().items() if key not in free})
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainingConfig:
     """The config in a TOML file. Raises ConfigError for what is unreadable, unknown, ill-typed or out of range."""
+    return parse_config(read_settings(path, overrides))
+
+
+def read_settings(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The values in a TOML file with `overrides` (`key=value`), not checked yet. Raises ConfigError."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as TOML ({error}); expected a training config") from error
     for override in overrides:
         _override(values, override)
-    return parse_config(values)
+    return values
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -181,14 +214,15 @@ def parse_config(values: Mapping[str, Any]) -> TrainingConfig:
     tasks = values.get("tasks")
     if not isinstance(tasks, Sequence) or isinstance(tasks, str) or not tasks:
         raise ConfigError("the training config has no tasks; expected one or more [[tasks]] tables")
-    parsed = tuple(TaskConfig(**_checked(TaskConfig, task, "task")) for task in tasks)
+    parsed = tuple(TaskConfig(**checked_settings(TaskConfig, task, "task")) for task in tasks)
     rest = {key: value for key, value in values.items() if key != "tasks"}
-    config = TrainingConfig(tasks=parsed, **_checked(TrainingConfig, rest, "training config", given=("tasks",)))
+    config = TrainingConfig(tasks=parsed, **checked_settings(TrainingConfig, rest, "training config", given=("tasks",)))
     _check_fit(config)
     return config
 
 
-def _checked(kind: type[Any], values: Any, name: str, given: Sequence[str] = ()) -> dict[str, Any]:
+def checked_settings(kind: type[Any], values: Any, name: str, given: Sequence[str] = ()) -> dict[str, Any]:
+    """The values of the fields of dataclass `kind`, each of its type and in range. Raises ConfigError."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"a {name} is {values!r}; expected a table of settings")
     known = {field.name: field for field in fields(kind)}
@@ -256,6 +290,11 @@ def _check_fit(config: TrainingConfig) -> None:
     if config.decoder_training == "frozen" and any(task.kind == "text" for task in config.tasks):
         raise ConfigError(
             "a text task trains nothing but the decoder, which is frozen; leave the task out, or use lora or full"
+        )
+    if (config.instructions is None) == any(task.kind == "instruct" for task in config.tasks):
+        raise ConfigError(
+            f"instructions is {config.instructions!r}; expected the file of an instruct task's examples exactly where "
+            f"there is such a task"
         )
     if config.warmup >= 1.0:
         raise ConfigError(f"warmup is {config.warmup}; expected a share of the training below 1")

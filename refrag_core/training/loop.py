@@ -28,8 +28,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from refrag_core.checkpoint import Checkpoint, load_checkpoint
+from refrag_core.decoder import own_eos_ids
 from refrag_core.devices import resolve_device
+from refrag_core.digests import digest_json
 from refrag_core.errors import ConfigError, CorpusError, TrainingDivergedError
+from refrag_core.models import load_tokenizer
 from refrag_core.policy import num_expanded
 from refrag_core.training.backward import Backward, CapturedBackward, Gradients, Inputs, Losses, upload
 from refrag_core.training.batches import (
@@ -41,6 +44,7 @@ from refrag_core.training.batches import (
 )
 from refrag_core.training.config import TaskConfig, TrainingConfig
 from refrag_core.training.evaluate import EvaluationOptions, evaluate
+from refrag_core.training.instruct_data import InstructionSet
 from refrag_core.training.losses import vocabulary_loss
 from refrag_core.training.model import TrainingModel, compile_layers, without_adapter
 from refrag_core.training.optimizer import make_optimizer
@@ -90,10 +94,19 @@ def plan_step(config: TrainingConfig, *, position: int, step: int, progress: flo
     return planned
 
 
-def make_example(config: TrainingConfig, windows: Windows, planned: MicroBatch, *, progress: float) -> Example:
+def make_example(
+    config: TrainingConfig,
+    windows: Windows,
+    planned: MicroBatch,
+    *,
+    progress: float,
+    instructions: InstructionSet | None = None,
+) -> Example:
     """A planned micro-batch; chunk size, lengths and masks are drawn by its generator."""
     task, random = planned.task, planned.random
     size = int(random.choice(config.chunk_sizes))
+    if task.kind == "instruct":
+        return instruct_example(instructions, planned, size)
     tokens = windows.take(planned.position, task.batch_rows)
     context, output = tokens[:, : config.context_tokens], tokens[:, config.context_tokens :]
     if task.kind == "text":
@@ -111,6 +124,22 @@ def make_example(config: TrainingConfig, windows: Windows, planned: MicroBatch, 
     batch = next_paragraph_batch(context, output, chunk_size=size, expansion_mask=masks)
     full = text_batch(tokens, first=config.context_tokens) if task.distillation else None
     return Example(f"next-paragraph/k{size}/p{fraction:g}", task, batch, full)
+
+
+def instruct_example(instructions: InstructionSet | None, planned: MicroBatch, chunk_size: int) -> Example:
+    """A micro-batch of questions with passages. Raises ConfigError without an instruction file."""
+    if instructions is None:
+        raise ConfigError("an instruct task has no examples; expected the setting instructions to name their file")
+    fraction = float(planned.random.choice(planned.task.expansion_fractions))
+    batch = instructions.batch(
+        planned.position,
+        planned.task.batch_rows,
+        chunk_size=chunk_size,
+        expansion_fraction=fraction,
+        gold_weight=planned.task.gold_expansion_weight,
+        random=planned.random,
+    )
+    return Example(f"instruct/k{chunk_size}/p{fraction:g}", planned.task, batch, None)
 
 
 def autocast_of(device: torch.device, precision: str) -> Callable[[], AbstractContextManager[Any]]:
@@ -246,6 +275,11 @@ class Trainer:
         length = config.context_tokens + config.output_tokens
         self.windows = Windows(self.shards.split("train"), length=length, seed=config.seed)
         self.model = load_training_model(self.base, config).to(self.device)
+        self.instructions = load_instructions(config, self.base, self.model)
+        self.data_fingerprint = self.shards.fingerprint
+        if self.instructions is not None:
+            self.data_fingerprint = digest_json([self.shards.fingerprint, self.instructions.fingerprint])
+            self.say(self.instructions.summary())
         self.autocast = autocast_of(self.device, config.precision)
         self.optimizer = make_optimizer(self.model, config)
         self.gradients = Gradients(self.optimizer.weights)
@@ -311,7 +345,9 @@ class Trainer:
         planned = plan_step(self.config, position=self.position, step=self.step, progress=progress)
         self.gradients.clear()
         for micro_batch in self.processes.own(planned):
-            example = make_example(self.config, self.windows, micro_batch, progress=progress)
+            example = make_example(
+                self.config, self.windows, micro_batch, progress=progress, instructions=self.instructions
+            )
             meter.add(example, self._backward(example), self.flops.of_example(example))
         self.position = planned[-1].position + planned[-1].task.batch_rows
         self.processes.sum(self.gradients.flat)
@@ -425,7 +461,7 @@ class Trainer:
         """Write `checkpoint/` and what it was trained on."""
         record = {
             "config": self.config.to_json(),
-            "data_fingerprint": self.shards.fingerprint,
+            "data_fingerprint": self.data_fingerprint,
             "data": self.shards.index,
             "usable_tokens": self.windows.usable_tokens,
             "step": self.step,
@@ -456,7 +492,7 @@ class Trainer:
             "position": self.position,
             "elapsed": self.elapsed,
             "config": self.config.resume_fingerprint,
-            "data": self.shards.fingerprint,
+            "data": self.data_fingerprint,
         }
         (temporary / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         final = self.folder / "state"
@@ -489,7 +525,7 @@ class Trainer:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         for key, found, name in (
             ("config", self.config.resume_fingerprint, "settings"),
-            ("data", self.shards.fingerprint, "token shards"),
+            ("data", self.data_fingerprint, "token shards or instructions"),
         ):
             if state[key] != found:
                 raise ConfigError(
@@ -511,6 +547,21 @@ class Trainer:
             # AdamW counts steps in a float32 tensor that stays on the CPU unless it is fused or captured.
             self.optimizer.restore(own[name], kind, value if self.device.type == "cuda" else value.cpu())
         self.step, self.position, self.elapsed = state["step"], state["position"], state["elapsed"]
+
+
+def load_instructions(config: TrainingConfig, base: Checkpoint, model: TrainingModel) -> InstructionSet | None:
+    """The examples of the config's instruction file, None where it names none."""
+    if config.instructions is None:
+        return None
+    return InstructionSet.open(
+        Path(config.instructions),
+        template=base.config.template,
+        tokenizer=load_tokenizer(base.decoder_folder()),
+        eos_ids=own_eos_ids(model.decoder),
+        expansion_fractions=[p for task in config.tasks if task.kind == "instruct" for p in task.expansion_fractions],
+        context_tokens=config.context_tokens,
+        seed=config.seed,
+    )
 
 
 def base_checkpoint(config: TrainingConfig) -> Checkpoint:

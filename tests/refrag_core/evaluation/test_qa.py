@@ -1,7 +1,15 @@
 import pytest
 
 from refrag_core.errors import UsageError
-from refrag_core.evaluation.qa import contains_answer, exact_match, f1, normalise_answer, score_answers
+from refrag_core.evaluation.qa import (
+    ABSTENTION,
+    contains_answer,
+    exact_match,
+    f1,
+    is_abstention,
+    normalise_answer,
+    score_answers,
+)
 from refrag_core.evaluation.questions import Question
 
 
@@ -42,6 +50,15 @@ def test_an_answer_is_contained_as_whole_words_only():
     assert contains_answer("Burkina and Faso", ["Burkina Faso"]) == 0.0
     assert contains_answer("anything at all", ["The", "?"]) == 0.0
     assert contains_answer("Faso", ["Burkina Faso"]) == 0.0
+
+
+def test_an_abstention_begins_with_the_constant():
+    assert is_abstention(ABSTENTION)
+    assert is_abstention("the passages do not say")
+    assert is_abstention("The passages do not say. It is Paris.")
+    assert not is_abstention("The passages do not sayings")
+    assert not is_abstention("")
+    assert not is_abstention("Paris")
 
 
 def test_scores_are_means_over_the_questions_with_answers():

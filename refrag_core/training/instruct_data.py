@@ -1,0 +1,416 @@
+"""Instruction tuning: questions with passages and answers, composed as a host composes them.
+
+One example a line of a JSON Lines file:
+    {"id": str, "question": str, "answer": str, "answers": [str, …],
+     "passages": [str, …], "gold": [int, …], "kind": str}
+An empty `answer` cannot be answered from the passages: what is learnt then is `ABSTENTION`. `answers` (accepted
+forms), `gold` (numbers of the passages that hold the answer) and `kind` may be left out.
+
+Notation as in `refrag_core.training.batches`. All batches of one chunk size have one shape, whatever is in them and
+whatever is expanded, since every shape has to be compiled: rows are filled up on the right, where a causal decoder's
+predictions do not see it.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from refrag_core.chunking import ChunkingOptions, cut_passages, num_chunks, tokenize_documents
+from refrag_core.composition import COMPRESSED, Arrangement, ContextPassage, arrange
+from refrag_core.digests import digest_json
+from refrag_core.errors import ConfigError, CorpusError
+from refrag_core.evaluation.qa import ABSTENTION
+from refrag_core.policy import num_expanded
+from refrag_core.template import PromptTemplate
+from refrag_core.training.batches import NO_TOKEN, Ids, Mask, TrainingBatch
+from refrag_core.training.losses import IGNORED
+
+_REQUIRED = ("id", "question", "answer", "passages")
+_KNOWN = frozenset((*_REQUIRED, "answers", "gold", "kind"))
+_EXPECTED = 'expected one object with "id", "question", "answer", "passages" and, where known, "gold" and "kind"'
+_SLOT_STEP, _CHUNK_STEP, _TARGET_STEP = 32, 8, 4
+_TOKENIZED_TEXTS = 4096
+
+TokenIds = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """One line of an instruction file."""
+
+    id: str
+    question: str
+    answer: str
+    """Empty where the passages hold none."""
+    passages: tuple[str, ...]
+    gold: tuple[int, ...]
+    """Numbers, from 0, of the passages that hold the answer."""
+    kind: str
+
+
+def read_instructions(path: Path) -> list[Instruction]:
+    """The examples of a JSON Lines file, in its order; blank lines are skipped.
+
+    Raises CorpusError, naming the line, for what is no example, a repeated id, and an unreadable or empty file.
+    """
+    found: dict[str, Instruction] = {}
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    made = parse_instruction(line, where=f"{path} line {number}")
+                    if made.id in found:
+                        raise CorpusError(f"{path} line {number}: id {made.id!r} occurs twice; expected unique ids")
+                    found[made.id] = made
+    except (OSError, UnicodeDecodeError) as error:
+        raise CorpusError(f"{path} cannot be read as UTF-8 text ({error}); expected JSON lines of examples") from error
+    if not found:
+        raise CorpusError(f"{path} has no examples; {_EXPECTED}")
+    return list(found.values())
+
+
+def parse_instruction(line: str, *, where: str) -> Instruction:
+    """The example in one JSON line; CorpusError starts with `where`."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise CorpusError(f"{where}: not JSON ({error}); {_EXPECTED}") from error
+    if not isinstance(record, dict):
+        raise CorpusError(f"{where}: a JSON {type(record).__name__}; {_EXPECTED}")
+    unknown, missing = sorted(record.keys() - _KNOWN), sorted(set(_REQUIRED) - record.keys())
+    if unknown or missing:
+        raise CorpusError(f"{where}: missing {missing}, unknown {unknown}; {_EXPECTED}")
+    made = Instruction(
+        id=_text(record, "id", where),
+        question=_text(record, "question", where),
+        answer=_text(record, "answer", where, may_be_empty=True),
+        passages=_passages(record, where),
+        gold=_gold(record, where),
+        kind=_text(record, "kind", where, may_be_empty=True) if "kind" in record else "",
+    )
+    if made.answer and not made.passages:
+        raise CorpusError(f"{where}: an answer without passages; expected passages, or an empty answer")
+    return made
+
+
+def _text(record: dict[str, Any], field: str, where: str, *, may_be_empty: bool = False) -> str:
+    value = record[field]
+    if not isinstance(value, str) or not (may_be_empty or value.strip()):
+        raise CorpusError(f"{where}: {field} is {value!r}; expected a text{'' if may_be_empty else ' not blank'}")
+    return value.strip()
+
+
+def _passages(record: dict[str, Any], where: str) -> tuple[str, ...]:
+    value = record["passages"]
+    if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
+        raise CorpusError(f"{where}: passages is not a list of texts that are not blank; expected one")
+    return tuple(value)
+
+
+def _gold(record: dict[str, Any], where: str) -> tuple[int, ...]:
+    value, count = record.get("gold", []), len(record["passages"])
+    if not isinstance(value, list) or not all(type(index) is int and 0 <= index < count for index in value):
+        raise CorpusError(f"{where}: gold is {value!r}; expected a list of numbers from 0 to {count - 1}")
+    return tuple(value)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedExample:
+    """An example in the decoder's tokens."""
+
+    question: TokenIds
+    answer: TokenIds
+    """With the token that ends the turn."""
+    passages: tuple[TokenIds, ...]
+    gold: tuple[bool, ...]
+    """Of each passage."""
+
+    def num_chunks(self, chunk_size: int) -> int:
+        """Chunks of all passages; none crosses passages."""
+        return sum(num_chunks(len(ids), chunk_size) for ids in self.passages)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchShape:
+    """t, n and m of every batch of one chunk size."""
+
+    slots: int
+    chunks: int
+    targets: int
+
+
+class InstructionSet:
+    """The examples of a file, tokenised once.
+
+    Args:
+        template: the checkpoint's.
+        tokenizer: the decoder's, which reads control tokens in text as plain text.
+        eos_ids: the decoder's ids that end an answer; the one that its own chat template uses is learnt.
+        expansion_fractions: all that batches are made with.
+        context_tokens: of all passages of an example, at most: distractors are left out from the last on, and
+            examples whose gold passages alone are longer are left out themselves (`num_left_out`).
+        max_answer_tokens: examples with longer answers are left out, since all rows are as long as the longest.
+        max_passage_tokens: longer passages are cut as an index build cuts them.
+        seed: of the order.
+
+    Raises CorpusError when no example is left, and ConfigError for a decoder without an id that ends an answer.
+    """
+
+    def __init__(
+        self,
+        instructions: Sequence[Instruction],
+        *,
+        template: PromptTemplate,
+        tokenizer: Tokenizer,
+        eos_ids: Sequence[int],
+        expansion_fractions: Sequence[float],
+        context_tokens: int,
+        max_answer_tokens: int = 48,
+        max_passage_tokens: int = 256,
+        seed: int = 0,
+    ) -> None:
+        self.template = template
+        self.fingerprint = digest_json([_plain(made) for made in instructions])
+        self._seed = seed
+        self._orders: dict[int, npt.NDArray[np.int64]] = {}
+        self._shapes: dict[int, BatchShape] = {}
+        self._fractions = sorted(set(expansion_fractions))
+        tokenized = _tokenized(
+            instructions,
+            tokenizer,
+            end=end_of_turn(template, eos_ids),
+            space=_answers_after_text(template, tokenizer),
+            options=ChunkingOptions(1, max_passage_tokens),
+        )
+        fitting = [_fitted(made, context_tokens) for made in tokenized if len(made.answer) <= max_answer_tokens]
+        self.examples = [example for example in fitting if example is not None]
+        self.num_left_out = len(tokenized) - len(self.examples)
+        if not self.examples:
+            raise CorpusError(
+                f"all {len(tokenized)} examples need more than {context_tokens} context tokens or {max_answer_tokens} "
+                f"tokens of an answer; expected shorter ones, or larger context_tokens"
+            )
+
+    @classmethod
+    def open(cls, path: Path, **settings: Any) -> "InstructionSet":
+        """The examples of a file. Arguments as for the class. Raises CorpusError."""
+        return cls(read_instructions(path), **settings)
+
+    def summary(self) -> str:
+        """What was read, in one line."""
+        left_out = (
+            f", {self.num_left_out:,} left out whose answers or gold passages are too long" if self.num_left_out else ""
+        )
+        return f"{len(self.examples):,} instruction examples{left_out}"
+
+    def take(self, position: int, count: int) -> list[TokenizedExample]:
+        """Examples number `position` to `position + count` of all epochs, each shuffled by the seed alone."""
+        size = len(self.examples)
+        return [self.examples[self._order(n // size)[n % size]] for n in range(position, position + count)]
+
+    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
+        if epoch not in self._orders:
+            self._orders = {key: order for key, order in self._orders.items() if key == epoch - 1}
+            self._orders[epoch] = np.random.default_rng([self._seed, epoch]).permutation(len(self.examples))
+        return self._orders[epoch]
+
+    def batch(
+        self,
+        position: int,
+        rows: int,
+        *,
+        chunk_size: int,
+        expansion_fraction: float,
+        gold_weight: float,
+        random: np.random.Generator,
+    ) -> TrainingBatch:
+        """Examples number `position` to `position + rows`, a random `expansion_fraction` of their chunks expanded.
+
+        Args:
+            gold_weight: how many times as readily a chunk of a gold passage is drawn as another.
+
+        Raises ConfigError for a fraction that the shapes were not made for.
+        """
+        if expansion_fraction not in self._fractions:
+            raise ConfigError(f"expansion_fraction {expansion_fraction} is none of {self._fractions}; expected one")
+        made = []
+        for example in self.take(position, rows):
+            mask = drawn_mask(example, chunk_size, expansion_fraction, gold_weight, random)
+            made.append((compose_example(self.template, example, chunk_size, mask), example))
+        return instruction_batch(made, chunk_size=chunk_size, shape=self.shape(chunk_size))
+
+    def shape(self, chunk_size: int) -> BatchShape:
+        """What every example fits at every fraction, with one padding slot and one padding chunk more."""
+        if chunk_size not in self._shapes:
+            sizes = [self._sizes(made, chunk_size, p) for made in self.examples for p in self._fractions]
+            slots, chunks, targets = (int(size) for size in np.asarray(sizes).max(axis=0))
+            self._shapes[chunk_size] = BatchShape(
+                slots=_rounded_up(slots + 1, _SLOT_STEP),
+                chunks=_rounded_up(chunks + 1, _CHUNK_STEP),
+                targets=_rounded_up(targets, _TARGET_STEP),
+            )
+        return self._shapes[chunk_size]
+
+    def _sizes(self, example: TokenizedExample, chunk_size: int, expansion_fraction: float) -> tuple[int, int, int]:
+        """Slots at most (all expanded chunks full), compressed chunks and targets of one example."""
+        count = example.num_chunks(chunk_size)
+        expanded = num_expanded(count, expansion_fraction)
+        prompt = self.template.num_fixed(len(example.passages)) + len(example.question)
+        slots = prompt + count - expanded + expanded * chunk_size + len(example.answer) - 1
+        return slots, count - expanded, len(example.answer)
+
+
+def _plain(made: Instruction) -> list[Any]:
+    return [made.id, made.question, made.answer, list(made.passages), list(made.gold)]
+
+
+def end_of_turn(template: PromptTemplate, eos_ids: Sequence[int]) -> int:
+    """The id that ends an answer: of `eos_ids` the one that ends turns in the template, else the first.
+
+    Raises ConfigError without any.
+    """
+    if not eos_ids:
+        raise ConfigError("the decoder names no token that ends an answer; expected an eos_token_id in its config")
+    used = {*template.prefix, *template.suffix}
+    return next((index for index in eos_ids if index in used), eos_ids[0])
+
+
+def _answers_after_text(template: PromptTemplate, tokenizer: Tokenizer) -> bool:
+    """Whether a prompt ends in a word or mark that an answer stands a space away from, as "Answer:" does."""
+    end = tokenizer.decode(list(template.suffix), skip_special_tokens=True)
+    return end[-1:].isalnum() or end[-1:] == ":"
+
+
+def _tokenized(
+    instructions: Sequence[Instruction], tokenizer: Tokenizer, *, end: int, space: bool, options: ChunkingOptions
+) -> list[TokenizedExample]:
+    passages = _cut_once(sorted({text for made in instructions for text in made.passages}), tokenizer, options)
+    questions = tokenizer.encode_batch([made.question for made in instructions], add_special_tokens=False)
+    texts = [(" " if space else "") + (made.answer or ABSTENTION) for made in instructions]
+    answers = tokenizer.encode_batch(texts, add_special_tokens=False)
+    examples = []
+    for made, question, answer in zip(instructions, questions, answers, strict=True):
+        pieces = [(ids, number in made.gold) for number, text in enumerate(made.passages) for ids in passages[text]]
+        examples.append(
+            TokenizedExample(
+                question=np.asarray(question.ids, dtype=np.int32),
+                answer=np.asarray([*answer.ids, end], dtype=np.int32),
+                passages=tuple(ids for ids, _ in pieces),
+                gold=tuple(is_gold for _, is_gold in pieces),
+            )
+        )
+    return examples
+
+
+def _cut_once(texts: Sequence[str], tokenizer: Tokenizer, options: ChunkingOptions) -> dict[str, list[TokenIds]]:
+    """Of each text the tokens of its passages, usually one."""
+    pieces = {}
+    for start in range(0, len(texts), _TOKENIZED_TEXTS):
+        part = texts[start : start + _TOKENIZED_TEXTS]
+        for text, tokens in zip(part, tokenize_documents(part, tokenizer), strict=True):
+            cut = cut_passages(text, tokens, options)
+            pieces[text] = [tokens.ids[passage.token_start : passage.token_end] for passage in cut]
+    return pieces
+
+
+def _fitted(example: TokenizedExample, context_tokens: int) -> TokenizedExample | None:
+    """The example without the last distractors that are too much; None where its gold passages alone are."""
+    total = sum(map(len, example.passages))
+    keep = [True] * len(example.passages)
+    for number in reversed(range(len(keep))):
+        if total > context_tokens and not example.gold[number]:
+            keep[number] = False
+            total -= len(example.passages[number])
+    if total > context_tokens:
+        return None
+    if all(keep):
+        return example
+    kept = [number for number, wanted in enumerate(keep) if wanted]
+    return TokenizedExample(
+        question=example.question,
+        answer=example.answer,
+        passages=tuple(example.passages[number] for number in kept),
+        gold=tuple(example.gold[number] for number in kept),
+    )
+
+
+def _rounded_up(size: int, step: int) -> int:
+    return -(-size // step) * step
+
+
+def drawn_mask(
+    example: TokenizedExample,
+    chunk_size: int,
+    expansion_fraction: float,
+    gold_weight: float,
+    random: np.random.Generator,
+) -> Mask:
+    """expansion_mask bool `[L]` of an example, T′ chunks drawn one after another without replacement by weight.
+
+    Exponential variables divided by the weights, in order, are such a sequence (Efraimidis and Spirakis, 2006).
+    """
+    counts = [num_chunks(len(ids), chunk_size) for ids in example.passages]
+    weights = np.repeat(np.where(example.gold, gold_weight, 1.0), counts)
+    order = (random.standard_exponential(len(weights)) / weights).argsort(kind="stable")
+    mask = np.zeros(len(weights), dtype=np.bool_)
+    mask[order[: num_expanded(len(weights), expansion_fraction)]] = True
+    return mask
+
+
+def compose_example(
+    template: PromptTemplate, example: TokenizedExample, chunk_size: int, expansion_mask: Mask
+) -> Arrangement:
+    """The prompt's slots, arranged by what arranges a host's."""
+    return arrange(template, context_passages(example, chunk_size), expansion_mask, example.question.tolist())
+
+
+def context_passages(example: TokenizedExample, chunk_size: int) -> list[ContextPassage]:
+    """The passages without vectors, which training makes of the tokens."""
+    return [
+        ContextPassage(ids, chunk_size, np.empty((num_chunks(len(ids), chunk_size), 0), dtype=np.float16))
+        for ids in example.passages
+    ]
+
+
+def instruction_batch(
+    prompts: Sequence[tuple[Arrangement, TokenizedExample]], *, chunk_size: int, shape: BatchShape
+) -> TrainingBatch:
+    """Prompts followed by their answers, which are predicted with the token that ends the turn.
+
+    Rows are filled up with slots that nothing predicts from (NO_TOKEN), chunks of a single token whose vectors
+    go to a row's last slot, which is always such a one, and IGNORED targets. Every batch has such chunks, so that
+    all are `ragged`, whether or not a real chunk is short.
+    """
+    rows = len(prompts)
+    ids = np.full((rows, shape.slots), NO_TOKEN, dtype=np.int64)
+    chunk_ids = np.full((rows, shape.chunks, chunk_size), NO_TOKEN, dtype=np.int64)
+    chunk_ids[:, :, 0] = 0
+    places = np.full((rows, shape.chunks), shape.slots - 1, dtype=np.int64)
+    predict_at = np.full((rows, shape.targets), shape.slots - 1, dtype=np.int64)
+    targets = np.full((rows, shape.targets), IGNORED, dtype=np.int64)
+    for row, (arrangement, example) in enumerate(prompts):
+        prompt, answer, compressed = arrangement.ids, example.answer, arrangement.compressed
+        ids[row, : len(prompt)] = prompt
+        ids[row, len(prompt) : len(prompt) + len(answer) - 1] = answer[:-1]
+        chunk_ids[row, : len(compressed)] = padded_chunks(example, chunk_size)[compressed]
+        places[row, : len(compressed)] = np.flatnonzero(prompt == COMPRESSED)
+        predict_at[row, : len(answer)] = len(prompt) - 1 + np.arange(len(answer))
+        targets[row, : len(answer)] = answer
+    return TrainingBatch(ids=ids, chunk_ids=chunk_ids, places=places, predict_at=predict_at, targets=targets)
+
+
+def padded_chunks(example: TokenizedExample, chunk_size: int) -> Ids:
+    """Int64 `[L, k]`: the chunks of all passages, NO_TOKEN behind the end of short ones."""
+    chunks = np.full((example.num_chunks(chunk_size), chunk_size), NO_TOKEN, dtype=np.int64)
+    first = 0
+    for passage in example.passages:
+        count = num_chunks(len(passage), chunk_size)
+        chunks[first : first + count].reshape(-1)[: len(passage)] = passage
+        first += count
+    return chunks
