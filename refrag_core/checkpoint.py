@@ -87,6 +87,8 @@ class PolicyConfig:
     width: int = 256
     num_heads: int = 4
     num_layers: int = 2
+    trained: bool = False
+    """False: its weights are random, and it chooses by chance. A trained one is stored in float16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +159,8 @@ class CheckpointConfig:
         for name in ("encoder_files", "adapter"):
             if not values[name]:
                 del values[name]
+        if not self.policy.trained:
+            del values["policy"]["trained"]
         return {"format": FORMAT, "format_version": FORMAT_VERSION, **values}
 
     @classmethod
@@ -248,7 +252,7 @@ class Checkpoint:
             {
                 "config": replace(self.config, encoder=encoder, decoder=decoder).to_json(),
                 "projection": digest_bytes(save(_state(self.projection))),
-                "policy": digest_bytes(save(_state(self.policy))),
+                "policy": digest_bytes(save(self._policy_state())),
             }
         )
 
@@ -333,10 +337,15 @@ class Checkpoint:
             if folder.resolve() != self._own_folder().resolve():
                 _publish(folder / file.name, (self._own_folder() / file.name).read_bytes())
         _publish(folder / PROJECTION_FILE, save(_state(self.projection)))
-        _publish(folder / POLICY_FILE, save(_state(self.policy)))
+        _publish(folder / POLICY_FILE, save(self._policy_state()))
         text = json.dumps(self.config.to_json(), indent=2, sort_keys=True, ensure_ascii=False)
         _publish(folder / CONFIG_FILE, f"{text}\n".encode())
         return replace(self, folder=folder)
+
+    def _policy_state(self) -> dict[str, Tensor]:
+        """The policy's weights as they are stored."""
+        dtype = torch.float16 if self.config.policy.trained else torch.float32
+        return {name: weight.to(dtype) for name, weight in _state(self.policy).items()}
 
     @classmethod
     def load(cls, folder: Path) -> "Checkpoint":

@@ -229,24 +229,34 @@ def sample_without_replacement(
     pickable = int(torch.isfinite(logits).sum())
     if count > pickable:
         raise ConfigError(f"cannot pick {count} chunks without replacement out of {pickable}")
-    with torch.no_grad():
-        uniform = torch.rand((num_samples, len(logits)), generator=generator, device=logits.device, dtype=torch.float64)
-        gumbel = -torch.log(-torch.log(uniform.clamp_min(torch.finfo(torch.float64).tiny)))
-        picks = (logits.detach().double() + gumbel).topk(count, dim=-1).indices
+    picks = draw_picks(logits, count, generator, num_samples=num_samples)
     return picks, pick_log_probs(logits, picks)
+
+
+@torch.no_grad()
+def draw_picks(logits: Tensor, count: int, generator: torch.Generator, *, num_samples: int) -> Tensor:
+    """The picks int64 `[…, num_samples, count]` of `sample_without_replacement`, for logits `[…, L]`.
+
+    Nothing waits for the device; `count` must not exceed any row's number of finite logits.
+    """
+    shape = (*logits.shape[:-1], num_samples, logits.shape[-1])
+    uniform = torch.rand(shape, generator=generator, device=logits.device, dtype=torch.float64)
+    gumbel = -torch.log(-torch.log(uniform.clamp_min(torch.finfo(torch.float64).tiny)))
+    return (logits.detach().double().unsqueeze(-2) + gumbel).topk(count, dim=-1).indices
 
 
 def pick_log_probs(logits: Tensor, picks: Tensor) -> Tensor:
     """Log-probability of every pick given the picks before it; differentiable in `logits`.
 
     Args:
-        logits: float `[L]`.
-        picks: int64 `[g, T′]`, g sequences without repeats.
+        logits: float `[…, L]`, -inf for chunks that are never picked.
+        picks: int64 `[…, g, T′]`, g sequences without repeats.
 
     Returns:
-        float `[g, T′]`; a row's sum is the log-probability of its whole sequence.
+        float `[…, g, T′]`; a sequence's sum is its log-probability.
     """
-    chosen = nn.functional.one_hot(picks, len(logits)).bool()
-    taken_before = (chosen.cumsum(dim=1) - chosen.long()).bool()
-    remaining = logits.expand_as(taken_before).masked_fill(taken_before, -math.inf)
-    return logits[picks] - remaining.logsumexp(dim=-1)
+    chosen = nn.functional.one_hot(picks, logits.shape[-1]).bool()
+    taken_before = (chosen.cumsum(dim=-2) - chosen.long()).bool()
+    every_pick = logits[..., None, None, :].expand_as(taken_before)
+    remaining = every_pick.masked_fill(taken_before, -math.inf).logsumexp(dim=-1)
+    return every_pick.gather(-1, picks.unsqueeze(-1)).squeeze(-1) - remaining

@@ -54,6 +54,8 @@ class PrepareOptions:
     """Share of the documents that goes to `held_out`."""
     reported: tuple[str, ...] = ()
     """Corpora that go to `reported` whole."""
+    train_only: tuple[str, ...] = ()
+    """Corpora that nothing is held out from."""
     shingle_tokens: int = 13
     """n of the n-grams that near-duplicates are found by."""
     sample_every: int = 8
@@ -118,6 +120,8 @@ def split_of(document: TextDocument, options: PrepareOptions) -> Split:
     """The split of a document: by its corpus, else by the hash of corpus and id."""
     if document.corpus in options.reported:
         return "reported"
+    if document.corpus in options.train_only:
+        return "train"
     digest = digest_bytes(f"{document.corpus}\0{document.document_id}".encode())
     return "held_out" if int(digest[:12], 16) < options.held_out_fraction * 16**12 else "train"
 
@@ -306,14 +310,24 @@ class Windows:
             self._bounds.append(self._bounds[-1] + len(self._epoch(len(self._bounds) - 1)))
         return int(np.searchsorted(self._bounds, position, side="right")) - 1
 
-    def take(self, position: int, count: int) -> npt.NDArray[np.int64]:
-        """Windows number `position` to `position + count`, int64 `[count, length]`."""
-        starts = []
+    def starts(self, position: int, count: int) -> npt.NDArray[np.int64]:
+        """Where windows number `position` to `position + count` start in the split's tokens, int64 `[count]`."""
+        found = []
         for number in range(position, position + count):
             epoch = self.epoch_of(number)
-            starts.append(self._epoch(epoch)[number - self._bounds[epoch]])
-        index = np.asarray(starts)[:, None] + np.arange(self._length)
-        return self._split.tokens[index].astype(np.int64)
+            found.append(self._epoch(epoch)[number - self._bounds[epoch]])
+        return np.asarray(found, dtype=np.int64)
+
+    def take(self, position: int, count: int) -> npt.NDArray[np.int64]:
+        """Windows number `position` to `position + count`, int64 `[count, length]`."""
+        index = self.starts(position, count)[:, None] + np.arange(self._length)
+        tokens: npt.NDArray[np.int64] = self._split.tokens[index].astype(np.int64)
+        return tokens
+
+    def documents(self, position: int, count: int) -> npt.NDArray[np.int64]:
+        """The documents that those windows are of, int64 `[count]`."""
+        after = np.searchsorted(self._split.offsets, self.starts(position, count), side="right")
+        return np.asarray(after - 1, dtype=np.int64)
 
 
 def fixed_windows(split: TokenSplit, *, length: int, limit: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

@@ -4,6 +4,7 @@ import pytest
 
 from refrag_core.errors import ConfigError
 from refrag_core.training.config import load_config, parse_config
+from refrag_core.training.policy_config import load_policy_config
 
 TEXT = 'data = "d"\noutput = "o"\n[[tasks]]\nkind = "text"\n'
 
@@ -54,7 +55,7 @@ def test_the_projects_configs_are_valid() -> None:
     paths = sorted((Path(__file__).parents[3] / "benchmarks" / "training").glob("*.toml"))
     assert paths
     for path in paths:
-        load_config(path)
+        (load_policy_config if path.stem == "policy" else load_config)(path)
 
 
 def test_a_task_gives_way_to_another_evenly() -> None:

@@ -1,0 +1,313 @@
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from refrag_core.checkpoint import Checkpoint
+from refrag_core.errors import ConfigError, TrainingDivergedError
+from refrag_core.policy import policy_logits, select
+from refrag_core.training import policy_loop
+from refrag_core.training.batches import next_paragraph_batch, random_masks
+from refrag_core.training.loop import Trainer
+from refrag_core.training.losses import token_nll
+from refrag_core.training.policy_config import PolicyTrainingConfig, load_policy_config, parse_policy_config
+from refrag_core.training.policy_data import (
+    EncodedContexts,
+    PolicyExample,
+    composed_slots,
+    make_example,
+    shuffled_contexts,
+)
+from refrag_core.training.policy_evaluate import learned_masks
+from refrag_core.training.policy_loop import PolicyTrainer
+from refrag_core.training.token_shards import TokenShards, Windows
+from tests.refrag_core.training.conftest import settings
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, data: Path, models: tuple[Path, Path]) -> Path:
+    """A checkpoint after two steps of training."""
+    folder = tmp_path_factory.mktemp("base")
+    assert Trainer(settings(data, models, folder, steps=2)).run()
+    return folder / "checkpoint"
+
+
+def values(data: Path, trained: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    """A run of seconds on a CPU."""
+    return {
+        "data": str(data),
+        "output": str(output),
+        "checkpoint": str(trained),
+        "chunk_sizes": [2, 4],
+        "context_tokens": 32,
+        "output_tokens": 8,
+        "expansion_fractions": [0.1, 0.25],
+        "batch_windows": 8,
+        "group_size": 4,
+        "warm_start_masks": 4,
+        "steps": 6,
+        "device": "cpu",
+        "precision": "fp32",
+        "width": 16,
+        "log_every": 1,
+        "evaluation_windows": 8,
+        "evaluation_fraction": 0.25,
+    } | changes
+
+
+def policy_settings(data: Path, trained: Path, output: Path, **changes: Any) -> PolicyTrainingConfig:
+    return parse_policy_config(values(data, trained, output, **changes))
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    made = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in made]
+
+
+class PlantedScorer:
+    """Rewards a mask for the one chunk whose embedding is marked in its first number."""
+
+    def __init__(self, real: Any) -> None:
+        self._real = real
+
+    def encode(self, example: PolicyExample) -> EncodedContexts:
+        contexts: EncodedContexts = self._real.encode(example)
+        first = contexts.embeddings[:, :, 0]
+        marks = torch.nn.functional.one_hot(first.argmax(dim=-1), first.shape[1])
+        contexts.embeddings[:, :, 0] = 5.0 * marks
+        return contexts
+
+    def rewards(self, contexts: EncodedContexts, masks: Tensor, count: int) -> Tensor:
+        marked = contexts.embeddings[:, :, 0].argmax(dim=-1)
+        return masks.gather(-1, marked[:, None, None].expand(-1, masks.shape[1], 1)).squeeze(-1).float()
+
+
+@pytest.mark.parametrize("warm_start_share", [0.0, 1.0])
+def test_each_stage_learns_to_find_the_marked_chunk(
+    tmp_path: Path, data: Path, trained: Path, warm_start_share: float
+) -> None:
+    config = policy_settings(
+        data,
+        trained,
+        tmp_path,
+        steps=60,
+        chunk_sizes=[4],
+        expansion_fractions=[0.125],
+        warm_start_fraction=0.125,
+        warm_start_share=warm_start_share,
+        warm_start_masks=32,
+        group_size=8,
+        batch_windows=16,
+        width=32,
+        learning_rate=3e-3,
+        warm_start_learning_rate=3e-3,
+        log_every=1000,
+    )
+    trainer = PolicyTrainer(config)
+    trainer.scorer = PlantedScorer(trainer.scorer)  # type: ignore[assignment]
+
+    def found() -> float:
+        """Share of the marked chunks that the policy picks first, in contexts of its own."""
+        example = make_example(config, trainer.windows, 100_000, make_queries=None)
+        contexts = trainer.scorer.encode(example)
+        masks = learned_masks(trainer.policy, contexts, 1)[:, None]
+        return float(trainer.scorer.rewards(contexts, masks, 1).mean())
+
+    for _ in range(config.steps):
+        trainer._train_step()
+    assert found() >= 0.8  # chance is 1/8
+
+
+def test_a_resumed_run_has_the_same_metrics_bit_for_bit(tmp_path: Path, data: Path, trained: Path) -> None:
+    changes: dict[str, Any] = {"steps": 8, "save_every": 5}
+    assert PolicyTrainer(policy_settings(data, trained, tmp_path / "whole", **changes)).run()
+    killed = PolicyTrainer(policy_settings(data, trained, tmp_path / "parts", **changes))
+    finish = killed.save
+
+    def save_and_die() -> None:
+        finish()
+        raise KeyboardInterrupt
+
+    killed.save = save_and_die  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        killed.run()
+    resumed = PolicyTrainer(policy_settings(data, trained, tmp_path / "parts", **changes))
+    assert resumed.step == 5
+    assert resumed.reference is not None
+    assert resumed.run()
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+    parts, whole = (tmp_path / run / "checkpoint" / "policy.safetensors" for run in ("parts", "whole"))
+    assert parts.read_bytes() == whole.read_bytes()
+
+
+def test_both_stages_are_logged_and_evaluated(tmp_path: Path, data: Path, trained: Path) -> None:
+    assert PolicyTrainer(policy_settings(data, trained, tmp_path, evaluate_every=3)).run()
+    logged = lines(tmp_path)
+    assert {"warm_start_loss", "reward", "reward_std", "entropy"} <= logged[0].keys()
+    assert {"policy_loss", "reward", "advantage_std", "clip_fraction", "entropy", "divergence"} <= logged[-1].keys()
+    assert any("held_out" in line for line in logged)
+    result = json.loads((tmp_path / "evaluation.json").read_text())
+    row = result["held_out"]["shuffled"]["chunk_size_4"]
+    assert set(row["losses"]) == {"learned", "random", "last"}
+    gain = row["gains"]["over_last"]
+    assert gain["nats"] == pytest.approx(row["losses"]["last"] - row["losses"]["learned"])
+    assert gain["interval"][0] <= gain["nats"] <= gain["interval"][1]
+
+
+def test_the_checkpoint_is_the_base_with_another_policy(tmp_path: Path, data: Path, trained: Path) -> None:
+    trainer = PolicyTrainer(policy_settings(data, trained, tmp_path, steps=3))
+    assert trainer.run()
+    base, made = Checkpoint.load(trained), Checkpoint.load(tmp_path / "checkpoint")
+    assert not base.config.policy.trained
+    assert made.config.policy.trained
+    assert made.encode_fingerprint == base.encode_fingerprint
+    assert made.fingerprint != base.fingerprint
+    for file in base.config.weight_files:
+        assert (tmp_path / "checkpoint" / file.name).read_bytes() == (trained / file.name).read_bytes()
+    stored = load_file(tmp_path / "checkpoint" / "policy.safetensors")
+    assert all(weight.dtype == torch.float16 for weight in stored.values())
+    record = json.loads((tmp_path / "checkpoint" / "training.json").read_text())
+    assert record["policy_trained"]
+    assert record["policy"]["step"] == 3
+    assert record["step"] == 2
+
+    # What a host selects is what training evaluated.
+    example = make_example(trainer.config, trainer.windows, 50, make_queries=None)
+    contexts = trainer.scorer.encode(example)
+    embeddings = contexts.embeddings.half().numpy()
+    expected = learned_masks(policy_loop._as_stored(trainer.policy), contexts, example.count).numpy()
+    for row, mask in zip(embeddings, expected, strict=True):
+        logits = policy_logits(made.policy, row)
+        fraction = example.expansion_fraction
+        chosen = select("learned", num_chunks=len(row), expansion_fraction=fraction, logits=logits)
+        assert np.array_equal(chosen, mask)
+
+
+def test_a_policy_with_queries_is_trained_and_goes_on(
+    tmp_path: Path, data: Path, trained: Path, models: tuple[Path, Path]
+) -> None:
+    changes = {"query_conditioned": True, "query_tokens": 3, "retriever": str(models[0]), "steps": 3}
+    assert PolicyTrainer(policy_settings(data, trained, tmp_path / "one", **changes)).run()
+    made = Checkpoint.load(tmp_path / "one" / "checkpoint")
+    assert made.config.policy.query_dim == 48
+    again = PolicyTrainer(policy_settings(data, tmp_path / "one" / "checkpoint", tmp_path / "two", **changes))
+    for name, weight in made.policy.state_dict().items():
+        assert torch.equal(again.policy.state_dict()[name], weight)
+    example = make_example(again.config, again.windows, 0, make_queries=again.make_queries)
+    assert example.queries is not None
+    assert example.queries.shape == (8, 48)
+
+
+def test_rewards_are_those_of_the_training_batches(tmp_path: Path, data: Path, trained: Path) -> None:
+    trainer = PolicyTrainer(policy_settings(data, trained, tmp_path))
+    config = trainer.config
+    windows = Windows(TokenShards.open(data).split("train"), length=40, seed=3).take(0, 3)
+    example = PolicyExample(windows[:, :32], windows[:, 32:], 4, 0.25, None)
+    contexts = trainer.scorer.encode(example)
+    masks = np.stack([random_masks(3, 8, 2, np.random.default_rng(seed)) for seed in range(2)], axis=1)
+    found = trainer.scorer.rewards(contexts, torch.from_numpy(masks), 2)
+    model = trainer.scorer._model
+    for group in range(2):
+        batch = next_paragraph_batch(example.context, example.output, chunk_size=4, expansion_mask=masks[:, group])
+        arrays = [torch.from_numpy(a) for a in (batch.ids, batch.chunk_ids, batch.places, batch.predict_at)]
+        with torch.no_grad():
+            nll = token_nll(model(*arrays), model.head, torch.from_numpy(batch.targets).flatten())
+        expected = -nll.view(3, 8)[:, config.first_scored :].mean(dim=1)
+        torch.testing.assert_close(found[:, group], expected, atol=2e-3, rtol=0)
+
+
+def test_slots_by_hand() -> None:
+    chunks = torch.tensor([[[10, 11], [20, 21], [30, 31]]])
+    masks = torch.tensor([[[False, True, False], [True, False, False]]])
+    slots, expanded, tokens = composed_slots(chunks, masks, 1)
+    assert slots.tolist() == [[[0, 1, 1, 2], [0, 0, 1, 2]]]
+    assert expanded.tolist() == [[[False, True, True, False], [True, True, False, False]]]
+    assert tokens[expanded].tolist() == [20, 21, 10, 11]
+
+
+def test_shuffled_contexts_keep_what_precedes_the_output_once() -> None:
+    context = np.arange(6)[:, None] * 100 + np.arange(8)
+    documents = np.array([0, 0, 1, 2, 3, 3])
+    made = shuffled_contexts(context, documents, passages=4, random=np.random.default_rng(0)).reshape(6, 4, 2)
+    of = documents[made[:, :, 0] // 100]
+    for row in range(6):
+        own = np.flatnonzero(of[row] == documents[row])
+        assert len(own) == 1
+        assert made[row, own[0]].tolist() == context[row, 6:].tolist()
+        assert sorted(of[row]) == [0, 1, 2, 3]
+    assert len({int(np.flatnonzero(of[row] == documents[row])[0]) for row in range(6)}) > 1
+    with pytest.raises(ConfigError, match="of 2 documents; expected at least 4"):
+        shuffled_contexts(context, documents // 2, passages=4, random=np.random.default_rng(0))
+
+
+def test_an_untrained_base_and_other_chunk_sizes_are_refused(tmp_path: Path, data: Path, trained: Path) -> None:
+    with pytest.raises(ConfigError, match=r"chunk_sizes has \[8\]"):
+        PolicyTrainer(policy_settings(data, trained, tmp_path, chunk_sizes=[8]))
+    base = Checkpoint.load(trained)
+    replace(base, config=replace(base.config, trained=False)).save(tmp_path / "untrained")
+    with pytest.raises(ConfigError, match="is not trained"):
+        PolicyTrainer(policy_settings(data, tmp_path / "untrained", tmp_path))
+
+
+def test_other_settings_are_not_resumed(tmp_path: Path, data: Path, trained: Path) -> None:
+    trainer = PolicyTrainer(policy_settings(data, trained, tmp_path))
+    trainer.folder.mkdir(exist_ok=True)
+    trainer.save()
+    with pytest.raises(ConfigError, match="other settings"):
+        PolicyTrainer(policy_settings(data, trained, tmp_path, seed=1))
+
+
+def test_values_that_are_no_numbers_are_one_error(tmp_path: Path, data: Path, trained: Path) -> None:
+    trainer = PolicyTrainer(policy_settings(data, trained, tmp_path))
+    with torch.no_grad():
+        trainer.policy.logit.bias.fill_(math.nan)
+    with pytest.raises(TrainingDivergedError, match="lower the learning rates"):
+        trainer.run()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"colour": 1}, "unknown colour"),
+        ({"expansion_fractions": [0.0, 0.1]}, "expected numbers between 0 and 1"),
+        ({"shuffled_share": 1.5}, "expected a share"),
+        ({"query_conditioned": True, "query_tokens": 8}, "are not scored"),
+        ({"context_tokens": 24}, "no multiple of 4 passages"),
+        ({"group_size": 1}, "2 or more"),
+        ({"width": 18}, "divisible by num_heads"),
+        ({"clip": 1.0}, "below 1"),
+        ({"precision": "fp8"}, "expected one of bf16, fp32"),
+    ],
+)
+def test_bad_settings_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        policy_settings(tmp_path, tmp_path, tmp_path, **changes)
+
+
+def test_a_config_without_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no checkpoint"):
+        parse_policy_config({"data": "data", "output": "run"})
+
+
+def test_the_command_line(
+    tmp_path: Path,
+    data: Path,
+    trained: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
+    plain = values(data, trained, tmp_path / "run", steps=50)
+    text = "\n".join(f"{key} = {json.dumps(value)}" for key, value in plain.items())
+    (tmp_path / "policy.toml").write_text(text)
+    assert policy_loop.main([str(tmp_path / "policy.toml"), "--set", "stop_after_seconds=0.01"]) == 4
+    assert policy_loop.main([str(tmp_path / "policy.toml"), "--set", "steps=one"]) == 2
+    assert "steps" in capsys.readouterr().err
+    assert load_policy_config(Path("benchmarks/training/policy.toml")).seconds == 80.0
