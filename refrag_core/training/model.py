@@ -20,6 +20,7 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 _HEAD_TOLERANCE = 1e-2
 _CAUSAL = "refrag-causal-sdpa"
+_MASK_WHERE_GIVEN = "refrag-mask-where-given-sdpa"
 
 
 class AdaptedLinear(nn.Module):
@@ -192,6 +193,7 @@ class TrainingModel(nn.Module):
         self.projection = projection
         self.decoder = decoder
         self._causal = read_rows_causally(decoder)
+        mask_where_given(encoder.body)
         for name, parameter in encoder.named_parameters():
             parameter.requires_grad_(not _is_table(name))
 
@@ -260,6 +262,27 @@ def read_rows_causally(decoder: Any) -> bool:
 
 def _no_mask(*_: Any, **__: Any) -> None:
     """sdpa without a mask is causal."""
+
+
+def mask_where_given(body: Any) -> None:
+    """Tell an encoder body to make no attention mask of its own where it gets none.
+
+    Some versions of transformers make one, of ones alone, only while a CUDA graph is captured: the compiled layers
+    then meet a new case at the one moment when nothing can be compiled.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if body.config._attn_implementation == "sdpa":
+        AttentionInterface.register(_MASK_WHERE_GIVEN, sdpa_attention_forward)
+        AttentionMaskInterface.register(_MASK_WHERE_GIVEN, _given_mask)
+        body.set_attn_implementation(_MASK_WHERE_GIVEN)
+
+
+def _given_mask(*arguments: Any, attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
+    from transformers.masking_utils import sdpa_mask
+
+    return None if attention_mask is None else sdpa_mask(*arguments, attention_mask=attention_mask, **options)
 
 
 @torch.no_grad()

@@ -1,12 +1,14 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from refrag_core.training.backward import Backward, Gradients
-from refrag_core.training.loop import Trainer
+from refrag_core.training.loop import MicroBatch, Trainer, make_example
 from refrag_core.training.model import read_rows_causally
 from tests.refrag_core.training.conftest import settings
 from tests.refrag_core.training.test_loop import losses
@@ -65,3 +67,38 @@ def test_captured_passes_learn_what_eager_ones_do(tmp_path: Path, data: Path, mo
     captured, eager = losses(tmp_path / "captured"), losses(tmp_path / "eager")
     for mine, theirs in zip(captured, eager, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-3)
+
+
+class NothingWaits(TorchDispatchMode):
+    """Raises where a value is asked for, which a device would have to be waited for."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a value is read"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_passes_wait_for_no_value_and_make_no_mask(
+    tmp_path: Path, data: Path, models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capturing: bool
+) -> None:
+    """Also not where transformers takes another way while a graph is captured."""
+    monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda *_: capturing)
+    tasks = [
+        {"kind": "reconstruct", "batch_rows": 2},
+        {"kind": "next-paragraph", "batch_rows": 2, "distillation": 0.5},
+        {"kind": "text", "batch_rows": 2},
+    ]
+    trainer = Trainer(settings(data, models, tmp_path, tasks=tasks, decoder_training="lora"))
+    masks = []
+    for layer in (trainer.model.decoder.model.layers[0], trainer.model.encoder.body.encoder.layer[0]):
+        layer.register_forward_pre_hook(
+            lambda _, given, named: masks.append(named.get("attention_mask", (*given, None)[1])), with_kwargs=True
+        )
+    for position, task in enumerate(trainer.config.tasks):
+        example = make_example(
+            trainer.config, trainer.windows, MicroBatch(task, position, np.random.default_rng(0)), progress=0.0
+        )
+        with NothingWaits():
+            trainer._backward(example)
+    assert len(masks) >= 5
+    assert set(masks) == {None}

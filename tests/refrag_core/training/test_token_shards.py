@@ -15,6 +15,7 @@ from refrag_core.training.token_shards import (
     prepare_token_shards,
     read_text_documents,
     shingle_hashes,
+    split_of,
 )
 
 
@@ -32,6 +33,13 @@ def test_documents_are_split_whole_and_reported_corpora_kept_out(data: Path) -> 
     assert set(shards.split("reported").corpora.tolist()) == {kept_out}
     assert kept_out not in shards.split("train").corpora
     assert 0 < splits["held_out"]["documents"] < splits["train"]["documents"]
+
+
+def test_nothing_is_held_out_from_a_corpus_that_is_only_trained_on() -> None:
+    documents = [TextDocument(name, str(number), "") for name in ("core", "more") for number in range(200)]
+    splits = [split_of(document, PrepareOptions(train_only=("more",))) for document in documents]
+    assert 0 < splits[:200].count("held_out") < 30
+    assert set(splits[200:]) == {"train"}
 
 
 def test_near_duplicates_are_left_out(tmp_path: Path, models: tuple[Path, Path]) -> None:
