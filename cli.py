@@ -32,7 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 index_app = typer.Typer(help="Build, check and read indexes.", no_args_is_help=True)
-eval_app = typer.Typer(help="Measure retrieval and answers on questions with known documents.", no_args_is_help=True)
+eval_app = typer.Typer(help="Measure retrieval, answers, and what compression costs.", no_args_is_help=True)
 app.add_typer(index_app, name="index")
 app.add_typer(eval_app, name="eval")
 
@@ -41,6 +41,14 @@ class EngineName(StrEnum):
     """Engines that drive a build."""
 
     LOCAL = "local"
+
+
+class RetrieverMode(StrEnum):
+    """Where the passages of an evaluation's questions come from."""
+
+    STRONG = "strong"
+    WEAK = "weak"
+    GOLD = "gold"
 
 
 class PolicyName(StrEnum):
@@ -660,6 +668,16 @@ def eval_qa(
     ] = None,
     policy: Policy = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.", min=1)] = 32,
+    retriever_mode: Annotated[
+        RetrieverMode,
+        typer.Option(help="strong: the index's; weak: half of it replaced at random; gold: gold and random passages."),
+    ] = RetrieverMode.STRONG,
+    limit: Annotated[int | None, typer.Option(help="Questions, from the first. Default: all.", min=1)] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Keep answers in this file as they come; run again to go on.")
+    ] = None,
+    batch_rows: Annotated[int, typer.Option(help="Prompts that are decoded side by side.", min=1)] = 16,
+    seed: Annotated[int, typer.Option(help="Of what is random in weak and gold passages.", min=0)] = 0,
     allow_untrained: AllowUntrained = False,
     decoder: Decoder = None,
     retriever: Retriever = None,
@@ -667,32 +685,107 @@ def eval_qa(
     device: Device = "auto",
     as_json: JsonFlag = False,
 ) -> None:
-    """Answers scored against known ones: no context, full text, and compressed at several fractions."""
-    from refrag_core.evaluation.run_qa import evaluate_qa
+    """Answers scored against known ones: no context, full text, compressed, and fewer passages at equal latency."""
+    from refrag_core.evaluation.qa_table import table_lines
+    from refrag_core.evaluation.run_qa import QaOptions, evaluate_qa
 
     runtime = _open_runtime(index, decoder, retriever, checkpoint, device)
     fractions = _fractions(expansion_fraction, trained=runtime.trained)
     for fraction in fractions:
         _ask_options(runtime, policy, fraction, allow_untrained)
-    report = evaluate_qa(
-        runtime,
-        questions,
+    options = QaOptions(
         top_k=top_k,
         fractions=fractions,
         policy=(policy or PolicyName.LEARNED).value,
         max_new_tokens=max_new_tokens,
-        on_answer=_warn,
+        retriever_mode=retriever_mode.value,
+        seed=seed,
+        limit=limit,
+        batch_rows=batch_rows,
     )
+    report = evaluate_qa(runtime, questions, options, saved=save, on_answer=_warn)
     if as_json:
         _print_json(report)
         return
-    found = report["gold_retrieved"]
-    print(f"{report['questions']} questions; the right document is among the top {top_k} passages of {found}")
-    for name, scores in report["settings"].items():
-        print(
-            f"  {name:<14} answered {scores['answered']:>3}  from the right passage {scores['answered_from_gold']:>3}  "
-            f"EM {scores['em']:.3f}  F1 {scores['f1']:.3f}  positions {scores['decoder_positions']:,.0f}"
-        )
+    print("\n".join(table_lines(report)))
+
+
+@eval_app.command("perplexity")
+def eval_perplexity(
+    text: Annotated[
+        Path,
+        typer.Option(help='JSON lines of {"id", "text"}, or a folder of token shards.', show_default=False),
+    ],
+    checkpoint: Checkpoint = None,
+    split: Annotated[
+        str | None, typer.Option(help="Of token shards: held_out (the default), reported or train.")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Checkpoint whose decoder's full context the gap closed is also taken from.")
+    ] = None,
+    context: Annotated[str, typer.Option(help="Context tokens (s); several give several tables.")] = "512",
+    output: Annotated[str, typer.Option(help="Output tokens (o); several give several tables.")] = "256",
+    chunk_size: Annotated[str, typer.Option(help="Tokens a chunk (k); default: the checkpoint's.")] = "",
+    expansion_fraction: Annotated[str, typer.Option(help="Fractions (p), separated by commas.")] = "0,.1,.25",
+    policies: Annotated[
+        str,
+        typer.Option(help="Of random, last, similarity, perplexity, learned. Default: all but similarity, if trained."),
+    ] = "",
+    windows: Annotated[
+        int, typer.Option("--windows", "--documents", help="At most: one a document, then a second of each …", min=1)
+    ] = 256,
+    query_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="First output tokens, read as text and not scored. Default: 32 if a policy reads them, else 1."
+        ),
+    ] = None,
+    shuffled: Annotated[
+        bool, typer.Option("--shuffled", help="Contexts of four passages of which one, anywhere, precedes the output.")
+    ] = False,
+    embedding_dtype: Annotated[
+        str, typer.Option(help="Storage of chunk embeddings: float32, float16 or int8 with a scale a row.")
+    ] = "float16",
+    retriever: Retriever = None,
+    allow_untrained: AllowUntrained = False,
+    batch_rows: Annotated[int | None, typer.Option(help="Windows a batch; default: by the device.", min=1)] = None,
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="Of random selection, shuffling and the intervals.")] = 0,
+    save: Annotated[Path | None, typer.Option(help="File to write the JSON to as well.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Log-perplexity with no, full, truncated, wrong and compressed context, and the gap that is closed."""
+    from refrag_core.checkpoint import load_checkpoint
+    from refrag_core.evaluation import perplexity as measured
+    from refrag_core.evaluation.perplexity_table import table_lines
+
+    options = measured.parse_options(
+        context=context,
+        output=output,
+        chunk_size=chunk_size,
+        expansion_fraction=expansion_fraction,
+        policies=policies,
+        windows=windows,
+        query_tokens=query_tokens,
+        shuffled=shuffled,
+        embedding_dtype=embedding_dtype,
+        retriever=retriever,
+        allow_untrained=allow_untrained,
+        batch_rows=batch_rows,
+        device=device,
+        seed=seed,
+    )
+    fixed = load_checkpoint(reference) if reference else None
+    report = measured.evaluate_perplexity(
+        load_checkpoint(checkpoint), text, options, split=split, reference=fixed, say=_warn
+    )
+    if save is not None:
+        measured.save_report(report, save)
+    if as_json:
+        _print_json(report)
+        return
+    for line in table_lines(report):
+        print(line)
 
 
 def _fractions(text: str | None, *, trained: bool) -> list[float]:

@@ -30,7 +30,7 @@ echo "$question"
 "$bin/refrag" ask "$index" "$question" --top-k 3 --max-new-tokens 48
 
 if [ ! -s "$data/qa-$limit.txt" ] || [ "$index/CURRENT" -nt "$data/qa-$limit.txt" ]; then
-  say "20 questions about the leads: no context, full context (about 3 minutes)"
+  say "20 questions about the leads: no context, full text, compressed at p = 0, .1, .25 where the checkpoint is trained"
   "$bin/refrag" eval qa "$index" --questions benchmarks/questions/wikipedia-leads-20.jsonl | tee "$data/qa-$limit.partial"
   mv "$data/qa-$limit.partial" "$data/qa-$limit.txt"
 else

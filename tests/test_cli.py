@@ -356,8 +356,33 @@ def test_eval_qa(index: Path, questions: Path, trained: Path) -> None:
     assert done.json["questions"] == len(done.json["answers"]) == 2
     plain = call(*short, "--checkpoint", trained, "--expansion-fraction", ".5").out
     assert re.search(r"^  learned p=0.5 +answered +\d+  from the right passage", plain, re.MULTILINE)
+    saved = index.parent / "answers.jsonl"
+    gold = call(
+        *(*short, "--checkpoint", trained, "--retriever-mode", "gold", "--limit", "1", "--save", saved, "--json")
+    ).json
+    assert (gold["questions"], gold["retriever_mode"], gold["gold_retrieved"]) == (1, "gold", 1)
+    assert list(gold["equal_latency"]) == ["0", "0.1", "0.25"]
+    assert len(saved.read_text().splitlines()) == 2
+    saved.unlink()
     wrong = call(*short, "--checkpoint", trained, "--expansion-fraction", "a lot")
     assert (wrong.code, "expected numbers from 0 to 1 separated by commas" in without_traceback(wrong)) == (2, True)
+
+
+def test_eval_perplexity(trained: Path, tmp_path: Path) -> None:
+    text, saved = tmp_path / "text.jsonl", tmp_path / "report.json"
+    write_jsonl(text, documents(6))
+    short = ["eval", "perplexity", "--text", text, "--context", 32, "--output", 16, "--device", "cpu"]
+    done = call(
+        *short, "--checkpoint", trained, "--chunk-size", 8, "--policies", "random,last", "--save", saved, "--json"
+    )
+    keys = {"none", "full", "last", "wrong", "refrag", "gap_closed", "intervals", "settings", "corpus"}
+    assert keys <= done.json.keys()
+    assert saved.read_text().strip() == done.out.strip()
+    assert [list(row) for row in done.json["refrag"].values()] == [["random", "last"]] * 3
+    plain = call(*short, "--checkpoint", trained, "--chunk-size", 8, "--shuffled", "--windows", 6).out
+    assert re.search(r"^  refrag p=0.25 random +11 +2.91x +\d+\.\d{4}", plain, re.MULTILINE)
+    refused = call(*short, "--checkpoint", trained, "--policies", "best")
+    assert (refused.code, "--policies 'best' is unknown" in without_traceback(refused)) == (2, True)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------
