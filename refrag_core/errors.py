@@ -21,6 +21,7 @@ __all__ = [
     "RefragError",
     "StageError",
     "TrainingDivergedError",
+    "TrainingStateError",
     "UnsupportedDecoderError",
     "UntrainedProjectionError",
     "UsageError",
@@ -93,6 +94,10 @@ class StageError(RefragError):
 
 class TrainingDivergedError(RefragError):
     """A training loss is not a number any more."""
+
+
+class TrainingStateError(RefragError):
+    """The saved state of a training run is damaged, or not of its model."""
 
 
 class AccountingError(RefragError):

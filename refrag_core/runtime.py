@@ -190,6 +190,7 @@ class Runtime:
         _check_encode_fingerprint(opened, reader)
         folder = resolve_model(decoder) if decoder else opened.decoder_folder()
         _check_tokenizer(folder, reader)
+        _check_decoder(folder, opened, reader)
         searcher = Searcher(reader, matching_retriever(reader, retriever, device))
         adapted = Decoder.load(folder, device=device, adapter=opened.load_adapter())
         _check_width(adapted, opened)
@@ -484,6 +485,20 @@ def _check_tokenizer(folder: Path, reader: IndexReader) -> None:
         raise FingerprintMismatchError(
             f"the decoder in {folder} has a tokenizer with fingerprint {found[:12]}, the index holds tokens of "
             f"{needed.fingerprint[:12]} ({needed.reference}): take that decoder, or rebuild the index for this one"
+        )
+
+
+def _check_decoder(folder: Path, checkpoint: Checkpoint, reader: IndexReader) -> None:
+    """A trained projection and adapter mean something to one decoder alone; an untrained one fits any of its width."""
+    if not checkpoint.config.trained:
+        return
+    checkpoint.verify_decoder(folder)
+    size = reader.manifest.parameters.chunk_size
+    if size not in checkpoint.config.chunk_sizes:
+        raise FingerprintMismatchError(
+            f"the index has chunks of {size} tokens, and the checkpoint was trained for "
+            f"{', '.join(map(str, checkpoint.config.chunk_sizes))}; expected one of those: open the index with the "
+            f"checkpoint that it was built with, or rebuild it with `refrag index build CORPUS --rebuild`"
         )
 
 

@@ -12,8 +12,6 @@ limits seconds), so that a resumed run gives the same losses, bit for bit on a C
 
 import json
 import math
-import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,15 +22,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from refrag_core.checkpoint import Checkpoint, load_checkpoint
+from refrag_core.checkpoint import Checkpoint, DecoderConfig, EncoderConfig, load_checkpoint
 from refrag_core.decoder import own_eos_ids
 from refrag_core.devices import resolve_device
 from refrag_core.digests import digest_json
-from refrag_core.errors import ConfigError, CorpusError, TrainingDivergedError
-from refrag_core.models import load_tokenizer
+from refrag_core.errors import ConfigError
+from refrag_core.models import DEFAULT_DECODER, DEFAULT_ENCODER, fingerprint_model, load_tokenizer, resolve_model
 from refrag_core.policy import num_expanded
 from refrag_core.training.backward import Backward, CapturedBackward, Gradients, Inputs, Losses, upload
 from refrag_core.training.batches import (
@@ -49,13 +46,19 @@ from refrag_core.training.losses import vocabulary_loss
 from refrag_core.training.model import TrainingModel, compile_layers, without_adapter
 from refrag_core.training.optimizer import make_optimizer
 from refrag_core.training.processes import Processes, join_processes
+from refrag_core.training.run_log import RunLog
+from refrag_core.training.run_state import (
+    WEIGHTS_FILE,
+    Bindings,
+    diverged,
+    load_state,
+    remove_leftovers,
+    save_state,
+    unusable,
+)
 from refrag_core.training.schedule import chunk_counts, learning_rate_factor, length_weights, normalised
 from refrag_core.training.token_shards import TokenShards, Windows
 from refrag_core.training.trained_checkpoint import load_training_model, save_trained_checkpoint
-
-STATE_FILE = "state.json"
-WEIGHTS_FILE = "weights.safetensors"
-OPTIMIZER_FILE = "optimizer.safetensors"
 
 _SHORT_EVALUATION_WINDOWS = 64
 
@@ -267,6 +270,7 @@ class Trainer:
                 f"{self.processes.count} processes cannot share {config.micro_batches} micro_batches a step; expected "
                 f"a multiple of {self.processes.count}"
             )
+        self.log = RunLog(self.folder, tensorboard=config.tensorboard, active=self.processes.is_first)
         self.device = self.processes.device or torch.device(resolve_device(config.device))
         self.base = base_checkpoint(config)
         self.shards = TokenShards.open(
@@ -311,7 +315,7 @@ class Trainer:
 
         Returns False when `stop_after_seconds` came first. Raises TrainingDivergedError.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._begin()
         limit = self.config.stop_after_seconds or math.inf
         began = time.perf_counter()
         meter = Meter()
@@ -327,6 +331,7 @@ class Trainer:
             meter.started = meter.started if meter.losses else time.perf_counter()
         if meter.losses:
             self._log(meter)
+        self.log.close()
         self.save()
         if self.progress < 1.0:
             self.say(f"stopped at step {self.step} ({self.progress:.0%}); run again to resume")
@@ -335,6 +340,12 @@ class Trainer:
             self._finish()
         self.processes.wait()
         return True
+
+    def _begin(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.processes.is_first:
+            remove_leftovers(self.folder)
+        self.log.begin(self.step)
 
     def _train_step(self, meter: Meter) -> None:
         progress = self.progress
@@ -394,10 +405,7 @@ class Trainer:
         report = meter.report(self.config.peak_tflops, self.processes)
         bad = [name for name, loss in report["losses"].items() if not math.isfinite(loss)]
         if bad:
-            raise TrainingDivergedError(
-                f"the loss of {', '.join(bad)} is not a number at step {self.step}; expected finite losses: lower the "
-                f"learning rates and resume from the last state in {self.folder / 'state'}"
-            )
+            raise diverged(self.folder, f"the loss of {', '.join(bad)} is", self.step)
         self.last_report = report
         line = {
             "step": self.step,
@@ -407,10 +415,7 @@ class Trainer:
             "learning_rate_factor": self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0]["peak"],
             **report,
         }
-        if not self.processes.is_first:
-            return
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+        self.log.write(line)
         losses = "  ".join(f"{name} {loss:.3f}" for name, loss in report["losses"].items())
         self.say(
             f"step {self.step} {self.progress:.1%} {self.elapsed:.0f} s  {losses}  "
@@ -421,8 +426,7 @@ class Trainer:
         every = self.config.evaluate_every
         if self.processes.is_first and every and self.step % every == 0 and self.progress < 1.0:
             result = self.evaluate("held_out", windows=_SHORT_EVALUATION_WINDOWS)
-            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps({"step": self.step, "seconds": self.elapsed, "held_out": result}) + "\n")
+            self.log.write({"step": self.step, "seconds": self.elapsed, "held_out": result})
             self.say(summary(result))
         if self.step % self.config.save_every == 0:
             self.save()
@@ -472,81 +476,54 @@ class Trainer:
             "torch": torch.__version__,
             "metrics": self.last_report,
             "evaluation": evaluation,
-            "policy_trained": False,
+            "policy_trained": self.base.config.policy.trained,
         }
         return save_trained_checkpoint(self.folder / "checkpoint", self.base, self.model, self.config, record)
 
     # --- state
 
+    @property
+    def _bindings(self) -> Bindings:
+        return Bindings(self.config.resume_settings, {"data": ("token shards or instructions", self.data_fingerprint)})
+
     def save(self) -> None:
         """Write `state/`, the whole or nothing of it."""
         if not self.processes.is_first:
             return
-        temporary = self.folder / f"state.{os.getpid()}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_file({name: weight.detach().contiguous() for name, weight in self._weights()}, temporary / WEIGHTS_FILE)
-        save_file(self._moments(), temporary / OPTIMIZER_FILE)
-        state = {
-            "step": self.step,
-            "position": self.position,
-            "elapsed": self.elapsed,
-            "config": self.config.resume_fingerprint,
-            "data": self.data_fingerprint,
-        }
-        (temporary / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        final = self.folder / "state"
-        previous = self.folder / "state.previous"
-        shutil.rmtree(previous, ignore_errors=True)
-        if final.exists():
-            final.rename(previous)
-        temporary.rename(final)
-        shutil.rmtree(previous, ignore_errors=True)
+        save_state(
+            self.folder,
+            bindings=self._bindings,
+            counters={"step": self.step, "position": self.position, "elapsed": self.elapsed},
+            weights=dict(self._weights()),
+            moments=self._moments(),
+        )
 
     def _weights(self) -> list[tuple[str, nn.Parameter]]:
         return [(f"{part}.{name}", weight) for part, weights in self.model.groups().items() for name, weight in weights]
 
-    def _moments(self) -> dict[str, Tensor]:
-        moments = {}
-        for name, weight in self._weights():
-            for key, value in self.optimizer.moments(weight).items():
-                moments[f"{name}::{key}"] = value.detach().contiguous()
-        return moments
+    def _moments(self) -> dict[tuple[str, str], Tensor]:
+        return {
+            (name, kind): value
+            for name, weight in self._weights()
+            for kind, value in self.optimizer.moments(weight).items()
+        }
 
     def _resume(self) -> bool:
-        """Continue from `state/`, or from the one before where a kill hit the moment between the two."""
-        for name in ("state", "state.previous"):
-            if (self.folder / name / STATE_FILE).is_file():
-                self._load_state(self.folder / name)
-                return True
-        return False
-
-    def _load_state(self, folder: Path) -> None:
-        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        for key, found, name in (
-            ("config", self.config.resume_fingerprint, "settings"),
-            ("data", self.data_fingerprint, "token shards or instructions"),
-        ):
-            if state[key] != found:
-                raise ConfigError(
-                    f"{folder} was saved by a run with other {name}; expected the same to resume: take another output "
-                    f"folder, and give that run's checkpoint as `checkpoint` to go on from its weights"
-                )
-        weights = load_file(folder / WEIGHTS_FILE, device=str(self.device))
-        moments = load_file(folder / OPTIMIZER_FILE, device=str(self.device))
-        own = dict(self._weights())
+        """Continue from `state/` where there is one."""
+        state = load_state(self.folder, self._bindings)
+        if state is None:
+            return False
+        weights, own = state.weights(self.device), dict(self._weights())
         if own.keys() != weights.keys():
-            raise CorpusError(
-                f"{folder / WEIGHTS_FILE} has other weights than the model; delete {folder} to start again"
-            )
+            raise unusable(state.folder / WEIGHTS_FILE, "it has other weights than the model")
         with torch.no_grad():
             for name, weight in own.items():
                 weight.copy_(weights[name])
-        for key, value in moments.items():
-            name, _, kind = key.partition("::")
+        for name, kind, value in state.moments(self.device):
             # AdamW counts steps in a float32 tensor that stays on the CPU unless it is fused or captured.
             self.optimizer.restore(own[name], kind, value if self.device.type == "cuda" else value.cpu())
-        self.step, self.position, self.elapsed = state["step"], state["position"], state["elapsed"]
+        self.step, self.position, self.elapsed = (state.counters[key] for key in ("step", "position", "elapsed"))
+        return True
 
 
 def load_instructions(config: TrainingConfig, base: Checkpoint, model: TrainingModel) -> InstructionSet | None:
@@ -565,10 +542,39 @@ def load_instructions(config: TrainingConfig, base: Checkpoint, model: TrainingM
 
 
 def base_checkpoint(config: TrainingConfig) -> Checkpoint:
-    """What training starts from: the config's checkpoint, else a fresh one over its encoder and decoder."""
+    """What training starts from: the config's checkpoint, else a fresh one over its encoder and decoder.
+
+    Raises ConfigError for a checkpoint of other models, or trained for other chunk sizes, than the config names.
+    """
     if config.checkpoint is None:
         return load_checkpoint(None, encoder=config.encoder, decoder=config.decoder, seed=config.seed)
-    return load_checkpoint(config.checkpoint)
+    base = load_checkpoint(config.checkpoint)
+    _check_named_model("encoder", config.encoder, DEFAULT_ENCODER, base.config.encoder, config.checkpoint)
+    _check_named_model("decoder", config.decoder, DEFAULT_DECODER, base.config.decoder, config.checkpoint)
+    check_chunk_sizes(base, config.chunk_sizes, config.checkpoint)
+    return base
+
+
+def _check_named_model(
+    part: str, named: str, default: str, own: EncoderConfig | DecoderConfig, checkpoint: str
+) -> None:
+    """A config need not name the models of its checkpoint; where it does, they are these."""
+    if named not in (default, own.reference) and fingerprint_model(resolve_model(named)) != own.fingerprint:
+        raise ConfigError(
+            f"{part} is {named!r}, and checkpoint {checkpoint} was made with {own.reference!r}; expected the same: "
+            f"leave {part} out, or train a checkpoint for it from the start"
+        )
+
+
+def check_chunk_sizes(base: Checkpoint, chunk_sizes: Sequence[int], checkpoint: str) -> None:
+    """Raise ConfigError for chunk sizes that a trained checkpoint was not trained for."""
+    other = sorted(set(chunk_sizes) - set(base.config.chunk_sizes))
+    if base.config.trained and other:
+        raise ConfigError(
+            f"chunk_sizes has {', '.join(map(str, other))}, and checkpoint {checkpoint} was trained for "
+            f"{', '.join(map(str, base.config.chunk_sizes))}; expected some of those: take them, or train from the "
+            f"start for others"
+        )
 
 
 def summary(result: Mapping[str, Any]) -> str:
