@@ -138,6 +138,7 @@ class TrainingConfig:
     capture: bool = True
     """Replay each shape's forward and backward pass as a CUDA graph; without effect on a CPU."""
     gradient_checkpointing: bool = False
+    """Compute the decoder's layers again in the backward pass: less memory, more time."""
     decoder_training: Literal["frozen", "lora", "full"] = "lora"
     """`full` trains whole matrices, which the checkpoint holds as an adapter of `adapter_rank` that is closest."""
     adapter_rank: int = 32

@@ -73,7 +73,7 @@ def _default(value: Any) -> str:
 
 def reference_lines() -> list[str]:
     """All settings, for people."""
-    lines = []
+    lines: list[str] = []
     for title, kind in TABLES.items():
         lines += ["", title] if lines else [title]
         for setting in settings_of(kind):

@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +29,16 @@ from refrag_core.devices import resolve_device
 from refrag_core.digests import digest_json
 from refrag_core.errors import ConfigError
 from refrag_core.models import DEFAULT_DECODER, DEFAULT_ENCODER, fingerprint_model, load_tokenizer, resolve_model
-from refrag_core.policy import num_expanded
 from refrag_core.training.backward import Backward, CapturedBackward, Gradients, Inputs, Losses, upload
-from refrag_core.training.batches import (
-    TrainingBatch,
-    next_paragraph_batch,
-    random_masks,
-    reconstruction_batch,
-    text_batch,
-)
+from refrag_core.training.batches import TrainingBatch
 from refrag_core.training.config import TaskConfig, TrainingConfig
 from refrag_core.training.evaluate import EvaluationOptions, evaluate
 from refrag_core.training.instruct_data import InstructionSet
 from refrag_core.training.losses import vocabulary_loss
+from refrag_core.training.micro_batches import Example, make_example, plan_step
 from refrag_core.training.model import TrainingModel, compile_layers, without_adapter
 from refrag_core.training.optimizer import make_optimizer
-from refrag_core.training.processes import Processes, join_processes
+from refrag_core.training.processes import join_processes
 from refrag_core.training.run_log import RunLog
 from refrag_core.training.run_state import (
     WEIGHTS_FILE,
@@ -56,93 +49,12 @@ from refrag_core.training.run_state import (
     save_state,
     unusable,
 )
-from refrag_core.training.schedule import chunk_counts, learning_rate_factor, length_weights, normalised
+from refrag_core.training.schedule import learning_rate_factor
+from refrag_core.training.throughput import FlopModel, Meter
 from refrag_core.training.token_shards import TokenShards, Windows
 from refrag_core.training.trained_checkpoint import load_training_model, save_trained_checkpoint
 
 _SHORT_EVALUATION_WINDOWS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One micro-batch and what it is for."""
-
-    name: str
-    """Of the metric, such as reconstruct/k8."""
-    task: TaskConfig
-    batch: TrainingBatch
-    full: TrainingBatch | None
-    """The same predictions from the full context, for distillation."""
-
-
-@dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """A planned micro-batch: all that decides what is in it."""
-
-    task: TaskConfig
-    position: int
-    """Number of its first window."""
-    random: np.random.Generator
-
-
-def plan_step(config: TrainingConfig, *, position: int, step: int, progress: float) -> list[MicroBatch]:
-    """The micro-batches of a step, which follow from these numbers and the seed; cheap, so every process plans all."""
-    planned = []
-    shares = normalised([task.weight_at(progress) for task in config.tasks])
-    for micro in range(config.micro_batches):
-        random = np.random.default_rng([config.seed, step, micro])
-        task = config.tasks[int(random.choice(len(config.tasks), p=shares))]
-        planned.append(MicroBatch(task, position, random))
-        position += task.batch_rows
-    return planned
-
-
-def make_example(
-    config: TrainingConfig,
-    windows: Windows,
-    planned: MicroBatch,
-    *,
-    progress: float,
-    instructions: InstructionSet | None = None,
-) -> Example:
-    """A planned micro-batch; chunk size, lengths and masks are drawn by its generator."""
-    task, random = planned.task, planned.random
-    size = int(random.choice(config.chunk_sizes))
-    if task.kind == "instruct":
-        return instruct_example(instructions, planned, size)
-    tokens = windows.take(planned.position, task.batch_rows)
-    context, output = tokens[:, : config.context_tokens], tokens[:, config.context_tokens :]
-    if task.kind == "text":
-        return Example("text", task, text_batch(tokens), None)
-    if task.kind == "reconstruct":
-        counts = chunk_counts(config.context_tokens, size)
-        count = int(random.choice(counts, p=length_weights(task.curriculum, progress, len(counts))))
-        # Examples of a row must not continue one another, or the text before would give their tokens away.
-        pieces = random.permutation(context.reshape(-1, count * size)).reshape(context.shape)
-        batch = reconstruction_batch(pieces, chunk_size=size, num_chunks=count)
-        return Example(f"reconstruct/k{size}", task, batch, None)
-    fraction = float(random.choice(task.expansion_fractions))
-    chunks = config.context_tokens // size
-    masks = random_masks(len(context), chunks, num_expanded(chunks, fraction), random)
-    batch = next_paragraph_batch(context, output, chunk_size=size, expansion_mask=masks)
-    full = text_batch(tokens, first=config.context_tokens) if task.distillation else None
-    return Example(f"next-paragraph/k{size}/p{fraction:g}", task, batch, full)
-
-
-def instruct_example(instructions: InstructionSet | None, planned: MicroBatch, chunk_size: int) -> Example:
-    """A micro-batch of questions with passages. Raises ConfigError without an instruction file."""
-    if instructions is None:
-        raise ConfigError("an instruct task has no examples; expected the setting instructions to name their file")
-    fraction = float(planned.random.choice(planned.task.expansion_fractions))
-    batch = instructions.batch(
-        planned.position,
-        planned.task.batch_rows,
-        chunk_size=chunk_size,
-        expansion_fraction=fraction,
-        gold_weight=planned.task.gold_expansion_weight,
-        random=planned.random,
-    )
-    return Example(f"instruct/k{chunk_size}/p{fraction:g}", planned.task, batch, None)
 
 
 def autocast_of(device: torch.device, precision: str) -> Callable[[], AbstractContextManager[Any]]:
@@ -150,111 +62,9 @@ def autocast_of(device: torch.device, precision: str) -> Callable[[], AbstractCo
     return lambda: torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-@dataclass(frozen=True, slots=True)
-class FlopModel:
-    """Floating point operations of training, for the model FLOPs utilisation.
-
-    Forward passes count 2 a weight and position, attention 2·t·d_dec a layer and position (causal), and
-    backward passes twice the forward; a frozen decoder and the output layer, whose weights get no gradient,
-    once. Nothing that is computed again counts.
-    """
-
-    decoder_weights: int
-    encoder_weights: int
-    head_weights: int
-    layers: int
-    width: int
-    decoder_factor: int
-
-    @classmethod
-    def of(cls, model: TrainingModel, decoder_training: str) -> "FlopModel":
-        """The numbers of a model."""
-        config = model.decoder.config.get_text_config()
-        table = model.decoder.get_input_embeddings().weight
-        return cls(
-            decoder_weights=_matrix_weights(model.decoder.base_model, table),
-            encoder_weights=_matrix_weights(model.encoder.body, model.encoder.body.get_input_embeddings().weight),  # type: ignore[operator]
-            head_weights=model.head.numel(),
-            layers=int(config.num_hidden_layers),
-            width=int(config.hidden_size),
-            decoder_factor=4 if decoder_training == "frozen" else 6,
-        )
-
-    def of_example(self, example: "Example") -> float:
-        """Operations of one micro-batch, forward and backward."""
-        made = (
-            self._of_batch(example.batch, self.decoder_factor, 4)
-            + 6.0 * self.encoder_weights * example.batch.chunk_ids.size
-        )
-        return made + (self._of_batch(example.full, 2, 2) if example.full is not None else 0.0)
-
-    def _of_batch(self, batch: TrainingBatch, factor: int, head_factor: int) -> float:
-        attention = factor * self.layers * self.width * int(batch.ids.shape[1])
-        return batch.num_positions * (factor * self.decoder_weights + attention) + (
-            head_factor * self.head_weights * int(batch.targets.size)
-        )
-
-
-def _matrix_weights(module: nn.Module, table: Tensor) -> int:
-    """Weights in matrices, without the embedding table and adapters, which are merged into the matrices."""
-    adapters = (".down", ".up", ".update")
-    return sum(
-        weight.numel()
-        for name, weight in module.named_parameters()
-        if weight.ndim == 2 and weight is not table and not name.endswith(adapters) and "embeddings" not in name
-    )
-
-
-@dataclass(slots=True)
-class Meter:
-    """What was done since the last logged step."""
-
-    losses: dict[str, list[Tensor]] = field(default_factory=dict)
-    divergences: dict[str, list[Tensor]] = field(default_factory=dict)
-    positions: int = 0
-    tokens: int = 0
-    flops: float = 0.0
-    started: float = field(default_factory=time.perf_counter)
-
-    def add(self, example: Example, losses: Losses, flops: float) -> None:
-        """Count one micro-batch; nothing waits for the device."""
-        self.losses.setdefault(example.name, []).append(losses[0])
-        if example.full is not None:
-            self.divergences.setdefault(example.name, []).append(losses[1])
-        self.positions += example.batch.num_positions
-        self.tokens += example.batch.chunk_ids.size + int((example.batch.ids >= 0).sum())
-        self.flops += flops
-
-    def report(self, peak_tflops: float, processes: Processes) -> dict[str, Any]:
-        """Losses, rates and utilisation of all processes together. Waits for the device."""
-        found = processes.gather(
-            (_numbers(self.losses), _numbers(self.divergences), self.positions, self.tokens, self.flops)
-        )
-        losses, divergences, positions, tokens, flops = zip(*found, strict=True)
-        seconds = time.perf_counter() - self.started
-        return {
-            "losses": _means(losses),
-            **({"divergences": _means(divergences)} if any(divergences) else {}),
-            "decoder_positions_per_s": sum(positions) / seconds,
-            "tokens_per_s": sum(tokens) / seconds,
-            "mfu": sum(flops) / seconds / (processes.count * peak_tflops * 1e12),
-        }
-
-
 def _tensors(batch: TrainingBatch) -> tuple[Tensor, ...]:
     arrays = (batch.ids, batch.chunk_ids, batch.places, batch.predict_at, batch.targets)
     return tuple(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
-
-
-def _numbers(values: Mapping[str, list[Tensor]]) -> dict[str, list[float]]:
-    return {name: torch.stack(tensors).tolist() for name, tensors in values.items()}
-
-
-def _means(found: Sequence[Mapping[str, list[float]]]) -> dict[str, float]:
-    """Of each name, over all processes."""
-    names = sorted({name for values in found for name in values})
-    everywhere = {name: [value for values in found for value in values.get(name, [])] for name in names}
-    return {name: sum(values) / len(values) for name, values in everywhere.items()}
 
 
 class Trainer:

@@ -45,9 +45,7 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             again = any(self._path.parent.glob("events.out.tfevents.*"))
-            self._writer = SummaryWriter(  # type: ignore[no-untyped-call]
-                str(self._path.parent), purge_step=step + 1 if again else None
-            )
+            self._writer = SummaryWriter(str(self._path.parent), purge_step=step + 1 if again else None)
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Add one line."""

@@ -60,9 +60,10 @@ class SavedState:
 
     def _load(self, name: str, device: torch.device) -> dict[str, Tensor]:
         try:
-            return load_file(self.folder / name, device=str(device))
+            loaded: dict[str, Tensor] = load_file(self.folder / name, device=str(device))
         except (OSError, SafetensorError) as error:
             raise unusable(self.folder / name, str(error)) from error
+        return loaded
 
 
 def unusable(path: Path, found: str) -> TrainingStateError:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from refrag_core.errors import ConfigError
-from refrag_core.training.config import TrainingConfig, parse_config, read_settings
+from refrag_core.training.config import TaskConfig, TrainingConfig, parse_config, read_settings
 from refrag_core.training.policy_config import PolicyTrainingConfig, parse_policy_config
 
 Stage = Literal["reconstruct", "next-paragraph", "policy", "instruct"]
@@ -110,7 +110,7 @@ def _policy_config(path: Path, values: dict[str, Any]) -> PolicyTrainingConfig:
 
 def _policy_only(values: dict[str, Any]) -> list[str]:
     """Settings that a policy's training has and the others' has not."""
-    others = {field.name for field in fields(TrainingConfig)}
+    others = {field.name for kind in (TrainingConfig, TaskConfig) for field in fields(kind)}
     return [field.name for field in fields(PolicyTrainingConfig) if field.name in values and field.name not in others]
 
 
