@@ -19,6 +19,7 @@ __all__ = [
     "ModelNotFoundError",
     "RecallGateError",
     "RefragError",
+    "RunLockedError",
     "StageError",
     "TrainingDivergedError",
     "TrainingStateError",
@@ -94,6 +95,10 @@ class StageError(RefragError):
 
 class TrainingDivergedError(RefragError):
     """A training loss is not a number any more."""
+
+
+class RunLockedError(RefragError):
+    """Another live process trains in this folder."""
 
 
 class TrainingStateError(RefragError):

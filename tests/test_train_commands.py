@@ -15,6 +15,7 @@ import torch
 from refrag_core import models
 from refrag_core.checkpoint import Checkpoint
 from refrag_core.training.config_reference import TABLES, settings_of
+from refrag_core.training.run_state import claimed
 from refrag_core.training.runs import load_stage, shipped_configs
 from tests import command_line, tiny_models
 from tests.command_line import Finished, call, without_traceback
@@ -210,7 +211,8 @@ def test_every_stage_gives_a_checkpoint_that_the_next_goes_on_from(workshop: Wor
 @pytest.mark.parametrize("stage", ["reconstruct", "policy"])
 def test_a_run_that_is_over_says_so_again(workshop: Workshop, stage: str) -> None:
     done = call(*workshop.arguments(stage, workshop.root / stage))
-    assert done.code == 0
+    assert (done.code, "finished before; nothing is left to do" in done.err) == (0, True)
+    assert workshop.train(stage).json["metrics"].keys() > set()
     assert done.out.startswith("run  ")
     assert f"{workshop.root / stage}, finished" in done.out
     assert re.search(r"^held_out .*k=4 ", done.out, re.MULTILINE)
@@ -275,7 +277,9 @@ def test_tensorboard_reads_the_events(workshop: Workshop, tmp_path: Path) -> Non
         for name, value in line.get("losses", {}).items():
             expected.setdefault(f"losses/{name}", []).append((line["step"], value))
     for tag, points in expected.items():
-        assert [(event.step, event.value) for event in events.Scalars(tag)] == pytest.approx(points)
+        found = events.Scalars(tag)
+        assert [event.step for event in found] == [step for step, _ in points]
+        assert [event.value for event in found] == pytest.approx([value for _, value in points])
     assert "held_out/chunk_size_4/gap_closed/0.25/random" in events.Tags()["scalars"]
     assert workshop.train("policy", tmp_path / "policy", tensorboard="false").code == 0
     assert list((tmp_path / "policy").glob("events*")) == []
@@ -285,7 +289,10 @@ def test_plot(workshop: Workshop, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     done = call("train", "plot", workshop.root / "reconstruct", "-o", tmp_path / "made" / "log.png", "--json")
     assert (tmp_path / "made" / "log.png").read_bytes().startswith(b"\x89PNG")
-    assert {"loss, nats a token", "learning rate", "decoder positions a second"} == set(done.json["panels"])
+    gaps = "held out: gap closed, random expansion"
+    expected = {"loss, nats a token", gaps, "learning rate", "decoder positions a second"}
+    assert set(done.json["panels"]) == expected
+    assert set(done.json["panels"][gaps]) == {f"k={size}, p={p}" for size in (2, 4) for p in ("0", "0.1", "0.25")}
     assert any(name.startswith("reconstruct/k") for name in done.json["panels"]["loss, nats a token"])
     shown = call("train", "plot", workshop.root / "policy")
     assert shown.out.strip() == str(workshop.root / "policy" / "metrics.png")
@@ -298,12 +305,12 @@ def test_plot(workshop: Workshop, tmp_path: Path) -> None:
 
 # --- killed at any moment -----------------------------------------------------------------------------
 
-KILLED = {"steps": 60, "save_every": 7, "evaluation_windows": 2}
+KILLED = {"steps": 24, "save_every": 5, "evaluation_windows": 2}
 
 
 def resumed_after_kill(workshop: Workshop, stage: str, run: Path, *, kills: int, seed: int) -> None:
     """Kill a run at random moments after its first save, and let it end."""
-    moments = sorted(random.Random(seed).sample(range(8, 55), kills))
+    moments = sorted(random.Random(seed).sample(range(6, 22), kills))
     log = run / "metrics.jsonl"
 
     def logged(lines: int) -> bool:
@@ -507,6 +514,16 @@ def test_a_damaged_state_is_one_error(workshop: Workshop, tmp_path: Path, name: 
         rf"error: {path} cannot be resumed from \(.+\); expected what the run saved: delete {path.parent} "
         r"to start again",
         without_traceback(failed),
+    )
+
+
+def test_two_runs_do_not_share_a_folder(workshop: Workshop, tmp_path: Path) -> None:
+    with claimed(tmp_path):
+        refused = workshop.train("policy", tmp_path)
+    assert refused.code == 1
+    assert without_traceback(refused) == (
+        f"error: another process trains in {tmp_path}; expected it to be free: wait for its end, or give another "
+        f"output folder"
     )
 
 

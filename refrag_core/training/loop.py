@@ -41,15 +41,17 @@ from refrag_core.training.optimizer import make_optimizer
 from refrag_core.training.processes import join_processes
 from refrag_core.training.run_log import RunLog
 from refrag_core.training.run_state import (
+    EVALUATION_FILE,
     WEIGHTS_FILE,
     Bindings,
+    claimed,
     diverged,
     load_state,
-    remove_leftovers,
     save_state,
     unusable,
+    was_finished,
 )
-from refrag_core.training.schedule import learning_rate_factor
+from refrag_core.training.schedule import learning_rate_factor, progress_of
 from refrag_core.training.throughput import FlopModel, Meter
 from refrag_core.training.token_shards import TokenShards, Windows
 from refrag_core.training.trained_checkpoint import load_training_model, save_trained_checkpoint
@@ -117,15 +119,23 @@ class Trainer:
     @property
     def progress(self) -> float:
         """From 0 to 1: of the steps, or of the seconds where these are nearer to their end."""
-        of_seconds = self.elapsed / self.config.seconds if self.config.seconds else 0.0
-        return min(1.0, max(self.step / self.config.steps, of_seconds))
+        config = self.config
+        return progress_of(self.step, config.steps, self.elapsed, config.seconds)
 
     def run(self) -> bool:
         """Train until the run is complete, then write its checkpoint and evaluation.
 
-        Returns False when `stop_after_seconds` came first. Raises TrainingDivergedError.
+        Returns False when `stop_after_seconds` came first. Raises TrainingDivergedError, and RunLockedError while
+        another process trains in the folder.
         """
-        self._begin()
+        with claimed(self.folder, active=self.processes.is_first):
+            if self.progress >= 1.0 and was_finished(self.folder):
+                self.say("finished before; nothing is left to do")
+                return True
+            self.log.begin(self.step)
+            return self._run()
+
+    def _run(self) -> bool:
         limit = self.config.stop_after_seconds or math.inf
         began = time.perf_counter()
         meter = Meter()
@@ -150,12 +160,6 @@ class Trainer:
             self._finish()
         self.processes.wait()
         return True
-
-    def _begin(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if self.processes.is_first:
-            remove_leftovers(self.folder)
-        self.log.begin(self.step)
 
     def _train_step(self, meter: Meter) -> None:
         progress = self.progress
@@ -268,7 +272,7 @@ class Trainer:
                 self.say(f"no evaluation on {split}: {error}")
                 continue
             self.say(f"{split}: {summary(result[split])}")
-            (self.folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            (self.folder / EVALUATION_FILE).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         self.save_checkpoint(result)
 
     def save_checkpoint(self, evaluation: Mapping[str, Any]) -> Checkpoint:

@@ -1,5 +1,6 @@
 """The log of a training run as one figure: losses, held-out results, learning rate, speed; of either kind of run."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 from refrag_core.errors import ConfigError, MissingExtraError
 from refrag_core.training.run_log import METRICS_FILE, read_metrics
+from refrag_core.training.run_state import EVALUATION_FILE
 
 _POLICY_LOSSES = ("warm_start_loss", "policy_loss")
 _POLICY_PANELS = (("reward", "reward_std"), ("entropy", "divergence"), ("clip_fraction", "advantage_std"))
@@ -74,7 +76,8 @@ def plot_run(run: Path, output: Path) -> list[Panel]:
 
     Returns what was drawn. Raises ConfigError when there is no log, and MissingExtraError without matplotlib.
     """
-    drawn = panels(read_metrics(run / METRICS_FILE))
+    logged = read_metrics(run / METRICS_FILE)
+    drawn = panels([*logged, *_last_evaluation(run, logged)])
     if not drawn:
         raise ConfigError(
             f"{run} has no {METRICS_FILE} with logged steps; expected the folder of a training run: give the config's "
@@ -82,6 +85,14 @@ def plot_run(run: Path, output: Path) -> list[Panel]:
         )
     _draw(drawn, run.name, output)
     return drawn
+
+
+def _last_evaluation(run: Path, logged: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The evaluation at the run's end, which is a file of its own, as the log's last line."""
+    path = run / EVALUATION_FILE
+    found = json.loads(path.read_text(encoding="utf-8")).get("held_out", {}) if path.is_file() else {}
+    if logged and found and "skipped" not in found:
+        yield {"step": logged[-1]["step"], "held_out": found}
 
 
 def _draw(drawn: Sequence[Panel], title: str, output: Path) -> None:

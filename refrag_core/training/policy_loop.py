@@ -60,17 +60,20 @@ from refrag_core.training.policy_losses import (
 )
 from refrag_core.training.run_log import RunLog
 from refrag_core.training.run_state import (
+    EVALUATION_FILE,
+    TRAINING_FILE,
     WEIGHTS_FILE,
     Bindings,
+    claimed,
     diverged,
     load_state,
-    remove_leftovers,
     save_state,
     unusable,
+    was_finished,
 )
-from refrag_core.training.schedule import learning_rate_factor
+from refrag_core.training.schedule import learning_rate_factor, progress_of
 from refrag_core.training.token_shards import TokenShards, TokenSplit, Windows
-from refrag_core.training.trained_checkpoint import TRAINING_FILE, load_training_model
+from refrag_core.training.trained_checkpoint import load_training_model
 
 _BETAS = (0.9, 0.95)
 _SHORT_EVALUATION_WINDOWS = 64
@@ -159,17 +162,23 @@ class PolicyTrainer:
     @property
     def progress(self) -> float:
         """From 0 to 1: of the steps, or of the seconds where these are nearer to their end."""
-        of_seconds = self.elapsed / self.config.seconds if self.config.seconds else 0.0
-        return min(1.0, max(self.step / self.config.steps, of_seconds))
+        config = self.config
+        return progress_of(self.step, config.steps, self.elapsed, config.seconds)
 
     def run(self) -> bool:
         """Train until the run is complete, then write its checkpoint and evaluation.
 
-        Returns False when `stop_after_seconds` came first. Raises TrainingDivergedError.
+        Returns False when `stop_after_seconds` came first. Raises TrainingDivergedError, and RunLockedError while
+        another process trains in the folder.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self.folder)
-        self.log.begin(self.step)
+        with claimed(self.folder):
+            if self.progress >= 1.0 and was_finished(self.folder, part="policy"):
+                self.say("finished before; nothing is left to do")
+                return True
+            self.log.begin(self.step)
+            return self._run()
+
+    def _run(self) -> bool:
         limit = self.config.stop_after_seconds or math.inf
         began = time.perf_counter()
         metrics: list[dict[str, Tensor]] = []
@@ -322,7 +331,7 @@ class PolicyTrainer:
             except ConfigError as error:
                 result[name] = {"skipped": str(error)}
                 self.say(f"no evaluation on {name}: {error}")
-        (self.folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        (self.folder / EVALUATION_FILE).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         self.save_checkpoint(result)
 
     def save_checkpoint(self, evaluation: dict[str, Any]) -> Checkpoint:

@@ -114,6 +114,8 @@ def prepare_corpora(
         train_only=tuple(names[root] for root in corpora.train_only),
     )
     index = prepare_token_shards(documents, tokenizer, output, chosen)
+    if chosen.held_out_fraction and not index["splits"]["held_out"]["documents"]:
+        say("no document is held out, so nothing will be evaluated; expected more documents or a larger share")
     return {
         "output": str(output),
         "decoder": decoder,

@@ -7,10 +7,12 @@
 `state.previous/` is the one before, there only from one rename to the next.
 """
 
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from refrag_core.digests import JSON, digest_json
-from refrag_core.errors import ConfigError, TrainingDivergedError, TrainingStateError
+from refrag_core.errors import ConfigError, RunLockedError, TrainingDivergedError, TrainingStateError
 
 STATE_FILE = "state.json"
 WEIGHTS_FILE = "weights.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
+TRAINING_FILE = "training.json"
+EVALUATION_FILE = "evaluation.json"
 
 _STATE, _PREVIOUS = "state", "state.previous"
 
@@ -164,7 +168,44 @@ def _differences(saved: Any, settings: Mapping[str, JSON]) -> str:
     return f" ({', '.join(f'{key} {saved.get(key)!r}, now {now.get(key)!r}' for key in odd[:3])})"
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what kills left half-written in a run's folder."""
-    for path in folder.glob("*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)
+@contextmanager
+def claimed(folder: Path, *, active: bool = True) -> Iterator[None]:
+    """Hold a run's folder, without what kills left half-written in it; the kernel lets go with the process.
+
+    Args:
+        active: False in all processes of a run but the first, which holds it for them.
+
+    Raises RunLockedError while another live process holds it.
+    """
+    if not active:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunLockedError(
+                f"another process trains in {folder}; expected it to be free: wait for its end, or give another output "
+                f"folder"
+            ) from None
+        for path in folder.glob("*.tmp"):
+            shutil.rmtree(path, ignore_errors=True)
+        yield
+    finally:
+        os.close(handle)
+
+
+def was_finished(folder: Path, *, part: str | None = None) -> bool:
+    """Whether the run in `folder` came to its very end: its checkpoint's record holds the whole evaluation.
+
+    Args:
+        part: of the record that the evaluation is in, None for the record itself.
+    """
+    try:
+        record = json.loads((folder / "checkpoint" / TRAINING_FILE).read_text(encoding="utf-8"))
+        evaluation = json.loads((folder / EVALUATION_FILE).read_text(encoding="utf-8"))
+        return bool((record if part is None else record[part])["evaluation"] == evaluation)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

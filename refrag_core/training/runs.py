@@ -17,10 +17,13 @@ import torch
 from refrag_core.errors import ConfigError
 from refrag_core.training.config import TaskConfig, TrainingConfig, parse_config, read_settings
 from refrag_core.training.policy_config import PolicyTrainingConfig, parse_policy_config
+from refrag_core.training.run_log import METRICS_FILE, read_metrics
+from refrag_core.training.run_state import EVALUATION_FILE
 
 Stage = Literal["reconstruct", "next-paragraph", "policy", "instruct"]
 AnyConfig = TrainingConfig | PolicyTrainingConfig
 
+_POSITION = ("step", "progress", "epoch", "seconds", "learning_rate", "learning_rate_factor")
 _SHIPPED = Path(__file__).parent / "configs"
 
 
@@ -40,7 +43,7 @@ class RunResult:
     checkpoint: str | None
     """Folder of the trained checkpoint, None before the end."""
     metrics: dict[str, Any]
-    """The last logged ones of this process."""
+    """The last logged ones."""
     evaluation: dict[str, Any]
     """By split; empty before the end."""
 
@@ -142,7 +145,7 @@ def _fast_matrix_products() -> Iterator[None]:
 
 def _result(trainer: Any, finished: bool) -> RunResult:
     folder: Path = trainer.folder
-    evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8")) if finished else {}
+    evaluation = json.loads((folder / EVALUATION_FILE).read_text(encoding="utf-8")) if finished else {}
     return RunResult(
         run=str(folder),
         finished=finished,
@@ -150,9 +153,15 @@ def _result(trainer: Any, finished: bool) -> RunResult:
         progress=trainer.progress,
         seconds=round(trainer.elapsed, 3),
         checkpoint=str(folder / "checkpoint") if finished else None,
-        metrics=trainer.last_report,
+        metrics=trainer.last_report or _last_metrics(folder),
         evaluation=evaluation,
     )
+
+
+def _last_metrics(folder: Path) -> dict[str, Any]:
+    """What was logged last, for a run that had nothing left to do."""
+    logged = [line for line in read_metrics(folder / METRICS_FILE) if "held_out" not in line]
+    return {key: value for key, value in logged[-1].items() if key not in _POSITION} if logged else {}
 
 
 def result_rows(result: RunResult) -> list[tuple[str, object]]:

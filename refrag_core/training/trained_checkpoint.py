@@ -25,8 +25,7 @@ from refrag_core.errors import ConfigError
 from refrag_core.stored_weights import write_weights
 from refrag_core.training.config import TrainingConfig
 from refrag_core.training.model import TrainingModel, adapter_layers, adapter_state, add_adapter, unfreeze
-
-TRAINING_FILE = "training.json"
+from refrag_core.training.run_state import TRAINING_FILE
 
 
 def load_training_model(checkpoint: Checkpoint, config: TrainingConfig) -> TrainingModel:
