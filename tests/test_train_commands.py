@@ -442,8 +442,8 @@ def bad_data(shop: Workshop, tmp: Path) -> Iterator[tuple[list[object], int, str
     yield (
         shop.arguments("reconstruct", run, decoder_learning_rate=1e30, projection_learning_rate=1e30),
         1,
-        rf"the loss of [a-z0-9./, -]+ is not a number at step \d; expected finite ones: lower the learning rates and "
-        rf"resume from the last state in {run}/state, or give another output folder to start again",
+        r"the loss of [a-z0-9./, -]+ is not a number at step \d; expected finite ones: lower the learning rates and "
+        rf"start again in another output folder; what {run} holds of the steps before is kept",
     )
     untrained = shop.models / "checkpoint"
     yield (

@@ -116,8 +116,8 @@ def _check_finite(folder: Path, weights: Mapping[str, Tensor], counters: Mapping
 def diverged(folder: Path, what: str, step: JSON) -> TrainingDivergedError:
     """The error for numbers that are none any more; `what` ends with its verb."""
     return TrainingDivergedError(
-        f"{what} not a number at step {step}; expected finite ones: lower the learning rates and resume from the last "
-        f"state in {folder / _STATE}, or give another output folder to start again"
+        f"{what} not a number at step {step}; expected finite ones: lower the learning rates and start again in "
+        f"another output folder; what {folder} holds of the steps before is kept"
     )
 
 
