@@ -292,9 +292,13 @@ class Checkpoint:
     def load_encoder(
         self, *, device: str = "cpu", batch_rows: int | None = None, dtype: torch.dtype | None = None
     ) -> ChunkEncoder:
-        """The chunk encoder, verified. Raises FingerprintMismatchError when body or tokenizer are others."""
+        """The chunk encoder, verified. Raises FingerprintMismatchError when body or tokenizer are others, or the
+        decoder where its embeddings are read."""
         body, decoder = self.verified_encoder_folder(), self.decoder_folder()
-        self._verify_tokenizer(decoder)
+        if self.config.encoder.embedding == EMBEDDING_FORM:
+            self._verify_tokenizer(decoder)
+        else:
+            self.verify_decoder(decoder)
         return ChunkEncoder.load(
             body,
             decoder,

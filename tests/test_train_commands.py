@@ -571,6 +571,22 @@ def test_a_trained_checkpoint_refuses_another_decoder(workshop: Workshop, index:
     )
 
 
+def test_a_build_refuses_a_checkpoint_over_another_decoder(workshop: Workshop, tmp_path: Path) -> None:
+    """Its encoder reads the decoder's embeddings."""
+    own = Checkpoint.load(workshop.root / "instruct" / "checkpoint")
+    other = other_decoder(tmp_path / "other", seed=1)
+    assert own.config.encoder.embedding == "subtoken-mean-decoder-map-1"
+    moved = replace(own.config, decoder=replace(own.config.decoder, reference=str(other)))
+    replace(own, config=moved).save(tmp_path / "moved")
+    failed = call(
+        *("index", "build", workshop.root / "corpus", "-o", tmp_path / "index", "--workers", 0, "--device", "cpu"),
+        *("--checkpoint", tmp_path / "moved", "--retriever", workshop.models / "encoder"),
+    )
+    assert failed.code == 1
+    assert f"the decoder in {other} has fingerprint {fingerprints(other)[0]}" in without_traceback(failed)
+    assert not (tmp_path / "index" / "versions").exists()
+
+
 def test_an_index_refuses_a_checkpoint_of_another_training(workshop: Workshop, index: Path) -> None:
     other = workshop.root / "reconstruct" / "checkpoint"
     failed = ask(index, "--checkpoint", other)
