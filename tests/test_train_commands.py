@@ -294,6 +294,9 @@ def test_plot(workshop: Workshop, tmp_path: Path) -> None:
     assert set(done.json["panels"]) == expected
     assert set(done.json["panels"][gaps]) == {f"k={size}, p={p}" for size in (2, 4) for p in ("0", "0.1", "0.25")}
     assert any(name.startswith("reconstruct/k") for name in done.json["panels"]["loss, nats a token"])
+    policy = call("train", "plot", workshop.root / "policy", "-o", tmp_path / "policy.svg", "--json").json["panels"]
+    assert policy["loss of the policy"] == ["policy_loss", "warm_start_loss"]
+    assert {"reward, reward std", "held out: nats gained by the policy", "learning rate"} <= set(policy)
     shown = call("train", "plot", workshop.root / "policy")
     assert shown.out.strip() == str(workshop.root / "policy" / "metrics.png")
     assert (workshop.root / "policy" / "metrics.png").read_bytes().startswith(b"\x89PNG")
@@ -409,6 +412,14 @@ def bad_configs(shop: Workshop, tmp: Path) -> Iterator[tuple[list[object], int, 
         r"`refrag train` command, or add \[\[tasks\]\] with kind = 'instruct'",
     )
     yield (
+        [
+            *("train", "instruct", "reconstruct", "--set", "tasks.2.kind='instruct'", "--set", "tasks.2.weight=0"),
+            *("--set", "instructions=x"),
+        ],
+        2,
+        f"{instruct} has the tasks next-paragraph, reconstruct; expected instruct among them: .+",
+    )
+    yield (
         shop.arguments("reconstruct", tmp / "run", device="cuda"),
         2,
         "device is 'cuda', and PyTorch finds no CUDA device; expected cpu or auto on this machine",
@@ -467,6 +478,13 @@ def bad_data(shop: Workshop, tmp: Path) -> Iterator[tuple[list[object], int, str
         f"decoder is '{other}', and checkpoint {trained} was made with '{decoder}'; expected the same: leave decoder "
         f"out, or train a checkpoint for it from the start",
     )
+    (tmp / "damaged").mkdir()
+    (tmp / "damaged" / "token_shards.json").write_text("{")
+    yield (
+        shop.arguments("reconstruct", run, data=tmp / "damaged"),
+        1,
+        rf"{tmp}/damaged/token_shards.json is not JSON \(.+\); expected token shards: prepare them again",
+    )
     yield (
         shop.arguments("next-paragraph", run, checkpoint=tmp / "gone"),
         1,
@@ -489,10 +507,10 @@ def bad_data(shop: Workshop, tmp: Path) -> Iterator[tuple[list[object], int, str
     )
 
 
-@pytest.mark.parametrize("number", range(10))
+@pytest.mark.parametrize("number", range(11))
 @pytest.mark.parametrize("kind", [bad_configs, bad_data])
 def test_an_error_is_one_line_and_an_exit_code(workshop: Workshop, tmp_path: Path, kind: Any, number: int) -> None:
-    arguments, code, message = list(kind(workshop, tmp_path))[number]
+    arguments, code, message = [*kind(workshop, tmp_path)][number]
     failed = call(*arguments)
     assert failed.code == code, failed.err
     assert re.fullmatch(f"error: {message}", without_traceback(failed)), failed.err
@@ -500,7 +518,7 @@ def test_an_error_is_one_line_and_an_exit_code(workshop: Workshop, tmp_path: Pat
 
 
 def test_every_failure_is_tried(workshop: Workshop, tmp_path: Path) -> None:
-    assert [len(list(kind(workshop, tmp_path))) for kind in (bad_configs, bad_data)] == [10, 10]
+    assert [len(list(kind(workshop, tmp_path))) for kind in (bad_configs, bad_data)] == [11, 11]
 
 
 @pytest.mark.parametrize("name", ["state.json", "weights.safetensors", "optimizer.safetensors"])

@@ -31,6 +31,7 @@ def panels(lines: Sequence[Mapping[str, Any]]) -> list[Panel]:
     held_out = [line for line in lines if "held_out" in line]
     made = [
         Panel("loss, nats a token", _columns(logged, _losses)),
+        Panel("loss of the policy", _columns(logged, _fields(_POLICY_LOSSES))),
         *(Panel(", ".join(names).replace("_", " "), _columns(logged, _fields(names))) for names in _POLICY_PANELS),
         Panel("held out: gap closed, random expansion", _columns(held_out, _gaps)),
         Panel("held out: nats gained by the policy", _columns(held_out, _gains)),
@@ -51,7 +52,6 @@ def _columns(lines: Sequence[Mapping[str, Any]], values: Any) -> dict[str, Point
 def _losses(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     yield from line.get("losses", {}).items()
     yield from ((f"{name}, divergence", value) for name, value in line.get("divergences", {}).items())
-    yield from _fields(_POLICY_LOSSES)(line)
 
 
 def _fields(names: Sequence[str]) -> Any:

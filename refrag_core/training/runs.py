@@ -1,8 +1,8 @@
 """Training runs as the command line starts them: a stage's config, checked to be one, then the run and its result.
 
 Stages are trained one after another, each from the checkpoint before it: reconstruct, next-paragraph, policy,
-instruct. A config is of every stage whose own task is among its tasks, so that one run may mix several; that of a
-policy has no tasks and is of that stage alone.
+instruct. A config is of every stage whose own task is among its tasks (with a weight), so that one run may mix several;
+that of a policy has no tasks and is of that stage alone.
 """
 
 import json
@@ -73,7 +73,7 @@ def config_title(path: Path) -> str:
 def find_config(reference: str) -> Path:
     """The TOML file that `reference` means: a path, else the name of a shipped config. Raises ConfigError."""
     path = Path(reference)
-    return path if path.exists() else shipped_config(reference)
+    return path if path.is_file() else shipped_config(reference)
 
 
 def load_stage(stage: Stage, reference: str, overrides: Sequence[str] = (), output: Path | None = None) -> AnyConfig:
@@ -93,7 +93,7 @@ def load_stage(stage: Stage, reference: str, overrides: Sequence[str] = (), outp
             f"task: run `refrag train policy {reference}`"
         )
     config = parse_config(values)
-    kinds = sorted({task.kind for task in config.tasks})
+    kinds = sorted({task.kind for task in config.tasks if task.weight_at(0.0) or task.weight_at(1.0)})
     if stage not in kinds:
         raise ConfigError(
             f"{path} has the tasks {', '.join(kinds)}; expected {stage} among them: run another `refrag train` "
@@ -185,7 +185,7 @@ def _evaluation_rows(split: str, found: dict[str, Any]) -> Iterator[tuple[str, o
     for layout in ("next_paragraph", "shuffled"):
         for key, row in found.get(layout, {}).items():
             gain = row["gains"]["over_last"]
-            yield f"{split} {layout} k={key[11:]}", f"{gain['nats']:+.4f} nats a token better than the last chunks"
+            yield f"{split} {layout} k={key[11:]}", f"gains {gain['nats']:+.4f} nats a token over the last chunks"
     for key, row in found.items():
         if key.startswith("chunk_size_"):
             gaps = ", ".join(f"{by['random']:.3f} at p={p}" for p, by in row["gap_closed"].items())
