@@ -235,6 +235,9 @@ def test_the_shipped_configs_are_of_their_stages() -> None:
     for name in shipped_configs():
         stage: Any = "reconstruct" if name.startswith("reconstruct") else name
         assert load_stage(stage, name).output == f"runs/{name}"
+    joint = str(command_line.REPOSITORY / "benchmarks" / "training" / "joint.toml")
+    for mixed in ("reconstruct", "next-paragraph", "instruct"):
+        assert load_stage(mixed, joint) == load_stage("instruct", joint)  # type: ignore[arg-type]
     listed = call("train", "config")
     assert [line.split()[0] for line in listed.out.splitlines()] == list(shipped_configs())
     assert set(call("train", "config", "--json").json) == set(shipped_configs())
