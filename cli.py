@@ -47,6 +47,13 @@ class EngineName(StrEnum):
     LOCAL = "local"
 
 
+class EmbeddingDtypeName(StrEnum):
+    """Forms that an index holds chunk embeddings in."""
+
+    FLOAT16 = "float16"
+    INT8 = "int8"
+
+
 class RetrieverMode(StrEnum):
     """Where the passages of an evaluation's questions come from."""
 
@@ -96,6 +103,9 @@ ChunkSizeField = Annotated[
     str | None, typer.Option(help="Field with a document's importance in [0, 1]: important ones get smaller chunks.")
 ]
 MaxPassageTokens = Annotated[int, typer.Option(help="Tokens a passage at most.", min=1)]
+EmbeddingDtypeOption = Annotated[
+    EmbeddingDtypeName, typer.Option("--embedding-dtype", help="Storage of chunk embeddings; int8 has a scale a row.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
 Workers = Annotated[
     int | None, typer.Option(help="Tokenizing processes; 0 runs in this process. Default: CPUs - 1.", min=0)
@@ -183,12 +193,14 @@ def _build_options(
     chunk_size: int | None,
     chunk_size_field: str | None,
     max_passage_tokens: int,
+    embedding_dtype: EmbeddingDtypeName,
     device: str,
     **rest: Any,
 ) -> "BuildOptions":
     from refrag.pipelines.build import BuildOptions
     from refrag.pipelines.components import ModelOptions
     from refrag_core.corpus.sources import CorpusOptions
+    from refrag_core.models import DEFAULT_RETRIEVER
 
     return BuildOptions(
         corpus=CorpusOptions(
@@ -209,8 +221,9 @@ def _build_options(
             chunk_size=chunk_size,
             chunk_size_field=chunk_size_field,
             max_passage_tokens=max_passage_tokens,
+            embedding_dtype=embedding_dtype.value,
             device=device,
-            **({} if retriever is None else {"retriever": retriever}),
+            retriever=DEFAULT_RETRIEVER if retriever is None else retriever,
         ),
         **rest,
     )
@@ -238,6 +251,7 @@ def index_build(
     chunk_size: ChunkSize = None,
     chunk_size_field: ChunkSizeField = None,
     max_passage_tokens: MaxPassageTokens = 256,
+    embedding_dtype: EmbeddingDtypeOption = EmbeddingDtypeName.FLOAT16,
     id_field: IdField = "id",
     text_field: TextField = "text",
     metadata_fields: MetadataFields = None,
@@ -272,6 +286,7 @@ def index_build(
         chunk_size=chunk_size,
         chunk_size_field=chunk_size_field,
         max_passage_tokens=max_passage_tokens,
+        embedding_dtype=embedding_dtype,
         device=device,
         score=score,
         min_recall=min_recall,
@@ -334,6 +349,7 @@ def index_plan(
     chunk_size: ChunkSize = None,
     chunk_size_field: ChunkSizeField = None,
     max_passage_tokens: MaxPassageTokens = 256,
+    embedding_dtype: EmbeddingDtypeOption = EmbeddingDtypeName.FLOAT16,
     id_field: IdField = "id",
     text_field: TextField = "text",
     metadata_fields: MetadataFields = None,
@@ -365,6 +381,7 @@ def index_plan(
         chunk_size=chunk_size,
         chunk_size_field=chunk_size_field,
         max_passage_tokens=max_passage_tokens,
+        embedding_dtype=embedding_dtype,
         device=device,
         score=score,
         shard_bytes=shard_bytes,

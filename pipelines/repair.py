@@ -166,6 +166,7 @@ def _model_options(manifest: Manifest, options: RepairOptions) -> ModelOptions:
         chunk_size=manifest.parameters.chunk_size,
         chunk_size_field=manifest.parameters.chunk_size_field,
         max_passage_tokens=manifest.parameters.max_passage_tokens,
+        embedding_dtype=manifest.parameters.embedding_dtype,
         device=options.device,
     )
 

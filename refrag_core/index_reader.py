@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from refrag_core.embedding_storage import StoredRows
 from refrag_core.errors import CorruptIndexError
-from refrag_core.manifest import Manifest, Shard, read_manifest, read_tombstones
+from refrag_core.manifest import Manifest, Parameters, Shard, read_manifest, read_tombstones
 from refrag_core.storage import FileRecord, Store
-from refrag_core.tables import MappedColumn, open_table
+from refrag_core.tables import MappedColumn, map_embeddings, open_table
 from refrag_core.vector_index import VectorIndex
 
 
@@ -34,8 +35,8 @@ class FetchedPassage:
     tokens: npt.NDArray[np.int32]
     """`[t]` decoder tokens."""
     chunk_size: int
-    embeddings: npt.NDArray[np.float16]
-    """`[ceil(t / chunk_size), d_enc]` chunk embeddings."""
+    embeddings: StoredRows
+    """`[ceil(t / chunk_size), d_enc]` chunk embeddings, in the form that the index holds them in."""
     scores: npt.NDArray[np.float32] | None
     """`[ceil(t / chunk_size)]` mean negative log-likelihood a token, None without the column."""
 
@@ -58,7 +59,7 @@ class PassageDescription:
 class OpenShard:
     """The tables of one shard, mapped."""
 
-    def __init__(self, store: Store, shard: Shard, dim: int) -> None:
+    def __init__(self, store: Store, shard: Shard, parameters: Parameters) -> None:
         passages = store.path(shard.tables["passages"])
         self.shard = shard
         self._passages = passages
@@ -67,7 +68,8 @@ class OpenShard:
         self.num_chunks = self._column(passages, "num_chunks", "<i4")
         self.num_tokens = self._column(passages, "num_tokens", "<i4")
         self.tokens = MappedColumn(store.path(shard.tables["chunks"]), "tokens", "<i4", shard.chunk_size)
-        self.embeddings = MappedColumn(store.path(shard.tables["embeddings"]), "embedding", "<f2", dim)
+        embeddings = store.path(shard.tables["embeddings"])
+        self.embeddings = map_embeddings(embeddings, parameters.embedding_dim, parameters.embedding_dtype)
         has_scores = "scores" in shard.tables
         self.scores = MappedColumn(store.path(shard.tables["scores"]), "nll", "<f4") if has_scores else None
         self._check_rows()
@@ -142,8 +144,7 @@ class IndexReader:
     def shard(self, number: int) -> OpenShard:
         """The tables of shard `number`, opened once."""
         if number not in self._shards:
-            dim = self.manifest.parameters.embedding_dim
-            self._shards[number] = OpenShard(self.store, self.manifest.shards[number], dim)
+            self._shards[number] = OpenShard(self.store, self.manifest.shards[number], self.manifest.parameters)
         return self._shards[number]
 
     @cached_property

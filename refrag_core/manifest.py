@@ -18,6 +18,7 @@ import jsonschema
 
 from refrag.schemas import FORMAT, FORMAT_VERSION, manifest_schema
 from refrag_core.digests import JSON, canonical_json, digest_json
+from refrag_core.embedding_storage import EmbeddingDtype
 from refrag_core.errors import CommitConflictError, CorruptIndexError, IndexNotFoundError
 from refrag_core.storage import FileRecord, Store, check_name
 from refrag_core.tables import iterate_rows
@@ -53,7 +54,7 @@ class Parameters:
     chunk_size: int
     chunk_size_field: str | None
     embedding_dim: int
-    embedding_dtype: str
+    embedding_dtype: EmbeddingDtype
     vector_dim: int
 
 

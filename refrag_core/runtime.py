@@ -21,6 +21,7 @@ from refrag_core.chunking import ChunkingOptions, chunk_rows, cut_passages, pass
 from refrag_core.composition import Composed, ContextPassage, compose, pad_batch
 from refrag_core.decoder import FINISHED, Decoder, TextStream
 from refrag_core.devices import resolve_device
+from refrag_core.embedding_storage import concatenate_rows, store_rows
 from refrag_core.encoder import ChunkEncoder
 from refrag_core.errors import FingerprintMismatchError, UntrainedProjectionError
 from refrag_core.index_reader import FetchedPassage, IndexReader, PassageRef
@@ -215,7 +216,8 @@ class Runtime:
         made, occurrences = [], Counter[str]()
         for passage in cut_passages(text, tokens, options):
             ids = tokens.ids[passage.token_start : passage.token_end]
-            embeddings = self.chunk_encoder.encode(*chunk_rows(ids, parameters.chunk_size))
+            encoded = self.chunk_encoder.encode(*chunk_rows(ids, parameters.chunk_size))
+            embeddings = store_rows(encoded, parameters.embedding_dtype)
             given = GivenPassage(name, passage.text, passage_id(name, passage.text, occurrences[passage.text]).hex())
             occurrences[passage.text] += 1
             made.append((given, FetchedPassage(ids, parameters.chunk_size, embeddings, None)))
@@ -238,7 +240,7 @@ class Runtime:
         num_chunks = sum(len(passage.embeddings) for passage in fetched)
         logits = nll = None
         if options.policy == "learned" and num_chunks:
-            embeddings = np.concatenate([passage.embeddings for passage in fetched])
+            embeddings = concatenate_rows([passage.embeddings for passage in fetched])
             logits = policy_logits(self.policy, embeddings, query if self.policy.query_dim else None)
         if all(passage.scores is not None for passage in fetched) and fetched:
             nll = np.concatenate([passage.scores for passage in fetched if passage.scores is not None])

@@ -9,13 +9,14 @@ is read the ordinary way, once, into memory.
 import mmap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from refrag_core.embedding_storage import EmbeddingDtype, Int8Rows, StoredRows
 from refrag_core.errors import CorruptIndexError
 
 PASSAGE_ROWS_A_GROUP = 2048
@@ -186,3 +187,31 @@ class MappedColumn:
         """The whole column in order, at most `rows` at a time."""
         for start in range(0, self.num_rows, rows):
             yield self.slice(start, min(start + rows, self.num_rows))
+
+
+class EmbeddingColumn(Protocol):
+    """Chunk embeddings of a shard, mapped: whatever form they are stored in."""
+
+    num_rows: int
+
+    def slice(self, start: int, stop: int) -> StoredRows:
+        """Rows `[start, stop)`: views of the map where they are contiguous."""
+
+
+class MappedInt8Rows:
+    """The columns `embedding` (codes int8 `[n, dim]`) and `scale` (float32 `[n]`) of one file, mapped."""
+
+    def __init__(self, path: Path, dim: int) -> None:
+        self._codes = MappedColumn(path, "embedding", "i1", dim)
+        self._scales = MappedColumn(path, "scale", "<f4")
+        self.num_rows = self._codes.num_rows
+        self.mapped = self._codes.mapped and self._scales.mapped
+
+    def slice(self, start: int, stop: int) -> Int8Rows:
+        """Rows `[start, stop)`, not multiplied out."""
+        return Int8Rows(self._codes.slice(start, stop), self._scales.slice(start, stop))
+
+
+def map_embeddings(path: Path, dim: int, dtype: EmbeddingDtype) -> EmbeddingColumn:
+    """Map a shard's chunk embeddings. Raises CorruptIndexError where the file holds another form or width."""
+    return MappedInt8Rows(path, dim) if dtype == "int8" else MappedColumn(path, "embedding", "<f2", dim)

@@ -6,11 +6,14 @@ from typing import Any
 
 import numpy as np
 
+from refrag.schemas import arrow
 from refrag_core.digests import digest_file
+from refrag_core.embedding_storage import LARGEST_CODE
 from refrag_core.errors import CorruptIndexError, IndexNotFoundError
 from refrag_core.manifest import (
     CURRENT,
     Manifest,
+    Parameters,
     Shard,
     content_id,
     list_versions,
@@ -19,8 +22,10 @@ from refrag_core.manifest import (
     version_name,
 )
 from refrag_core.storage import FileRecord, Store
-from refrag_core.tables import open_table
+from refrag_core.tables import MappedInt8Rows, open_table
 from refrag_core.vector_index import VectorIndex
+
+_ROWS_A_BLOCK = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +126,7 @@ def _check_file(store: Store, record: FileRecord) -> list[Problem]:
 def _check_content(store: Store, manifest: Manifest) -> Iterator[Problem]:
     for shard in manifest.shards:
         yield from _check_shard(store, shard)
+        yield from _check_embeddings(store, shard, manifest.parameters)
     yield from _check_segments(store, manifest)
     documents = ((live.document_id, live.content_digest) for live in live_documents(store, manifest))
     if content_id(documents, manifest.components, manifest.parameters) != manifest.content_id:
@@ -145,6 +151,25 @@ def _check_shard(store: Store, shard: Shard) -> Iterator[Problem]:
             yield Problem(name, f"{rows} rows, expected {expected[table]}")
     if not wrong:
         yield from _check_references(store, shard)
+
+
+def _check_embeddings(store: Store, shard: Shard, parameters: Parameters) -> Iterator[Problem]:
+    """The chunk embeddings have the form that the manifest says; int8 ones hold what quantising can give."""
+    name, dim, dtype = shard.tables["embeddings"], parameters.embedding_dim, parameters.embedding_dtype
+    with open_table(store.path(name)) as file:
+        found = file.schema_arrow
+    if not found.equals(arrow.embeddings(dim, dtype)):
+        yield Problem(name, f"its columns are not those of {dim} entries a chunk in {dtype}")
+    elif dtype == "int8" and not _are_codes(MappedInt8Rows(store.path(name), dim)):
+        yield Problem(name, f"a scale is negative or not finite, or a code lies outside -{LARGEST_CODE}…{LARGEST_CODE}")
+
+
+def _are_codes(rows: MappedInt8Rows) -> bool:
+    blocks = (rows.slice(start, start + _ROWS_A_BLOCK) for start in range(0, rows.num_rows, _ROWS_A_BLOCK))
+    return all(
+        bool((np.isfinite(block.scales) & (block.scales >= 0)).all() and (block.codes >= -LARGEST_CODE).all())
+        for block in blocks
+    )
 
 
 def _columns(store: Store, name: str, *columns: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 A shard is one row group a file and rows follow (document_id, passage ordinal, chunk ordinal). Widths that
 depend on the models are fixed-size binary, little-endian, so that a reader can map them in place:
-`tokens` int32 `[chunk_size]`, `embedding` float16 `[d_enc]`, `vector` float16 `[d_ret]`.
+`tokens` int32 `[chunk_size]`, `embedding` float16 or int8 `[d_enc]`, `vector` float16 `[d_ret]`.
 """
 
 import pyarrow as pa
@@ -100,8 +100,11 @@ def chunks(chunk_size: int) -> pa.Schema:
     )
 
 
-def embeddings(dim: int) -> pa.Schema:
-    """Schema of a shard's chunk embeddings, row for row with its chunks."""
+def embeddings(dim: int, dtype: str = "float16") -> pa.Schema:
+    """Schema of a shard's chunk embeddings, row for row with its chunks; int8 codes have their scales beside them."""
+    if dtype == "int8":
+        codes = _required("embedding", pa.binary(dim), dtype="int8", dim=str(dim))
+        return pa.schema([codes, _required("scale", pa.float32(), note="entry = code × scale")])
     return pa.schema([_required("embedding", pa.binary(2 * dim), dtype="float16", dim=str(dim))])
 
 
