@@ -54,6 +54,13 @@ class EmbeddingDtypeName(StrEnum):
     INT8 = "int8"
 
 
+class TablesName(StrEnum):
+    """Tables that an index has, or that are read."""
+
+    PARQUET = "parquet"
+    LANCE = "lance"
+
+
 class RetrieverMode(StrEnum):
     """Where the passages of an evaluation's questions come from."""
 
@@ -106,6 +113,11 @@ MaxPassageTokens = Annotated[int, typer.Option(help="Tokens a passage at most.",
 EmbeddingDtypeOption = Annotated[
     EmbeddingDtypeName, typer.Option("--embedding-dtype", help="Storage of chunk embeddings; int8 has a scale a row.")
 ]
+BuiltTables = Annotated[
+    TablesName | None,
+    typer.Option("--tables", help="lance: LanceDB tables beside the Parquet shards. Default: what the index has."),
+]
+ReadTables = Annotated[TablesName, typer.Option("--tables", help="Which tables passages are read from.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
 Workers = Annotated[
     int | None, typer.Option(help="Tokenizing processes; 0 runs in this process. Default: CPUs - 1.", min=0)
@@ -260,6 +272,7 @@ def index_build(
     device: Device = "auto",
     workers: Workers = None,
     score: Score = False,
+    tables: BuiltTables = None,
     min_recall: MinRecall = 0.95,
     index_memory_bytes: IndexMemoryBytes = None,
     shard_bytes: ShardBytes = None,
@@ -289,6 +302,7 @@ def index_build(
         embedding_dtype=embedding_dtype,
         device=device,
         score=score,
+        tables=tables and tables.value,
         min_recall=min_recall,
         index_memory_bytes=index_memory_bytes,
         shard_bytes=shard_bytes,
@@ -358,6 +372,7 @@ def index_plan(
     device: Device = "auto",
     workers: Workers = None,
     score: Score = False,
+    tables: BuiltTables = None,
     shard_bytes: ShardBytes = None,
     delete_missing: DeleteMissing = False,
     retry_quarantined: RetryQuarantined = False,
@@ -384,6 +399,7 @@ def index_plan(
         embedding_dtype=embedding_dtype,
         device=device,
         score=score,
+        tables=tables and tables.value,
         shard_bytes=shard_bytes,
         delete_missing=delete_missing,
         retry_quarantined=retry_quarantined,
@@ -555,11 +571,18 @@ def _open_runtime(
     checkpoint: str | None,
     device: str,
     chunk_cache: Path | None = None,
+    tables: TablesName = TablesName.PARQUET,
 ) -> "Runtime":
     from refrag_core.runtime import Runtime
 
     runtime = Runtime.open(
-        index, decoder=decoder, retriever=retriever, checkpoint=checkpoint, device=device, chunk_cache=chunk_cache
+        index,
+        decoder=decoder,
+        retriever=retriever,
+        checkpoint=checkpoint,
+        device=device,
+        chunk_cache=chunk_cache,
+        tables=tables.value,
     )
     if not runtime.trained:
         _warn(
@@ -609,12 +632,13 @@ def ask(
     decoder: Decoder = None,
     retriever: Retriever = None,
     checkpoint: Checkpoint = None,
+    tables: ReadTables = TablesName.PARQUET,
     device: Device = "auto",
     as_json: JsonFlag = False,
 ) -> None:
     """Answer a question from an index, with the passages used and a latency breakdown."""
     given = {str(path): _read_text(path) for path in context or []}
-    runtime = _open_runtime(index, decoder, retriever, checkpoint, device, chunk_cache)
+    runtime = _open_runtime(index, decoder, retriever, checkpoint, device, chunk_cache, tables)
     options = _ask_options(
         runtime,
         policy,

@@ -14,9 +14,10 @@ import numpy.typing as npt
 
 from refrag_core.embedding_storage import StoredRows
 from refrag_core.errors import CorruptIndexError
+from refrag_core.lance_tables import LanceReader
 from refrag_core.manifest import Manifest, Parameters, Shard, read_manifest, read_tombstones
 from refrag_core.storage import FileRecord, Store
-from refrag_core.tables import MappedColumn, map_embeddings, open_table
+from refrag_core.tables import MappedColumn, TableFormat, map_embeddings, open_table
 from refrag_core.vector_index import VectorIndex
 
 
@@ -104,18 +105,21 @@ class OpenShard:
         with open_table(self._passages) as file:
             rows_a_group = file.metadata.row_group(0).num_rows
             group = file.read_row_group(row // rows_a_group)
-        entry = group.slice(row % rows_a_group, 1).to_pylist()[0]
-        return PassageDescription(
-            passage_id=entry["passage_id"].hex(),
-            document_id=entry["document_id"],
-            ordinal=entry["ordinal"],
-            char_start=entry["char_start"],
-            char_end=entry["char_end"],
-            num_tokens=entry["num_tokens"],
-            num_chunks=entry["num_chunks"],
-            text=entry["text"],
-            metadata=json.loads(entry["metadata"]),
-        )
+        return _description(group.slice(row % rows_a_group, 1).to_pylist()[0])
+
+
+def _description(entry: Mapping[str, Any]) -> PassageDescription:
+    return PassageDescription(
+        passage_id=entry["passage_id"].hex(),
+        document_id=entry["document_id"],
+        ordinal=entry["ordinal"],
+        char_start=entry["char_start"],
+        char_end=entry["char_end"],
+        num_tokens=entry["num_tokens"],
+        num_chunks=entry["num_chunks"],
+        text=entry["text"],
+        metadata=json.loads(entry["metadata"]),
+    )
 
 
 class IndexReader:
@@ -124,15 +128,18 @@ class IndexReader:
     Args:
         root: the index's folder.
         version: the generation; the newest by default.
+        tables: where passages are read from: the mapped Parquet shards, or the LanceDB tables if the index has them.
 
     Raises IndexNotFoundError, and CorruptIndexError for an altered manifest or a missing or cut file (digests of
     whole files are the business of `refrag index verify`).
     """
 
-    def __init__(self, root: Path, version: int | None = None) -> None:
+    def __init__(self, root: Path, version: int | None = None, *, tables: TableFormat = "parquet") -> None:
         self.store = Store(root)
         self.manifest: Manifest = read_manifest(self.store, version)
         check_sizes(self.store, self.manifest.files.values())
+        self.tables = tables
+        self._lance = LanceReader(self.store, self.manifest) if tables == "lance" else None
         self._shards: dict[int, OpenShard] = {}
         numbers = {shard.name: number for number, shard in enumerate(self.manifest.shards)}
         self._segment_shards = [[numbers[name] for name in segment.shards] for segment in self.manifest.segments]
@@ -189,12 +196,21 @@ class IndexReader:
         return [(self.locate(int(segment), int(row)), float(score)) for score, segment, row in hits if row >= 0]
 
     def fetch(self, refs: Sequence[PassageRef]) -> list[FetchedPassage]:
-        """Tokens and embeddings of passages, from the maps."""
-        return [self.shard(ref.shard).fetch(ref.row) for ref in refs]
+        """Tokens and embeddings of passages: from the maps, or from LanceDB tables in one read."""
+        if self._lance is None:
+            return [self.shard(ref.shard).fetch(ref.row) for ref in refs]
+        shards = [self.manifest.shards[ref.shard] for ref in refs]
+        found = self._lance.fetch([(shard.name, ref.row) for shard, ref in zip(shards, refs, strict=True)])
+        return [
+            FetchedPassage(rows.tokens, shard.chunk_size, rows.embeddings, rows.scores)
+            for shard, rows in zip(shards, found, strict=True)
+        ]
 
     def describe(self, ref: PassageRef) -> PassageDescription:
         """Text and metadata of one passage."""
-        return self.shard(ref.shard).describe(ref.row)
+        if self._lance is None:
+            return self.shard(ref.shard).describe(ref.row)
+        return _description(self._lance.passage(self.manifest.shards[ref.shard].name, ref.row))
 
 
 def check_sizes(store: Store, files: Sequence[FileRecord] | Any) -> None:

@@ -138,6 +138,25 @@ class TombstoneInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class LanceTable:
+    """One LanceDB table and the version of it that is this generation's."""
+
+    folder: str
+    version: int
+    manifest: str
+    """Name of the version's own manifest file."""
+
+
+@dataclass(frozen=True, slots=True)
+class LanceInfo:
+    """The LanceDB tables of a generation."""
+
+    shards: Sequence[str]
+    """The shard behind each fragment, in the order of the fragments; the same in every table."""
+    tables: Mapping[str, LanceTable]
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointInfo:
     """The folder that holds the projection, the policy and the prompt template."""
 
@@ -171,6 +190,8 @@ class Manifest:
     tombstones: TombstoneInfo | None
     checkpoint: CheckpointInfo
     files: Mapping[str, FileRecord] = field(default_factory=dict)
+    lance: LanceInfo | None = None
+    """None for an index whose only tables are the Parquet shards."""
 
     @property
     def build_id(self) -> str:
@@ -260,6 +281,7 @@ def _check_references(manifest: Manifest, where: str) -> None:
     named = {name for shard in manifest.shards for name in shard.tables.values()}
     named |= {segment.file for segment in manifest.segments} | {manifest.vector_index.quantizer}
     named |= {info.file for info in (manifest.quarantine, manifest.tombstones) if info and info.file}
+    named |= {table.manifest for table in manifest.lance.tables.values()} if manifest.lance else set()
     unlisted = sorted(named - set(manifest.files))
     if unlisted:
         raise CorruptIndexError(f"{where} names {unlisted[0]} but lists no digest for it. {_REFETCH}")
@@ -284,7 +306,14 @@ def _from_json(body: Mapping[str, Any]) -> Manifest:
         tombstones=TombstoneInfo(**body["tombstones"]) if body["tombstones"] else None,
         checkpoint=CheckpointInfo(**body["checkpoint"]),
         files={name: FileRecord(name, **record) for name, record in body["files"].items()},
+        lance=_lance_from_json(body.get("lance")),
     )
+
+
+def _lance_from_json(body: Mapping[str, Any] | None) -> LanceInfo | None:
+    if body is None:
+        return None
+    return LanceInfo(body["shards"], {name: LanceTable(**table) for name, table in body["tables"].items()})
 
 
 def list_versions(store: Store) -> list[int]:

@@ -28,6 +28,7 @@ from refrag_core.index_reader import FetchedPassage, IndexReader, PassageRef
 from refrag_core.models import fingerprint_tokenizer, resolve_model
 from refrag_core.policy import PolicyName, policy_logits, select
 from refrag_core.retrieval import Searcher, matching_retriever
+from refrag_core.tables import TableFormat
 
 Mask = npt.NDArray[np.bool_]
 
@@ -174,6 +175,7 @@ class Runtime:
         retriever: str | None = None,
         checkpoint: str | None = None,
         chunk_cache: Path | None = None,
+        tables: TableFormat = "parquet",
         device: str = "auto",
     ) -> "Runtime":
         """Open a generation of the index at `root`: verify its manifest, map its tables, load the models.
@@ -181,12 +183,13 @@ class Runtime:
         Args:
             decoder, retriever, checkpoint: references in place of those that the index names.
             chunk_cache: file that keeps the chunk embeddings of text outside the index between runs.
+            tables: read the mapped Parquet shards, or the LanceDB tables (the same answers, slower).
 
         Raises CorruptIndexError, ModelNotFoundError, and FingerprintMismatchError when a model is not the one that
         the index was made for.
         """
         device = resolve_device(device)
-        reader = IndexReader(root, version)
+        reader = IndexReader(root, version, tables=tables)
         opened = load_checkpoint(checkpoint or str(reader.store.path(reader.manifest.checkpoint.folder)))
         _check_encode_fingerprint(opened, reader)
         folder = resolve_model(decoder) if decoder else opened.decoder_folder()

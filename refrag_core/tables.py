@@ -9,7 +9,7 @@ is read the ordinary way, once, into memory.
 import mmap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,9 @@ from refrag_core.errors import CorruptIndexError
 
 PASSAGE_ROWS_A_GROUP = 2048
 """Row group of the passages table: showing one passage decompresses the text of at most so many."""
+
+TableFormat = Literal["parquet", "lance"]
+"""Tables that an index may have: the Parquet shards, which are always there, or LanceDB tables beside them."""
 
 _ONE_PAGE = 1 << 31
 _MAX_PAGE_HEADER = 256

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from refrag.schemas import arrow
+from refrag_core import lance_tables
 from refrag_core.digests import digest_file
 from refrag_core.embedding_storage import LARGEST_CODE
 from refrag_core.errors import CorruptIndexError, IndexNotFoundError
@@ -73,7 +74,7 @@ def verify_index(store: Store, on_file: Callable[[FileRecord], None] | None = No
         files=len(files) + len(manifests) + 1,
         bytes=sum(record.bytes for record in files.values()),
         problems=tuple(problems),
-        unlisted=tuple(name for name in store.files() if name not in named),
+        unlisted=tuple(name for name in store.files() if name not in named and not lance_tables.is_private(name)),
     )
 
 
@@ -128,6 +129,7 @@ def _check_content(store: Store, manifest: Manifest) -> Iterator[Problem]:
         yield from _check_shard(store, shard)
         yield from _check_embeddings(store, shard, manifest.parameters)
     yield from _check_segments(store, manifest)
+    yield from _check_lance(store, manifest)
     documents = ((live.document_id, live.content_digest) for live in live_documents(store, manifest))
     if content_id(documents, manifest.components, manifest.parameters) != manifest.content_id:
         yield Problem(manifest.name, "the documents' digests do not give its content id")
@@ -203,3 +205,15 @@ def _check_segments(store: Store, manifest: Manifest) -> Iterator[Problem]:
         rows = VectorIndex.open([store.path(segment.file)], nprobe=1).num_rows
         if not rows == segment.rows == sum(passages[name] for name in segment.shards):
             yield Problem(segment.file, f"{rows} vectors, expected {segment.rows}")
+
+
+def _check_lance(store: Store, manifest: Manifest) -> Iterator[Problem]:
+    """The LanceDB tables hold the live rows, as far as that can be told here: without Lance, digests have to do."""
+    if manifest.lance is None or not lance_tables.is_installed():
+        return
+    if {shard.name for shard in manifest.shards} != set(manifest.lance.shards):
+        yield Problem(manifest.name, "its LanceDB tables hold other shards than it lists")
+    expected = {name: getattr(manifest.counts, name) for name in lance_tables.TABLES}
+    for table, rows in lance_tables.count_rows(store, manifest.lance).items():
+        if rows != expected[table]:
+            yield Problem(manifest.lance.tables[table].manifest, f"{rows} rows, expected {expected[table]}")

@@ -12,9 +12,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = ("refrag.schemas", "refrag_core", "refrag.pipelines", "refrag.cli")
 FOLDERS = {"schemas": "refrag.schemas", "refrag_core": "refrag_core", "pipelines": "refrag.pipelines"}
-HEAVY = {"torch", "transformers", "faiss", "ray", "apache_beam", "pyarrow.dataset", "tokenizers", "lancedb"}
+HEAVY = {"torch", "transformers", "faiss", "ray", "apache_beam", "pyarrow.dataset", "tokenizers", "lance", "lancedb"}
 ONLY_IN = {
     "faiss": {"refrag_core/vector_index.py"},
+    "lance": {"refrag_core/lance_tables.py"},
+    "lancedb": {"refrag_core/lance_tables.py"},
     "typer": {"cli.py"},
     "ray": {"pipelines/engines/ray.py"},
     "apache_beam": {"pipelines/engines/beam.py"},
