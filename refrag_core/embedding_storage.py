@@ -86,9 +86,9 @@ def read_rows(stored: StoredRows) -> Rows:
 def concatenate_rows(parts: Sequence[StoredRows]) -> StoredRows:
     """All rows of `parts` (at least one), in order; codes stay codes unless they meet floats."""
     codes = [part for part in parts if isinstance(part, Int8Rows)]
-    if len(codes) == len(parts):
+    if codes and len(codes) == len(parts):
         return Int8Rows(np.concatenate([c.codes for c in codes]), np.concatenate([c.scales for c in codes]))
-    joined: Rows = np.concatenate([read_rows(part) for part in parts])
+    joined: Rows = np.concatenate([read_rows(part) for part in parts] if codes else parts)  # type: ignore[arg-type]
     return joined
 
 

@@ -91,13 +91,13 @@ class OpenShard:
 
     def fetch(self, row: int) -> FetchedPassage:
         """Tokens and embeddings of the passage in `row`: views of the map where they are contiguous."""
-        start = int(self.first_chunk[row])
-        stop = start + int(self.num_chunks[row])
+        start = self.first_chunk.item(row)
+        stop, size = start + self.num_chunks.item(row), self.shard.chunk_size
         return FetchedPassage(
-            tokens=self.tokens.slice(start, stop).reshape(-1)[: int(self.num_tokens[row])],
-            chunk_size=self.shard.chunk_size,
-            embeddings=self.embeddings.slice(start, stop),
-            scores=None if self.scores is None else self.scores.slice(start, stop),
+            self.tokens.elements(start * size, start * size + self.num_tokens.item(row)),
+            size,
+            self.embeddings.slice(start, stop),
+            None if self.scores is None else self.scores.slice(start, stop),
         )
 
     def describe(self, row: int) -> PassageDescription:

@@ -134,6 +134,8 @@ class MappedColumn:
             self.mapped = views is not None
             self._views = views if views is not None else [self._read(file, name)]
         self._rows_a_group = max(1, len(self._views[0])) if self._views else 1
+        self._whole = self._views[0] if len(self._views) == 1 else None
+        self._flat = None if self._whole is None else self._whole.reshape(-1)
 
     def _row_bytes(self) -> int:
         return self._dtype.itemsize * max(1, self._width)
@@ -174,8 +176,8 @@ class MappedColumn:
 
     def slice(self, start: int, stop: int) -> npt.NDArray[Any]:
         """Rows `[start, stop)`: a view where they lie in one row group, else a copy."""
-        if len(self._views) == 1:
-            return self._views[0][start:stop]
+        if self._whole is not None:
+            return self._whole[start:stop]
         if not self._views:
             return self._shaped(np.empty(0, self._dtype))
         first, last = start // self._rows_a_group, max(start, stop - 1) // self._rows_a_group
@@ -185,6 +187,14 @@ class MappedColumn:
         bounds = [group * self._rows_a_group for group in range(first, last + 1)]
         parts = [self._views[first + i][max(0, start - base) : stop - base] for i, base in enumerate(bounds)]
         return np.concatenate(parts)
+
+    def elements(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Elements `[start, stop)` of the rows laid end to end: a view where they lie in one row group."""
+        if self._flat is not None:
+            return self._flat[start:stop]
+        width = max(1, self._width)
+        first = start // width
+        return self.slice(first, -(-stop // width)).reshape(-1)[start - first * width : stop - first * width]
 
     def blocks(self, rows: int = 16384) -> Iterator[npt.NDArray[Any]]:
         """The whole column in order, at most `rows` at a time."""

@@ -40,6 +40,7 @@ def test_what_is_written_is_mapped_in_place(tmp_path: Path, values: np.ndarray, 
     assert np.array_equal(column.slice(0, len(some)), some)
     assert np.array_equal(column.slice(100, 190), some[100:190])
     assert column.slice(3, 3).shape == (0, DIM)
+    assert np.array_equal(column.elements(70, 90 * DIM + 5), some.reshape(-1)[70 : 90 * DIM + 5])
     assert np.array_equal(np.concatenate(list(column.blocks(300))), some)
 
 
