@@ -517,9 +517,22 @@ class LanceReader:
         return dict(table.to_pylist()[0])
 
 
-def count_rows(store: Store, info: LanceInfo) -> dict[str, int]:
-    """Rows of each table in its recorded version."""
-    return {name: int(_at(store, table).count_rows()) for name, table in info.tables.items()}
+def differences(store: Store, manifest: Manifest, table: str) -> Iterator[str]:
+    """What a table's recorded version has otherwise than the manifest says, in words; nothing of a whole one."""
+    if manifest.lance is None:
+        return
+    dataset = _at(store, manifest.lance.tables[table])
+    rows, expected = dataset.count_rows(), getattr(manifest.counts, table)
+    if rows != expected:
+        yield f"{rows} rows, expected {expected}"
+    if not dataset.schema.equals(LiveRows(manifest.shards, manifest.parameters, {}).schema(table)):
+        yield "its columns are not those of the Parquet shards"
+    fragments = len(dataset.get_fragments())
+    if fragments != len(manifest.lance.shards):
+        yield f"{fragments} fragments, expected one for each of {len(manifest.lance.shards)} shards"
+    unlisted = sorted(set(_files_of(store, table, dataset.version)) - set(manifest.files))
+    if unlisted:
+        yield f"{unlisted[0]} is part of it, and the manifest lists no digest for it"
 
 
 def records_of(manifest: Manifest) -> dict[str, FileRecord]:

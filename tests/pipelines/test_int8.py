@@ -191,7 +191,11 @@ def set_negative(rows: Int8Rows) -> None:
     rows.scales[0] = -1.0
 
 
-@pytest.mark.parametrize("damage", [set_code, set_nan, set_negative])
+def set_zero(rows: Int8Rows) -> None:
+    rows.scales[0] = 0.0
+
+
+@pytest.mark.parametrize("damage", [set_code, set_nan, set_negative, set_zero])
 def test_verify_finds_what_quantising_cannot_give(small: SmallIndex, damage: Callable[[Int8Rows], None]) -> None:
     small.build()
     chunks = read_manifest(Store(small.path)).shards[0].chunks
@@ -199,7 +203,7 @@ def test_verify_finds_what_quantising_cannot_give(small: SmallIndex, damage: Cal
     damage(rows)
     _, name = forged(small, rows, arrow.embeddings(48, "int8"))
     assert [(p.file, p.found) for p in verify_index(Store(small.path)).problems] == [
-        (name, "a scale is negative or not finite, or a code lies outside -127…127")
+        (name, "some scale or code is none that quantising gives")
     ]
 
 

@@ -2,6 +2,7 @@
 
 import builtins
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,9 @@ from refrag_core.manifest import Manifest, encode_manifest, read_manifest
 from refrag_core.runtime import AskOptions, Runtime
 from refrag_core.storage import Store
 from refrag_core.verification import verify_index
-from tests.small_index import SmallIndex, documents
+from tests import command_line
+from tests.faults.kill_builds import build_arguments
+from tests.small_index import SmallIndex, documents, write_jsonl
 
 FIRST = documents(16)
 SECOND = [*FIRST[3:], {"id": "doc-0001", "text": "Edited: a harbour of copper."}, {"id": "new", "text": "A new king."}]
@@ -312,6 +315,40 @@ def test_a_killed_first_build_leaves_no_row_twice(
     assert by_place(lance_rows(small.path)) == by_place(parquet_rows(small.path))
 
 
+@pytest.mark.slow
+def test_kill_9_at_eight_moments_of_an_update(tmp_path: Path, own_cache: Path) -> None:
+    """The moments are spread over the last third of a build, where the tables are written."""
+    index = tmp_path / "index"
+    arguments = [*build_arguments(tmp_path, index), "--tables", "lance", "--delete-missing"]
+    write_jsonl(tmp_path / "corpus" / "records.jsonl", FIRST)
+    assert command_line.run(*arguments).code == 0
+    shutil.copytree(index, tmp_path / "before")
+    write_jsonl(tmp_path / "corpus" / "records.jsonl", SECOND)
+    started = time.monotonic()
+    assert command_line.run(*arguments).code == 0
+    longest = time.monotonic() - started
+    expected = read_manifest(Store(index)).content_id
+    shutil.rmtree(index)
+    shutil.copytree(tmp_path / "before", index)
+    killed = [kill_after_with(arguments, longest * (2 / 3 + at / 24)) for at in range(8)]
+    assert any(killed)
+    assert command_line.run(*arguments).code == 0
+    assert read_manifest(Store(index)).content_id == expected
+    assert by_place(lance_rows(index)) == by_place(parquet_rows(index))
+    assert verify_index(Store(index)).problems == ()
+
+
+def kill_after_with(arguments: list[str], seconds: float) -> bool:
+    """Start a command and kill it; False when it had ended by then."""
+    process = command_line.start(*arguments)
+    time.sleep(seconds)
+    if process.poll() is not None:
+        command_line.finish(process)
+        return False
+    command_line.kill_group(process)
+    return True
+
+
 def test_another_writer_is_noticed_and_set_right(small: SmallIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     small.write([*SECOND[2:], {"id": "newer", "text": "An even newer king of glass."}])
     real = lance_tables._write_fragment
@@ -379,6 +416,37 @@ def test_verify_counts_rows(small: SmallIndex) -> None:
     problems = verify_index(store).problems
     expected = f"{first.counts.chunks} rows, expected {manifest.counts.chunks}"
     assert [(problem.file, problem.found) for problem in problems] == [(old.manifest, expected)]
+
+
+def test_verify_finds_a_file_without_a_digest(small: SmallIndex) -> None:
+    manifest = read_manifest(Store(small.path))
+    name = lance_file(manifest, "/data/")
+    files = {known: record for known, record in manifest.files.items() if known != name}
+    (small.path / manifest.name).write_bytes(encode_manifest(replace(manifest, files=files)))
+    found = [problem.found for problem in verify_index(Store(small.path)).problems]
+    assert found == [f"{name} is part of it, and the manifest lists no digest for it"]
+
+
+def test_verify_finds_other_columns_and_fragments(small: SmallIndex) -> None:
+    """What another program made of a table under a manifest that lists all of its files."""
+    store, path = Store(small.path), small.path / "lance" / "chunks.lance"
+    manifest = read_manifest(store)
+    assert manifest.lance is not None
+    rows = lance.dataset(str(path)).to_table().drop_columns(["nll"])
+    written = lance.write_dataset(rows, str(path), mode="overwrite")
+    names = lance_tables._files_of(store, "chunks", written.version)
+    table = replace(
+        manifest.lance.tables["chunks"],
+        version=written.version,
+        manifest=next(name for name in names if name.endswith(".manifest")),
+    )
+    info = replace(manifest.lance, tables={**manifest.lance.tables, "chunks": table})
+    files = {**manifest.files, **{name: store.record(name) for name in names}}
+    (small.path / manifest.name).write_bytes(encode_manifest(replace(manifest, lance=info, files=files)))
+    assert [problem.found for problem in verify_index(store).problems] == [
+        "its columns are not those of the Parquet shards",
+        f"1 fragments, expected one for each of {len(manifest.shards)} shards",
+    ]
 
 
 def test_other_shards_than_the_manifests(small: SmallIndex) -> None:
