@@ -222,7 +222,8 @@ def with_lance(store: Store, draft: Manifest, parent: Manifest | None) -> Manife
     """
     rows = LiveRows(draft.shards, draft.parameters, read_tombstones(store, draft))
     info, names = write_tables(store, rows, draft.content_id, parent)
-    known = {} if parent is None else dict(parent.files)
+    # Fragments that stay need not be read again. Without any, a name may come back with other bytes.
+    known = {} if parent is None or parent.lance is None else dict(parent.files)
     files = dict(draft.files) | {name: known.get(name) or store.settle(name) for name in names}
     return replace(draft, lance=info, files={name: files[name] for name in sorted(files)})
 
