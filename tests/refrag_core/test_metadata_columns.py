@@ -140,7 +140,12 @@ def test_decoding_happens_once_a_field_and_memory_is_bounded(monkeypatch: pytest
 def test_the_database_can_reach_nothing() -> None:
     """Were text of a user's ever to get there all the same."""
     connection = metadata_columns._database().cursor()
-    for sql in ("SELECT * FROM read_text('/etc/hostname')", "INSTALL httpfs", "SET threads = 1", "SELECT * FROM LIBRARY"):
+    for sql in (
+        "SELECT * FROM read_text('/etc/hostname')",
+        "INSTALL httpfs",
+        "SET threads = 1",
+        "SELECT * FROM LIBRARY",
+    ):
         with pytest.raises(metadata_columns._duckdb().Error):
             connection.execute(sql)
 

@@ -1,6 +1,5 @@
-"""What a filter may say, and that nothing else gets through: no statement, no function, no text of the user's in SQL."""
+"""What a filter may say, and that nothing else gets through: no statement, no function, no text of the user."""
 
-import pickle
 import subprocess
 import sys
 
@@ -32,7 +31,11 @@ def sql(text: str) -> tuple[str, list[object]]:
         ("a not ilike '!%' escape '!'", "(text_0 NOT ILIKE $2 ESCAPE $1)", ["!", "!%"]),
         ("'x' in tags", "(json_contains(list_0, $1))", ['"x"']),
         ("contains(tags, 2)", "(json_contains(list_0, $1) OR json_contains(list_0, $2))", ["2", "2.0"]),
-        ("lower(a) = 'x' and length(upper(a)) > 2", "((lower(text_0) = $1) AND (length(upper(text_0)) > $2))", ["x", 2]),
+        (
+            "lower(a) = 'x' and length(upper(a)) > 2",
+            "((lower(text_0) = $1) AND (length(upper(text_0)) > $2))",
+            ["x", 2],
+        ),
         ("9223372036854775808 > a", "($1 > number_0)", [9223372036854775808.0]),
         ("document_id = 'x'", "(text_0 = $1)", ["x"]),
     ],
@@ -56,7 +59,10 @@ def test_two_fields_are_compared_type_by_type() -> None:
         ("year > 2020 and lang = 'en' and year < 2030", (("year",), ("lang",))),
         ('"my field" = 1 and "a.b" = 2', (("my field",), ("a.b",))),
         ("author.name = 'x' and a.b.c = 1", (("author", "name"), ("a", "b", "c"))),
-        ("date = 'x' and type = 'y' and user = 'z' and language = 'l'", (("date",), ("type",), ("user",), ("language",))),
+        (
+            "date = 'x' and type = 'y' and user = 'z' and language = 'l'",
+            (("date",), ("type",), ("user",), ("language",)),
+        ),
         ("Year = 1 and year = 2", (("Year",), ("year",))),
         ("document_id like 'a/%'", (DOCUMENT_ID,)),
     ],
@@ -167,7 +173,7 @@ def test_many_terms_are_no_nesting() -> None:
         (
             "a = read_text('/etc/passwd')",
             "the filter \"a = read_text('/etc/passwd')\" has \"READ_TEXT('/etc/passwd')\" in it, which is no field: "
-            'expected fields compared with literals, like "lang = \'en\' and year > 2020" (= <> < <= > >=, BETWEEN, '
+            "expected fields compared with literals, like \"lang = 'en' and year > 2020\" (= <> < <= > >=, BETWEEN, "
             "IN, LIKE, ILIKE, IS NULL, 'x' IN list, AND, OR, NOT, lower, upper, length; unusual field names in double "
             "quotes)",
         ),
@@ -180,7 +186,6 @@ def test_a_refusal_says_what_was_found_and_what_is_expected(text: str, message: 
     with pytest.raises(FilterError) as caught:
         parse_predicate(text)
     assert message in str(caught.value)
-    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
 def test_a_field_of_another_type_is_an_error_and_no_empty_result() -> None:
