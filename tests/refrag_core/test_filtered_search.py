@@ -28,6 +28,12 @@ FILTERS: dict[str, Rule] = {
 """Conditions on the library's documents, and what they mean in Python."""
 
 
+@pytest.fixture(autouse=True)
+def _no_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compared exactly is a matter of EXACT_ROWS alone."""
+    monkeypatch.setattr(index_reader, "EXACT_ONE_IN", 1 << 40)
+
+
 @pytest.fixture
 def reader(library: SmallIndex) -> IndexReader:
     return IndexReader(library.path)
@@ -109,6 +115,14 @@ def test_few_rows_are_compared_without_the_vector_index(reader: IndexReader, mon
     assert len(reader.search(queries()[0], 5, passing)) == 5
 
 
+def test_a_small_part_of_a_large_index_is_few(reader: IndexReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    passing = reader.passing("year < 1910")
+    monkeypatch.setattr(index_reader, "EXACT_ROWS", 0)
+    monkeypatch.setattr(index_reader, "EXACT_ONE_IN", reader.vectors.num_rows // passing.rows)
+    monkeypatch.setattr(VectorIndex, "search", lambda *_, **__: pytest.fail("the vector index was asked"))
+    assert len(reader.search(queries()[0], 5, passing)) == 5
+
+
 def test_many_rows_visit_more_lists_the_fewer_of_them_pass(
     reader: IndexReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,7 +140,7 @@ def test_many_rows_visit_more_lists_the_fewer_of_them_pass(
     for rows in (everything, everything // 2, 1):
         masks = reader.passing("year is not null").masks
         reader.search(queries()[0], 5, Passing(masks, rows))
-    assert asked == [3, -(-3 * everything // (everything // 2)), 3 * everything]
+    assert asked == [6, -(-6 * everything // (everything // 2)), 6 * everything]
 
 
 @pytest.mark.parametrize("exact_rows", [0, 1 << 20])
