@@ -5,9 +5,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from refrag_core.evaluation.questions import Question, check_gold, read_questions
 from refrag_core.evaluation.retrieval import RetrievalScores, score_retrieval
-from refrag_core.index_reader import PassageRef
+from refrag_core.index_reader import IndexReader, PassageRef
 from refrag_core.manifest import live_documents
 from refrag_core.retrieval import BY_VECTORS, RetrievalOptions, Searcher, open_searcher
 
@@ -33,11 +36,13 @@ def evaluate_retrieval(
     asked = read_questions(questions)
     reader = searcher.reader
     check_gold(asked, (live.document_id for live in live_documents(reader.store, reader.manifest)))
-    ranked = {"dense": _ranked(searcher, asked, replace(options, hybrid=False))}
+    systems = {"dense": replace(options, hybrid=False)}
     if bm25:
-        ranked["bm25"] = _ranked(searcher, asked, replace(options, hybrid=True, dense_weight=0.0, lexical_weight=1.0))
+        systems["bm25"] = replace(options, hybrid=True, dense_weight=0.0, lexical_weight=1.0)
     if options.hybrid:
-        ranked["hybrid"] = _ranked(searcher, asked, options)
+        systems["hybrid"] = options
+    queries = searcher.retriever.embed_queries([question.question for question in asked])
+    ranked = {name: _documents(reader, _ranked(searcher, asked, queries, system)) for name, system in systems.items()}
     return {
         "questions": len(asked),
         "passages": reader.manifest.counts.passages,
@@ -54,18 +59,18 @@ def _scores(scores: RetrievalScores) -> dict[str, float]:
     }
 
 
-def _ranked(searcher: Searcher, questions: Sequence[Question], options: RetrievalOptions) -> dict[str, list[str]]:
-    """By question the documents of the best passages, best first, with repetitions."""
-    reader = searcher.reader
-    documents = [
-        reader.column(number, "passages", "document_id").to_pylist() for number in range(len(reader.manifest.shards))
-    ]
-    queries = searcher.retriever.embed_queries([question.question for question in questions])
-
-    def best(question: Question, vector: Any) -> list[PassageRef]:
-        return [ref for ref, _ in searcher.nearest(question.question, vector, DEPTH, options)]
-
+def _ranked(
+    searcher: Searcher, questions: Sequence[Question], queries: npt.NDArray[np.float32], options: RetrievalOptions
+) -> dict[str, list[PassageRef]]:
+    """By question, whose vector is a row of `queries`, the best passages, best first."""
     return {
-        question.id: [documents[ref.shard][ref.row] for ref in best(question, vector)]
-        for question, vector in zip(questions, queries, strict=True)
+        question.id: [ref for ref, _ in searcher.nearest(question.question, query, DEPTH, options)]
+        for question, query in zip(questions, queries, strict=True)
     }
+
+
+def _documents(reader: IndexReader, ranked: dict[str, list[PassageRef]]) -> dict[str, list[str]]:
+    """The passages' documents, with repetitions."""
+    shards = range(len(reader.manifest.shards))
+    ids = [reader.column(number, "passages", "document_id").to_pylist() for number in shards]
+    return {question: [ids[ref.shard][ref.row] for ref in refs] for question, refs in ranked.items()}
