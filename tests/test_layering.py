@@ -12,11 +12,26 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = ("refrag.schemas", "refrag_core", "refrag.pipelines", "refrag.cli")
 FOLDERS = {"schemas": "refrag.schemas", "refrag_core": "refrag_core", "pipelines": "refrag.pipelines"}
-HEAVY = {"torch", "transformers", "faiss", "ray", "apache_beam", "pyarrow.dataset", "tokenizers", "lance", "lancedb"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "faiss",
+    "ray",
+    "apache_beam",
+    "pyarrow.dataset",
+    "tokenizers",
+    "lance",
+    "lancedb",
+    "duckdb",
+    "sqlglot",
+}
 ONLY_IN = {
-    "faiss": {"refrag_core/vector_index.py"},
     "lance": {"refrag_core/lance_tables.py"},
     "lancedb": {"refrag_core/lance_tables.py"},
+    "faiss": {"refrag_core/vector_index.py"},
+    "duckdb": {"refrag_core/metadata_columns.py"},
+    "sqlglot": {"refrag_core/predicate.py"},
+    "bm25s": {"refrag_core/lexical.py"},
     "typer": {"cli.py"},
     "ray": {"pipelines/engines/ray.py"},
     "apache_beam": {"pipelines/engines/beam.py"},
