@@ -36,6 +36,8 @@ passes is seldom spread evenly, and the nearest of it lies further off."""
 CACHED_FILTERS = 32
 """Filters whose passages are remembered, at one byte a passage each."""
 
+_FETCHED = ("passages", "chunks", "embeddings", "scores")
+
 
 @dataclass(frozen=True, slots=True)
 class PassageRef:
@@ -186,7 +188,9 @@ class IndexReader:
     @cached_property
     def vectors(self) -> VectorIndex:
         """The FAISS segments, mapped."""
-        paths = [self.store.path(segment.file) for segment in self.manifest.segments]
+        names = [segment.file for segment in self.manifest.segments]
+        self.store.fetch(names)
+        paths = [self.store.path(name) for name in names]
         return VectorIndex.open(paths, nprobe=self.manifest.vector_index.nprobe)
 
     @cached_property
@@ -309,6 +313,9 @@ class IndexReader:
 
     def fetch(self, refs: Sequence[PassageRef]) -> list[FetchedPassage]:
         """Tokens and embeddings of passages, from the maps."""
+        numbers = {ref.shard for ref in refs} - self._shards.keys()
+        tables = [self.manifest.shards[number].tables for number in sorted(numbers)]
+        self.store.fetch(each[table] for each in tables for table in _FETCHED if table in each)
         return [self.shard(ref.shard).fetch(ref.row) for ref in refs]
 
     def describe(self, ref: PassageRef) -> PassageDescription:

@@ -23,6 +23,7 @@ HEAVY = {
     "lancedb",
     "duckdb",
     "sqlglot",
+    "obstore",
 }
 ONLY_IN = {
     "faiss": {"refrag_core/vector_index.py"},
@@ -30,6 +31,7 @@ ONLY_IN = {
     "sqlglot": {"refrag_core/predicate.py"},
     "bm25s": {"refrag_core/lexical.py"},
     "typer": {"cli.py"},
+    "obstore": {"refrag_core/object_store.py"},
     "ray": {"pipelines/engines/ray.py"},
     "apache_beam": {"pipelines/engines/beam.py"},
 }
