@@ -265,6 +265,7 @@ _CREDENTIALS = (
     "AWS_SKIP_SIGNATURE",
 )
 _METADATA_SERVICE = ("169.254.169.254", 80)
+_NO_ROLE = re.compile(r"/latest/(api/token|meta-data)|Missing (AccessKeyId|SecretAccessKey)")
 _NO_BUCKET = re.compile(r"NoSuchBucket|specified bucket does not exist|ContainerNotFound|InvalidBucketName")
 _REFUSED = re.compile(r"status code: 4(?!08|09|29)\d\d")
 _CODE = re.compile(r"<Code>(\w+)</Code>(?:\s*<Message>([^<]*)</Message>)?")
@@ -285,10 +286,14 @@ def _check_credentials(location: str) -> None:
     try:
         socket.create_connection(_METADATA_SERVICE, timeout=1).close()
     except OSError:
-        raise ObjectStoreError(
-            f"{location}: no credentials were found, expected AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the "
-            "environment (or a role of this machine): set them, and AWS_ENDPOINT_URL for a store other than Amazon's"
-        ) from None
+        raise _no_credentials(location) from None
+
+
+def _no_credentials(location: str) -> ObjectStoreError:
+    return ObjectStoreError(
+        f"{location}: no credentials were found, expected AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the "
+        "environment (or a role of this machine): set them, and AWS_ENDPOINT_URL for a store other than Amazon's"
+    )
 
 
 def _connect(location: str) -> Any:
@@ -357,6 +362,8 @@ class RemoteObjects:
         """Raise what trying again cannot mend."""
         from obstore import exceptions as known
 
+        if _NO_ROLE.search(str(error)):
+            raise _no_credentials(self._location) from error
         if _NO_BUCKET.search(str(error)):
             raise ObjectStoreError(
                 f"{self._location}: its bucket does not exist, expected one to write to: make it, or mend the name"

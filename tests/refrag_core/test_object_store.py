@@ -2,8 +2,11 @@
 
 import os
 import pickle
+import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -11,6 +14,7 @@ from refrag_core import object_store
 from refrag_core.errors import MissingExtraError, ObjectStoreError, UsageError
 from refrag_core.object_store import FolderObjects, ObjectStore, RemoteObjects, open_objects
 from refrag_core.storage import open_store
+from tests.command_line import kill_group, wait_until
 from tests.object_server import Fault, FaultyServer
 
 BIG = os.urandom(11 << 20)
@@ -146,6 +150,33 @@ def test_a_lost_answer_does_not_lose_the_creation(bucket: str, faulty: FaultySer
     assert sum(method == "PUT" for method, _ in faulty.seen) == 3
 
 
+KILLED = """
+import sys
+from pathlib import Path
+from refrag_core import object_store
+object_store.PART_BYTES, object_store.CREATE_BYTES = 5 << 20, 8 << 20
+object_store.RemoteObjects(sys.argv[1]).create("big", Path(sys.argv[2]))
+"""
+
+
+def test_an_upload_killed_half_way_leaves_no_object(
+    bucket: str, faulty: FaultyServer, small_parts: None, tmp_path: Path
+) -> None:
+    objects = RemoteObjects(bucket)
+    (tmp_path / "big").write_bytes(BIG)
+    faulty.faults = [Fault("held", "PUT", "partNumber=2", times=100)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, bucket, tmp_path / "big"], text=True, start_new_session=True
+    )
+    wait_until(lambda: faulty.faults[0].times < 100, process)
+    kill_group(process)
+    assert list(objects.list()) == []
+    faulty.faults.clear()
+    assert objects.create("big", tmp_path / "big")
+    assert objects.get("big") == BIG
+    assert [info.name for info in objects.list()] == ["big"]
+
+
 def test_an_answer_cut_short_is_asked_for_again(
     bucket: str, faulty: FaultyServer, small_parts: None, tmp_path: Path
 ) -> None:
@@ -204,6 +235,23 @@ def test_a_bucket_that_does_not_exist(bucket: str) -> None:
 def test_no_credentials(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.setattr(object_store, "_METADATA_SERVICE", ("127.0.0.1", 9))
+    with pytest.raises(ObjectStoreError, match="no credentials were found, expected AWS_ACCESS_KEY_ID and"):
+        RemoteObjects(bucket).get("a")
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_machine_without_a_role(
+    bucket: str, faulty: FaultyServer, monkeypatch: pytest.MonkeyPatch, half: bool
+) -> None:
+    """Something answers in the metadata service's place but gives no credentials, or half of them are set."""
+    endpoint = urlsplit(os.environ["AWS_ENDPOINT_URL"])
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    if not half:
+        monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", endpoint.geturl())
+    monkeypatch.setattr(object_store, "_METADATA_SERVICE", (endpoint.hostname, endpoint.port))
+    monkeypatch.setattr(object_store, "RETRY_SECONDS", 0.3)
+    faulty.faults = [Fault("error", method, "/latest/", times=1000) for method in ("PUT", "GET")]
     with pytest.raises(ObjectStoreError, match="no credentials were found, expected AWS_ACCESS_KEY_ID and"):
         RemoteObjects(bucket).get("a")
 
