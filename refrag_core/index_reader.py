@@ -313,9 +313,9 @@ class IndexReader:
 
     def fetch(self, refs: Sequence[PassageRef]) -> list[FetchedPassage]:
         """Tokens and embeddings of passages, from the maps."""
-        numbers = {ref.shard for ref in refs} - self._shards.keys()
-        tables = [self.manifest.shards[number].tables for number in sorted(numbers)]
-        self.store.fetch(each[table] for each in tables for table in _FETCHED if table in each)
+        if numbers := {ref.shard for ref in refs} - self._shards.keys():
+            tables = [self.manifest.shards[number].tables for number in sorted(numbers)]
+            self.store.fetch(each[table] for each in tables for table in _FETCHED if table in each)
         return [self.shard(ref.shard).fetch(ref.row) for ref in refs]
 
     def describe(self, ref: PassageRef) -> PassageDescription:

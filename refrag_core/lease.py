@@ -87,9 +87,9 @@ class Lease:
 
     def _holder(self) -> tuple[str, float]:
         body = self._read()
-        seconds = body.get("seconds")
-        known = isinstance(seconds, (int, float)) and 0 <= seconds <= 3600
-        return str(body.get("holder", "holder unknown")), float(seconds) if known else self._seconds  # type: ignore[arg-type]
+        found = body.get("seconds")
+        seconds = float(found) if isinstance(found, (int, float)) and 0 <= found <= 3600 else self._seconds
+        return str(body.get("holder", "holder unknown")), seconds
 
     def _is_ours(self) -> bool:
         return self._read().get("token") == self._token

@@ -193,7 +193,8 @@ class FolderObjects:
         return str(self.root)
 
     @contextlib.contextmanager
-    def _temporary(self) -> Iterator[Path]:
+    def temporary(self) -> Iterator[Path]:
+        """A path of this process's own for a file that is being written; removed at the end if it is still there."""
         folder = self.root / self._temporary_folder
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{os.uname().nodename}-{os.getpid()}-{next(_counter)}"
@@ -205,7 +206,7 @@ class FolderObjects:
     def write(self, name: str, write: Callable[[Path], object], *, overwrite: bool) -> bool:
         """Let `write` make a file under a temporary name, sync it, and give it its name; False if that was taken."""
         final = self.root / name
-        with self._temporary() as temporary:
+        with self.temporary() as temporary:
             write(temporary)
             sync_file(temporary)
             make_folder(final.parent)

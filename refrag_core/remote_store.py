@@ -7,7 +7,6 @@ lose anything at any time.
 """
 
 import contextlib
-import itertools
 import json
 import os
 import re
@@ -22,7 +21,7 @@ from refrag_core.batching import cache_dir
 from refrag_core.digests import digest_file, digest_json
 from refrag_core.errors import CorruptIndexError
 from refrag_core.lease import Lease
-from refrag_core.object_store import UPLOADS, RemoteObjects, sync_file
+from refrag_core.object_store import UPLOADS, FolderObjects, RemoteObjects, sync_file
 from refrag_core.storage import RUNS, WORK, FileRecord, check_name
 
 PARALLEL_FILES = 8
@@ -31,11 +30,14 @@ PARALLEL_FILES = 8
 _LEASE = f"{WORK}/lease"
 _RECEIPTS = f"{WORK}/receipts"
 _ABANDONED = timedelta(days=1)
-_counter = itertools.count()
 
 
 def _process() -> str:
     return f"{os.uname().nodename}-{os.getpid()}"
+
+
+def _seal_name(name: str) -> str:
+    return f"seals/{name}.json"
 
 
 def _is_of_dead_process(name: str) -> bool:
@@ -44,11 +46,10 @@ def _is_of_dead_process(name: str) -> bool:
     if found is None:
         return False
     try:
-        os.kill(int(found[1]), 0)
+        with contextlib.suppress(PermissionError):  # it lives, as another user's
+            os.kill(int(found[1]), 0)
     except ProcessLookupError:
         return True
-    except PermissionError:
-        return False
     return False
 
 
@@ -63,6 +64,7 @@ class RemoteStore:
     def __init__(self, location: str, cache: Path | None = None) -> None:
         self._objects = RemoteObjects(location)
         self._cache = cache or cache_dir() / "indexes" / digest_json(self._objects.location)[:32]
+        self._local = FolderObjects(self._cache, WORK)
         self._known: dict[str, FileRecord] = {}
 
     def __reduce__(self) -> tuple[type["RemoteStore"], tuple[str, Path]]:
@@ -79,7 +81,7 @@ class RemoteStore:
         return self._cache / "files" / check_name(name)
 
     def _seal_path(self, name: str) -> Path:
-        return self._cache / "seals" / f"{name}.json"
+        return self._cache / _seal_name(name)
 
     def _seal(self, name: str) -> dict[str, Any] | None:
         """What the copy of a file is known to be; None without a whole copy."""
@@ -99,33 +101,21 @@ class RemoteStore:
             return bool(seal["digest"] == known.digest)
         return seal["e_tag"] is not None and self._e_tag(name) == seal["e_tag"]
 
-    @contextlib.contextmanager
-    def _temporary(self) -> Iterator[Path]:
-        folder = self._cache / WORK
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{_process()}-{next(_counter)}"
-        try:
-            yield path
-        finally:
-            path.unlink(missing_ok=True)
-
     def _keep(self, temporary: Path, name: str, digest: str, e_tag: str | None) -> FileRecord:
         """Make a finished file the copy of `name`."""
         record = FileRecord(name, temporary.stat().st_size, digest)
-        final, seal = self._copy(name), self._seal_path(name)
+        final = self._copy(name)
         sync_file(temporary)
-        for folder in (final.parent, seal.parent):
-            folder.mkdir(parents=True, exist_ok=True)
-        seal.unlink(missing_ok=True)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        self._seal_path(name).unlink(missing_ok=True)
         os.replace(temporary, final)
-        with self._temporary() as written:
-            written.write_text(json.dumps({"bytes": record.bytes, "digest": digest, "e_tag": e_tag}))
-            os.replace(written, seal)
+        seal = {"bytes": record.bytes, "digest": digest, "e_tag": e_tag}
+        self._local.put(_seal_name(name), json.dumps(seal).encode())
         return record
 
     def _download(self, name: str) -> FileRecord:
         """Fetch a file anew, check it against what is known of it, and keep the copy. Raises FileNotFoundError."""
-        with self._temporary() as temporary:
+        with self._local.temporary() as temporary:
             info = self._objects.download(name, temporary)
             digest, known = digest_file(temporary), self._known.get(name)
             if known is not None and (info.bytes, digest) != (known.bytes, known.digest):
@@ -212,7 +202,7 @@ class RemoteStore:
 
     def publish(self, name: str, write: Callable[[Path], None]) -> FileRecord:
         """See Store: written on this machine, then uploaded if the name is free; else the store's file stands."""
-        with self._temporary() as temporary:
+        with self._local.temporary() as temporary:
             write(temporary)
             self._known.pop(check_name(name), None)
             # Asked first, because a refused request has sent the whole file.
