@@ -42,7 +42,7 @@ from refrag_core.manifest import (
     VectorIndexInfo,
     commit,
 )
-from refrag_core.storage import FileRecord, Store
+from refrag_core.storage import FileRecord, FolderStore, Store
 from refrag_core.tables import fixed_binary, write_table
 from refrag_core.vector_index import SearchResult, build_segment, choose_index, train_quantizer
 
@@ -113,7 +113,7 @@ def _cast(values: Any, field: pa.Field) -> pa.Array:
 
 def write_index(folder: Path, vectors: Floats, shares: Sequence[float], topics: Sequence[int]) -> None:
     """An index of these passages, committed as any other."""
-    store, files, shards = Store(folder), list[FileRecord](), list[Shard]()
+    store, files, shards = FolderStore(folder), list[FileRecord](), list[Shard]()
     for number, first in enumerate(range(0, len(vectors), SHARD_ROWS)):
         rows = slice(first, first + SHARD_ROWS)
         name, count = f"{number:032x}", len(vectors[rows])

@@ -18,6 +18,7 @@ __all__ = [
     "MissingExtraError",
     "MissingScoresError",
     "ModelNotFoundError",
+    "ObjectStoreError",
     "RecallGateError",
     "RefragError",
     "RunLockedError",
@@ -92,6 +93,10 @@ class IndexLockedError(RefragError):
 
 class CommitConflictError(RefragError):
     """Another builder committed the version that this run was going to commit."""
+
+
+class ObjectStoreError(RefragError):
+    """An object store cannot be reached, refuses the request, or keeps failing."""
 
 
 class StageError(RefragError):

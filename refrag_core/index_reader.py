@@ -4,7 +4,7 @@ import json
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -22,7 +22,7 @@ from refrag_core.lance_tables import LanceReader
 from refrag_core.manifest import Manifest, Parameters, Shard, read_manifest, read_tombstones
 from refrag_core.metadata_columns import MetadataColumns
 from refrag_core.predicate import parse_predicate
-from refrag_core.storage import FileRecord, Store
+from refrag_core.storage import FileRecord, IndexLocation, Store, open_store
 from refrag_core.tables import MappedColumn, TableFormat, map_embeddings, open_table
 from refrag_core.vector_index import SearchResult, VectorIndex, exact_search
 
@@ -37,6 +37,8 @@ passes is seldom spread evenly, and the nearest of it lies further off."""
 
 CACHED_FILTERS = 32
 """Filters whose passages are remembered, at one byte a passage each."""
+
+_FETCHED = ("passages", "chunks", "embeddings", "scores")
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +163,7 @@ class IndexReader:
     """One generation of an index. Shards are mapped on first use.
 
     Args:
-        root: the index's folder.
+        location: the index's folder or URI.
         version: the generation; the newest by default.
         tables: where passages are read from: the mapped Parquet shards, or the LanceDB tables if the index has them.
 
@@ -169,8 +171,8 @@ class IndexReader:
     whole files are the business of `refrag index verify`).
     """
 
-    def __init__(self, root: Path, version: int | None = None, *, tables: TableFormat = "parquet") -> None:
-        self.store = Store(root)
+    def __init__(self, location: IndexLocation, version: int | None = None, *, tables: TableFormat = "parquet") -> None:
+        self.store: Store = open_store(location)
         self.manifest: Manifest = read_manifest(self.store, version)
         check_sizes(self.store, self.manifest.files.values())
         self.tables = tables
@@ -194,7 +196,9 @@ class IndexReader:
     @cached_property
     def vectors(self) -> VectorIndex:
         """The FAISS segments, mapped."""
-        paths = [self.store.path(segment.file) for segment in self.manifest.segments]
+        names = [segment.file for segment in self.manifest.segments]
+        self.store.fetch(names)
+        paths = [self.store.path(name) for name in names]
         return VectorIndex.open(paths, nprobe=self.manifest.vector_index.nprobe)
 
     @cached_property
@@ -317,14 +321,21 @@ class IndexReader:
 
     def fetch(self, refs: Sequence[PassageRef]) -> list[FetchedPassage]:
         """Tokens and embeddings of passages: from the maps, or from LanceDB tables in one read."""
-        if self._lance is None:
-            return [self.shard(ref.shard).fetch(ref.row) for ref in refs]
         shards = [self.manifest.shards[ref.shard] for ref in refs]
+        if self._lance is None:
+            self._fetch_files({ref.shard for ref in refs} - self._shards.keys())
+            return [self.shard(ref.shard).fetch(ref.row) for ref in refs]
         found = self._lance.fetch([(shard.name, ref.row) for shard, ref in zip(shards, refs, strict=True)])
         return [
             FetchedPassage(rows.tokens, shard.chunk_size, rows.embeddings, rows.scores)
             for shard, rows in zip(shards, found, strict=True)
         ]
+
+    def _fetch_files(self, numbers: Collection[int]) -> None:
+        """The files of these shards that `fetch` reads, side by side where they are far away."""
+        tables = [self.manifest.shards[number].tables for number in sorted(numbers)]
+        if tables:
+            self.store.fetch(each[table] for each in tables for table in _FETCHED if table in each)
 
     def describe(self, ref: PassageRef) -> PassageDescription:
         """Text and metadata of one passage."""
@@ -333,13 +344,14 @@ class IndexReader:
         return _description(self._lance.passage(self.manifest.shards[ref.shard].name, ref.row))
 
 
-def check_sizes(store: Store, files: Sequence[FileRecord] | Any) -> None:
+def check_sizes(store: Store, files: Collection[FileRecord]) -> None:
     """Raise CorruptIndexError for the first file that is missing or not as long as it was when published."""
+    sizes = store.sizes([record.name for record in files])
     for record in files:
-        path = store.path(record.name)
-        found = path.stat().st_size if path.is_file() else None
+        found = sizes.get(record.name)
         if found != record.bytes:
             state = "is missing" if found is None else f"has {found} bytes"
             raise CorruptIndexError(
-                f"{path} {state}, expected {record.bytes} bytes: run `refrag index verify`, then `refrag index repair`"
+                f"{store.location}/{record.name} {state}, expected {record.bytes} bytes: run "
+                "`refrag index verify`, then `refrag index repair`"
             )

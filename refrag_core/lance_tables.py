@@ -12,7 +12,6 @@ them and the content id does not. This is the only file that imports lance.
 """
 
 import importlib.util
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -28,7 +27,7 @@ from refrag.schemas import arrow
 from refrag_core.embedding_storage import Int8Rows, StoredRows
 from refrag_core.errors import CommitConflictError, ConfigError, CorruptIndexError, MissingExtraError, StageError
 from refrag_core.manifest import LanceInfo, LanceTable, Manifest, Parameters, Shard, read_tombstones
-from refrag_core.storage import FileRecord, Store
+from refrag_core.storage import FileRecord, IndexLocation, Store, is_uri
 from refrag_core.tables import MappedColumn, TableFormat, map_embeddings, open_table
 
 FOLDER = "lance"
@@ -36,7 +35,6 @@ TABLES = ("documents", "passages", "chunks")
 
 _ROWS_A_BATCH = 16384
 _ONE_FILE = 1 << 40
-_REMOTE = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 def _library() -> Any:
@@ -53,10 +51,10 @@ def is_installed() -> bool:
     return importlib.util.find_spec("lance") is not None
 
 
-def check_writable(root: Path) -> None:
+def check_writable(root: IndexLocation) -> None:
     """Raise what a build would meet only at its end: MissingExtraError, or ConfigError where the index is remote."""
     _library()
-    if _REMOTE.match(str(root)):
+    if is_uri(root):
         raise ConfigError(
             f"Lance tables were asked for at {root}; they are only written to a folder of this machine: build there, "
             "or leave out --tables lance"
@@ -435,12 +433,12 @@ class LanceReader:
     def __init__(self, store: Store, manifest: Manifest) -> None:
         if manifest.lance is None:
             raise ConfigError(
-                f"{store.root} has no Lance tables in version {manifest.version}, expected an index built with "
+                f"{store.location} has no Lance tables in version {manifest.version}, expected an index built with "
                 "--tables lance: build it so, or leave out --tables"
             )
         if {shard.name for shard in manifest.shards} != set(manifest.lance.shards):
             raise CorruptIndexError(
-                f"{store.root}: the Lance tables of version {manifest.version} hold other shards than its manifest "
+                f"{store.location}: the Lance tables of version {manifest.version} hold other shards than its manifest "
                 "lists: run `refrag index repair`"
             )
         self._scored = all("scores" in shard.tables for shard in manifest.shards)

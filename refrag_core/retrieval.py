@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from refrag_core.index_reader import IndexReader, PassageRef, Passing
 from refrag_core.lexical import LexicalIndex
 from refrag_core.models import resolve_model
 from refrag_core.retriever import Retriever, load_retriever, retriever_fingerprint
+from refrag_core.storage import IndexLocation
 
 FUSED_DEPTH = 100
 """How far down each ranking is read for fusion, at least."""
@@ -125,13 +125,13 @@ class Searcher:
 
 
 def open_searcher(
-    root: Path, *, version: int | None = None, retriever: str | None = None, device: str = "auto"
+    location: IndexLocation, *, version: int | None = None, retriever: str | None = None, device: str = "auto"
 ) -> Searcher:
     """Open an index for retrieval alone.
 
     Raises FingerprintMismatchError when the retriever is not the one that embedded the passages.
     """
-    reader = IndexReader(root, version)
+    reader = IndexReader(location, version)
     return Searcher(reader, matching_retriever(reader, retriever, device))
 
 

@@ -8,7 +8,6 @@ import numpy as np
 
 from refrag.schemas import arrow
 from refrag_core import lance_tables
-from refrag_core.digests import digest_file
 from refrag_core.embedding_storage import LARGEST_CODE
 from refrag_core.errors import CorruptIndexError, IndexNotFoundError
 from refrag_core.manifest import (
@@ -82,8 +81,8 @@ def _read_manifests(store: Store) -> tuple[list[Manifest], list[Problem]]:
     versions = list_versions(store)
     if not versions and not store.exists(CURRENT):
         raise IndexNotFoundError(
-            f"{store.root} holds no index: expected {version_name(1)}; build one with "
-            f"`refrag index build CORPUS -o {store.root}`"
+            f"{store.location} holds no index: expected {version_name(1)}; build one with "
+            f"`refrag index build CORPUS -o {store.location}`"
         )
     manifests, problems = [], []
     for version in versions:
@@ -101,7 +100,7 @@ def _read_manifests(store: Store) -> tuple[list[Manifest], list[Problem]]:
 def _check_current(store: Store) -> list[Problem]:
     versions = list_versions(store)
     try:
-        hint = store.path(CURRENT).read_text(encoding="ascii")
+        hint = store.read(CURRENT).decode("ascii")
     except (OSError, ValueError):
         return [Problem(CURRENT, "missing or not readable")]
     if versions and hint == f"{versions[-1]}\n":
@@ -113,13 +112,12 @@ def _check_current(store: Store) -> list[Problem]:
 
 
 def _check_file(store: Store, record: FileRecord) -> list[Problem]:
-    path = store.path(record.name)
-    if not path.is_file():
+    size = store.size(record.name)
+    if size is None:
         return [Problem(record.name, "missing")]
-    size = path.stat().st_size
     if size != record.bytes:
         return [Problem(record.name, f"{size} bytes, expected {record.bytes}")]
-    if digest_file(path) != record.digest:
+    if store.record(record.name).digest != record.digest:
         return [Problem(record.name, f"its bytes changed: SHA-256 is not {record.digest[:16]}…")]
     return []
 

@@ -13,13 +13,14 @@ from refrag_core.evaluation.retrieval import RetrievalScores, score_retrieval
 from refrag_core.index_reader import IndexReader, PassageRef
 from refrag_core.manifest import live_documents
 from refrag_core.retrieval import BY_VECTORS, RetrievalOptions, Searcher, open_searcher
+from refrag_core.storage import IndexLocation
 
 DEPTH = 100
 """Passages ranked for a question: enough for 20 distinct documents when several passages are of one."""
 
 
 def evaluate_retrieval(
-    root: Path,
+    location: IndexLocation,
     questions: Path,
     *,
     retriever: str | None = None,
@@ -32,7 +33,7 @@ def evaluate_retrieval(
     Raises UsageError for a question whose gold document the index does not hold, and FilterError for a filter that is
     no condition over its fields.
     """
-    searcher = open_searcher(root, retriever=retriever, device=device)
+    searcher = open_searcher(location, retriever=retriever, device=device)
     asked = read_questions(questions)
     reader = searcher.reader
     check_gold(asked, (live.document_id for live in live_documents(reader.store, reader.manifest)))

@@ -22,7 +22,7 @@ from refrag_core.errors import ConfigError, CorruptIndexError, FingerprintMismat
 from refrag_core.index_reader import IndexReader, PassageRef
 from refrag_core.manifest import Manifest, encode_manifest, read_manifest
 from refrag_core.runtime import AskOptions, Runtime
-from refrag_core.storage import Store
+from refrag_core.storage import FolderStore
 from refrag_core.tables import fixed_binary, write_table
 from refrag_core.verification import verify_index
 from tests.small_index import SmallIndex, documents
@@ -64,7 +64,7 @@ def test_stored_rows_are_the_encoders_within_half_a_scale(small: SmallIndex) -> 
         bound = np.abs(exact.astype(np.float32)).max(axis=1, keepdims=True) / 254
         assert (error <= bound * (1 + 1e-5)).all()
         assert not fetched.embeddings.codes.flags.owndata  # mapped, not read
-    assert verify_index(Store(small.path)).problems == ()
+    assert verify_index(FolderStore(small.path)).problems == ()
 
 
 def test_another_dtype_is_other_content_and_needs_rebuild(small: SmallIndex) -> None:
@@ -92,7 +92,7 @@ def test_an_update_encodes_only_what_changed(small: SmallIndex, tmp_path: Path) 
 def test_only_the_two_forms_are_taken(small: SmallIndex) -> None:
     options = ModelOptions(checkpoint=str(small.models / "checkpoint"), embedding_dtype="float32")
     with pytest.raises(ConfigError, match="asked for as float32, expected float16 or int8"):
-        resolve_models(Store(small.path), replace(options, retriever=str(small.models / "encoder")))
+        resolve_models(FolderStore(small.path), replace(options, retriever=str(small.models / "encoder")))
 
 
 def test_the_plan_counts_the_bytes(small: SmallIndex) -> None:
@@ -168,7 +168,7 @@ def test_text_from_outside_is_stored_as_the_index_stores_its_own(small: SmallInd
 
 def forged(small: SmallIndex, rows: Int8Rows | np.ndarray, schema: pa.Schema) -> tuple[Manifest, str]:
     """The index with other embeddings in its first shard under a manifest that lists their true digest."""
-    store = Store(small.path)
+    store = FolderStore(small.path)
     manifest = read_manifest(store)
     name = manifest.shards[0].tables["embeddings"]
     columns = [fixed_binary(rows.codes), pa.array(rows.scales)] if isinstance(rows, Int8Rows) else [fixed_binary(rows)]
@@ -198,20 +198,20 @@ def set_zero(rows: Int8Rows) -> None:
 @pytest.mark.parametrize("damage", [set_code, set_nan, set_negative, set_zero])
 def test_verify_finds_what_quantising_cannot_give(small: SmallIndex, damage: Callable[[Int8Rows], None]) -> None:
     small.build()
-    chunks = read_manifest(Store(small.path)).shards[0].chunks
+    chunks = read_manifest(FolderStore(small.path)).shards[0].chunks
     rows = Int8Rows(np.ones((chunks, 48), np.int8), np.ones(chunks, np.float32))
     damage(rows)
     _, name = forged(small, rows, arrow.embeddings(48, "int8"))
-    assert [(p.file, p.found) for p in verify_index(Store(small.path)).problems] == [
+    assert [(p.file, p.found) for p in verify_index(FolderStore(small.path)).problems] == [
         (name, "some scale or code is none that quantising gives")
     ]
 
 
 def test_verify_and_open_refuse_the_other_form(small: SmallIndex) -> None:
     small.build()
-    chunks = read_manifest(Store(small.path)).shards[0].chunks
+    chunks = read_manifest(FolderStore(small.path)).shards[0].chunks
     _, name = forged(small, np.ones((chunks, 48), np.float16), arrow.embeddings(48))
-    assert [(p.file, p.found) for p in verify_index(Store(small.path)).problems] == [
+    assert [(p.file, p.found) for p in verify_index(FolderStore(small.path)).problems] == [
         (name, "its columns are not those of 48 entries a chunk in int8")
     ]
     with pytest.raises(CorruptIndexError, match="column 'embedding' has 96 bytes a row, expected 48"):
@@ -220,7 +220,7 @@ def test_verify_and_open_refuse_the_other_form(small: SmallIndex) -> None:
 
 def test_repair_makes_the_same_bytes_again(small: SmallIndex) -> None:
     small.build()
-    manifest = read_manifest(Store(small.path))
+    manifest = read_manifest(FolderStore(small.path))
     name = manifest.shards[0].tables["embeddings"]
     before = (small.path / name).read_bytes()
     (small.path / name).unlink()

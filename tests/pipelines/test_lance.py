@@ -24,7 +24,7 @@ from refrag_core.errors import CommitConflictError, ConfigError, CorruptIndexErr
 from refrag_core.index_reader import FetchedPassage, IndexReader, PassageRef
 from refrag_core.manifest import Manifest, encode_manifest, read_manifest
 from refrag_core.runtime import AskOptions, Runtime
-from refrag_core.storage import Store
+from refrag_core.storage import FolderStore, Store
 from refrag_core.verification import verify_index
 from tests import command_line
 from tests.faults.kill_builds import build_arguments
@@ -116,7 +116,7 @@ def test_the_rows_are_those_of_the_shards(built: SmallIndex) -> None:
 
 
 def test_an_older_generation_is_read_by_its_content_id(built: SmallIndex) -> None:
-    first = read_manifest(Store(built.path), 1)
+    first = read_manifest(FolderStore(built.path), 1)
     assert by_place(lance_rows(built.path, first.content_id)) == by_place(parquet_rows(built.path, 1))
 
 
@@ -135,7 +135,7 @@ def test_documents_and_vectors(built: SmallIndex) -> None:
 
 
 def test_one_commit_a_generation(built: SmallIndex) -> None:
-    store = Store(built.path)
+    store = FolderStore(built.path)
     for table in lance_tables.TABLES:
         dataset = lance.dataset(str(built.path / "lance" / f"{table}.lance"))
         assert [entry["version"] for entry in dataset.versions()] == [1, 2]
@@ -150,10 +150,10 @@ def test_the_content_id_is_that_of_parquet_fresh_and_updated(
     built: SmallIndex, tmp_path: Path, own_cache: Path
 ) -> None:
     plain = SmallIndex(tmp_path / "a", FIRST, score=True)
-    assert plain.build().content_id == read_manifest(Store(built.path), 1).content_id
-    assert plain.build(tables="lance").content_id == read_manifest(Store(built.path), 1).content_id
+    assert plain.build().content_id == read_manifest(FolderStore(built.path), 1).content_id
+    assert plain.build(tables="lance").content_id == read_manifest(FolderStore(built.path), 1).content_id
     fresh = SmallIndex(tmp_path / "b", SECOND, score=True, tables="lance").build()
-    assert fresh.content_id == read_manifest(Store(built.path)).content_id
+    assert fresh.content_id == read_manifest(FolderStore(built.path)).content_id
 
 
 def test_running_again_changes_nothing(small: SmallIndex) -> None:
@@ -167,13 +167,13 @@ def test_tables_come_and_go_without_encoding(small: SmallIndex) -> None:
     """A generation without them, and one that has them again: live rows only, though the shards have dead ones."""
     without = small.build(tables="parquet")
     assert (without.version, without.encoded_chunks) == (3, 0)
-    manifest = read_manifest(Store(small.path))
+    manifest = read_manifest(FolderStore(small.path))
     assert manifest.lance is None
     assert lance_tables.records_of(manifest) == {}
     again = small.build(tables="lance")
     assert (again.version, again.encoded_chunks, again.content_id) == (4, 0, without.content_id)
     assert by_place(lance_rows(small.path)) == by_place(parquet_rows(small.path))
-    assert verify_index(Store(small.path)).problems == ()
+    assert verify_index(FolderStore(small.path)).problems == ()
 
 
 def test_scores_become_a_column(tmp_path: Path, own_cache: Path) -> None:
@@ -190,7 +190,7 @@ def test_int8_and_adaptive_chunk_sizes(tmp_path: Path, own_cache: Path) -> None:
     small.options = replace(options, corpus=replace(options.corpus, chunk_size_field="importance"))
     small.build()
     assert by_place(lance_rows(small.path)) == by_place(parquet_rows(small.path))
-    assert len({shard.chunk_size for shard in read_manifest(Store(small.path)).shards}) == 3
+    assert len({shard.chunk_size for shard in read_manifest(FolderStore(small.path)).shards}) == 3
     same_passages(small.path)
 
 
@@ -285,7 +285,7 @@ def test_a_killed_update_leaves_no_row_twice(
     with pytest.raises(_Died):
         small.build(delete_missing=True)
     monkeypatch.setattr(owner, step, real)
-    assert read_manifest(Store(small.path)).version == 2
+    assert read_manifest(FolderStore(small.path)).version == 2
     same_passages(small.path)  # the generation before is whole
     if at == 2 and step == "commit":
         small.write(SECOND)  # the corpus went back meanwhile: no generation, and its rows are shown again
@@ -295,7 +295,7 @@ def test_a_killed_update_leaves_no_row_twice(
     report = small.build(delete_missing=True)
     assert (report.version, report.committed) == (3, True)
     assert by_place(lance_rows(small.path)) == by_place(parquet_rows(small.path))
-    assert verify_index(Store(small.path)).problems == ()
+    assert verify_index(FolderStore(small.path)).problems == ()
     same_passages(small.path)
 
 
@@ -327,15 +327,15 @@ def test_kill_9_at_eight_moments_of_an_update(tmp_path: Path, own_cache: Path) -
     started = time.monotonic()
     assert command_line.run(*arguments).code == 0
     longest = time.monotonic() - started
-    expected = read_manifest(Store(index)).content_id
+    expected = read_manifest(FolderStore(index)).content_id
     shutil.rmtree(index)
     shutil.copytree(tmp_path / "before", index)
     killed = [kill_after_with(arguments, longest * (2 / 3 + at / 24)) for at in range(8)]
     assert any(killed)
     assert command_line.run(*arguments).code == 0
-    assert read_manifest(Store(index)).content_id == expected
+    assert read_manifest(FolderStore(index)).content_id == expected
     assert by_place(lance_rows(index)) == by_place(parquet_rows(index))
-    assert verify_index(Store(index)).problems == ()
+    assert verify_index(FolderStore(index)).problems == ()
 
 
 def kill_after_with(arguments: list[str], seconds: float) -> bool:
@@ -363,15 +363,15 @@ def test_another_writer_is_noticed_and_set_right(small: SmallIndex, monkeypatch:
     with pytest.raises(CommitConflictError, match=r"another writer changed .*documents.lance while this build did"):
         small.build(delete_missing=True)
     monkeypatch.setattr(lance_tables, "_write_fragment", real)
-    assert read_manifest(Store(small.path)).version == 2
+    assert read_manifest(FolderStore(small.path)).version == 2
     assert small.build(delete_missing=True).version == 3
     assert by_place(lance_rows(small.path)) == by_place(parquet_rows(small.path))
 
 
 def test_an_older_generation_can_be_shown_again(small: SmallIndex) -> None:
-    lance_tables.make_newest(Store(small.path), read_manifest(Store(small.path), 1))
+    lance_tables.make_newest(FolderStore(small.path), read_manifest(FolderStore(small.path), 1))
     assert by_place(lance_rows(small.path)) == by_place(parquet_rows(small.path, 1))
-    assert verify_index(Store(small.path)).problems == ()
+    assert verify_index(FolderStore(small.path)).problems == ()
 
 
 # --- damage and repair --------------------------------------------------------------------------------
@@ -383,7 +383,7 @@ def lance_file(manifest: Manifest, part: str) -> str:
 
 @pytest.mark.parametrize("part", ["/data/", "/_versions/", "/_deletions/"])
 def test_a_damaged_file_is_found_and_repaired(small: SmallIndex, part: str) -> None:
-    store = Store(small.path)
+    store = FolderStore(small.path)
     before = read_manifest(store)
     name = lance_file(before, part)
     data = bytearray((small.path / name).read_bytes())
@@ -402,7 +402,7 @@ def test_a_damaged_file_is_found_and_repaired(small: SmallIndex, part: str) -> N
 
 def test_verify_counts_rows(small: SmallIndex) -> None:
     """A manifest that names an older version of one table: every digest is right, the rows are not."""
-    store = Store(small.path)
+    store = FolderStore(small.path)
     manifest, first = read_manifest(store), read_manifest(store, 1)
     assert manifest.lance is not None
     assert first.lance is not None
@@ -420,17 +420,17 @@ def test_verify_counts_rows(small: SmallIndex) -> None:
 
 
 def test_verify_finds_a_file_without_a_digest(small: SmallIndex) -> None:
-    manifest = read_manifest(Store(small.path))
+    manifest = read_manifest(FolderStore(small.path))
     name = lance_file(manifest, "/data/")
     files = {known: record for known, record in manifest.files.items() if known != name}
     (small.path / manifest.name).write_bytes(encode_manifest(replace(manifest, files=files)))
-    found = [problem.found for problem in verify_index(Store(small.path)).problems]
+    found = [problem.found for problem in verify_index(FolderStore(small.path)).problems]
     assert found == [f"{name} is part of it, and the manifest lists no digest for it"]
 
 
 def test_verify_finds_other_columns_and_fragments(small: SmallIndex) -> None:
     """What another program made of a table under a manifest that lists all of its files."""
-    store, path = Store(small.path), small.path / "lance" / "chunks.lance"
+    store, path = FolderStore(small.path), small.path / "lance" / "chunks.lance"
     manifest = read_manifest(store)
     assert manifest.lance is not None
     rows = lance.dataset(str(path)).to_table().drop_columns(["nll"])
@@ -451,7 +451,7 @@ def test_verify_finds_other_columns_and_fragments(small: SmallIndex) -> None:
 
 
 def test_other_shards_than_the_manifests(small: SmallIndex) -> None:
-    store = Store(small.path)
+    store = FolderStore(small.path)
     manifest = read_manifest(store)
     assert manifest.lance is not None
     liar = replace(manifest, lance=replace(manifest.lance, shards=manifest.lance.shards[1:]))
@@ -463,7 +463,7 @@ def test_other_shards_than_the_manifests(small: SmallIndex) -> None:
 
 
 def test_lances_own_hints_are_nobodys_leftovers(built: SmallIndex) -> None:
-    result = verify_index(Store(built.path))
+    result = verify_index(FolderStore(built.path))
     assert (result.problems, result.unlisted) == ((), ())
 
 
