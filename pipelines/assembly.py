@@ -21,6 +21,7 @@ from refrag_core.manifest import (
     LiveDocument,
     Manifest,
     QuarantineInfo,
+    Segment,
     Shard,
     TombstoneInfo,
     content_id,
@@ -126,10 +127,30 @@ def removed_documents(store: Store, parent: Manifest | None, retired: Iterable[L
     return {name: sorted(rows) for name, rows in sorted(removed.items())}
 
 
-def surviving(shards: Iterable[Shard], removed: Removed) -> list[Shard]:
-    """Shards with a live document left, ordered by their first document."""
-    alive = [shard for shard in shards if len(removed.get(shard.name, ())) < shard.documents]
-    return sorted(alive, key=lambda shard: (shard.first_document.encode(), shard.name))
+def surviving(shards: Iterable[Shard], removed: Removed, segments: Iterable[Segment] = ()) -> list[Shard]:
+    """Shards with a live document left, ordered by their first document.
+
+    Args:
+        segments: those of the parent: a dead shard stays as long as its segment covers one that is not, since a
+            segment's rows are those of all of its shards. Compaction drops it.
+    """
+    known = list(shards)
+    alive = {shard.name for shard in known if len(removed.get(shard.name, ())) < shard.documents}
+    covered = {name for segment in segments if not alive.isdisjoint(segment.shards) for name in segment.shards}
+    staying = [shard for shard in known if shard.name in alive | covered]
+    return sorted(staying, key=lambda shard: (shard.first_document.encode(), shard.name))
+
+
+def within(removed: Removed, shards: Iterable[Shard]) -> Removed:
+    """The removed documents of these shards."""
+    names = {shard.name for shard in shards}
+    return {name: rows for name, rows in removed.items() if name in names}
+
+
+def covered_by(segments: Iterable[Segment], shards: Iterable[Shard]) -> list[Shard]:
+    """The shards that a segment has; training anew leaves the dead ones out."""
+    covered = {name for segment in segments for name in segment.shards}
+    return [shard for shard in shards if shard.name in covered]
 
 
 def publish_tombstones(store: Store, removed: Removed) -> tuple[TombstoneInfo | None, FileRecord | None]:

@@ -22,6 +22,7 @@ from refrag_core.corpus.sources import CorpusOptions
 from refrag_core.errors import FingerprintMismatchError
 from refrag_core.manifest import (
     NOTHING,
+    Change,
     Manifest,
     ParentInfo,
     Shard,
@@ -167,6 +168,7 @@ class _Build:
         shards, removed = self._all_shards(models, parent, plan, outcome)
         assembly.check_not_empty(shards, scan.documents_in, scan.reasons)
         index = self._index(models, parent, shards, removed)
+        shards, removed = self._covered(index, shards, removed)
         manifest, dispositions = self._assemble(models, latest, parent, scan, plan, outcome, shards, removed, index)
         committed = latest is None or latest.files != manifest.files
         if committed:
@@ -247,9 +249,19 @@ class _Build:
         if self.options.score:
             kept = [self._scored(models, shard, outcome) for shard in kept]
         removed = assembly.removed_documents(self.store, parent, plan.tombstones)
-        shards = assembly.surviving([*kept, *outcome.shards], removed)
-        names = {shard.name for shard in shards}
-        return shards, {name: rows for name, rows in removed.items() if name in names}
+        # A document that comes back as it was may give a shard that is still there, all of it dead: it lives again.
+        known = {shard.name for shard in kept}
+        removed = {name: rows for name, rows in removed.items() if name not in {s.name for s in outcome.shards}}
+        added = [shard for shard in outcome.shards if shard.name not in known]
+        segments = parent.segments if parent is not None else ()
+        shards = assembly.surviving([*kept, *added], removed, segments)
+        return shards, assembly.within(removed, shards)
+
+    def _covered(
+        self, index: BuiltIndex, shards: Sequence[Shard], removed: assembly.Removed
+    ) -> tuple[list[Shard], assembly.Removed]:
+        covered = assembly.covered_by(index.segments, shards)
+        return covered, assembly.within(removed, covered)
 
     def _scored(self, models: Models, shard: Shard, outcome: _Outcome) -> Shard:
         if "scores" in shard.tables:
@@ -312,6 +324,7 @@ class _Build:
             tombstones=tombstones,
             checkpoint=models.checkpoint_info(),
             files=assembly.collect_files(known, shards, others),
+            change=Change("build", plan.new, plan.changed, plan.deleted),
         )
         manifest = assembly.identified(self.store, draft)
         assembly.check_accounts(

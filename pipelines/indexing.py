@@ -110,13 +110,16 @@ def _unchanged(parent: Manifest, shards: Sequence[Shard], live: Live) -> bool:
 
 
 def _kept(parent: Manifest | None, spec: IndexSpec, shards: Sequence[Shard]) -> list[Segment]:
-    """The parent's segments when its quantizer still fits: same kind, list count within a factor of 4."""
+    """The parent's segments whose shards are all there, when its quantizer still fits: same kind, list count within 4x.
+
+    A segment without one of its shards cannot be searched: what is left of it goes into a new one.
+    """
     if parent is None:
         return []
     info, present = parent.vector_index, {shard.name for shard in shards}
     fits = info.kind == spec.kind and info.nlist * _RETRAIN_FACTOR >= spec.nlist
-    whole = all(name in present for segment in parent.segments for name in segment.shards)
-    return list(parent.segments) if fits and whole else []
+    whole = [segment for segment in parent.segments if all(name in present for name in segment.shards)]
+    return whole if fits else []
 
 
 def build_vector_index(
@@ -133,6 +136,8 @@ def build_vector_index(
     progress: Progress,
 ) -> BuiltIndex:
     """Segments over all shards; those of the parent are kept while recall stays above the gate.
+
+    Training anew leaves out shards that are all dead, which a kept segment has to go on covering.
 
     Args:
         dim: d_ret.
@@ -154,7 +159,8 @@ def build_vector_index(
         if built.info.recall_at_10 >= min_recall:
             return built
         progress.note(f"recall@10 fell to {built.info.recall_at_10:.3f}: training the index anew")
-    built = _train(store, engine, shards, spec, live=live, queries=queries)
+    alive = [shard for shard in shards if shard.name not in live or live[shard.name].any()]
+    built = _train(store, engine, alive, spec, live=live, queries=queries)
     if built.info.recall_at_10 < min_recall:
         raise RecallGateError(
             f"recall@10 is {built.info.recall_at_10:.3f} on {len(queries)} held-out queries, expected at least "
@@ -284,6 +290,26 @@ def live_passages(shards: Sequence[Shard], removed: Mapping[str, Sequence[tuple[
                 mask[first : first + count] = False
             live[shard.name] = mask
     return live
+
+
+def regroup(
+    store: Store, engine: Engine, parent: Manifest, shards: Sequence[Shard]
+) -> tuple[list[Segment], list[FileRecord]]:
+    """Segments over `shards` from the parent's quantizer, with the records of those that are new.
+
+    Kept are the parent's segments over shards that all stay, unless they are one of several small ones. The same
+    lists hold the same live vectors however rows are grouped, so that nprobe and the measured recall stay true.
+    """
+    present = {shard.name for shard in shards}
+    whole = [segment for segment in parent.segments if all(name in present for name in segment.shards)]
+    small = [segment for segment in whole if segment.rows < SEGMENT_ROWS // 2]
+    mergeable = len(small) > 1 or len(whole) < len(parent.segments)
+    kept = [segment for segment in whole if not (mergeable and segment in small)]
+    covered = {name for segment in kept for name in segment.shards}
+    added = [shard for shard in shards if shard.name not in covered]
+    work = partial(_segment, store, parent.vector_index.quantizer, parent.parameters.vector_dim)
+    made = list(engine.map(work, _groups(added)))
+    return [*kept, *(segment for segment, _ in made)], [record for _, record in made]
 
 
 def remake_segment(store: Store, manifest: Manifest, segment: Segment) -> None:

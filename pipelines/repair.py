@@ -19,6 +19,7 @@ from refrag_core.corpus.sources import CorpusOptions
 from refrag_core.errors import CorruptIndexError, UsageError
 from refrag_core.manifest import (
     CURRENT,
+    Change,
     Manifest,
     ParentInfo,
     QuarantineInfo,
@@ -151,7 +152,7 @@ def _recorded(store: Store, manifest: Manifest) -> Manifest:
     if files == dict(manifest.files):
         return manifest
     parent = ParentInfo(manifest.version, manifest.build_id)
-    changed = replace(manifest, version=manifest.version + 1, parent=parent, files=files)
+    changed = replace(manifest, version=manifest.version + 1, parent=parent, files=files, change=Change("repair"))
     commit(store, changed)
     return changed
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from refrag_core.errors import CorruptIndexError
-from refrag_core.manifest import Manifest, Shard, read_manifest, read_tombstones
+from refrag_core.manifest import Manifest, Shard, hold_manifest, read_tombstones
 from refrag_core.metadata_columns import MetadataColumns
 from refrag_core.predicate import parse_predicate
 from refrag_core.storage import FileRecord, Store
@@ -154,6 +154,8 @@ class OpenShard:
 class IndexReader:
     """One generation of an index. Shards are mapped on first use.
 
+    Until `close`, or the end of the object, it holds its generation: `refrag index gc` removes nothing of it.
+
     Args:
         root: the index's folder.
         version: the generation; the newest by default.
@@ -164,7 +166,8 @@ class IndexReader:
 
     def __init__(self, root: Path, version: int | None = None) -> None:
         self.store = Store(root)
-        self.manifest: Manifest = read_manifest(self.store, version)
+        self.manifest: Manifest
+        self.manifest, self._hold = hold_manifest(self.store, version)
         check_sizes(self.store, self.manifest.files.values())
         self._shards: dict[int, OpenShard] = {}
         numbers = {shard.name: number for number, shard in enumerate(self.manifest.shards)}
@@ -172,6 +175,10 @@ class IndexReader:
         self._segment_starts = [self._starts(shards) for shards in self._segment_shards]
         self._passing: OrderedDict[str, Passing] = OrderedDict()
         self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Let go of the generation; passages that were fetched stay readable."""
+        self._hold.release()
 
     def _starts(self, shards: Sequence[int]) -> list[int]:
         return [0, *accumulate(self.manifest.shards[number].passages for number in shards)]

@@ -19,11 +19,15 @@ import jsonschema
 from refrag.schemas import FORMAT, FORMAT_VERSION, manifest_schema
 from refrag_core.digests import JSON, canonical_json, digest_json
 from refrag_core.errors import CommitConflictError, CorruptIndexError, IndexNotFoundError
-from refrag_core.storage import FileRecord, Store, check_name
+from refrag_core.storage import FileRecord, Hold, Store, check_name
 from refrag_core.tables import iterate_rows
 
 VERSIONS = "versions"
 CURRENT = "CURRENT"
+REMOVED = f"{VERSIONS}/removed.json"
+"""What gc removed, so that a gap among the versions can be told from a loss."""
+CONTENT_FOLDERS = ("shards", "segments", "checkpoints", "quarantine", "tombstones", "duplicates")
+"""Where the files lie that manifests name; `gc` looks nowhere else."""
 _VERSION_NAME = re.compile(r"^[1-9][0-9]*\.json$")
 
 
@@ -154,6 +158,20 @@ class ParentInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Change:
+    """How a generation came from its parent, for people; no id depends on it."""
+
+    action: str
+    """`build`, `compact`, `repair` or `rollback`."""
+    new: int = 0
+    """Documents that the parent did not have."""
+    changed: int = 0
+    deleted: int = 0
+    version: int | None = None
+    """Of a rollback: the generation whose content this one has again."""
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """One generation. `files` is the only place with sizes and digests."""
 
@@ -170,6 +188,7 @@ class Manifest:
     tombstones: TombstoneInfo | None
     checkpoint: CheckpointInfo
     files: Mapping[str, FileRecord] = field(default_factory=dict)
+    change: Change | None = None
 
     @property
     def build_id(self) -> str:
@@ -191,6 +210,8 @@ def version_name(version: int) -> str:
 
 def _to_json(manifest: Manifest) -> dict[str, Any]:
     body = asdict(manifest)
+    if manifest.change is None:
+        del body["change"]
     body["files"] = {r.name: {"bytes": r.bytes, "digest": r.digest} for r in manifest.files.values()}
     body |= {"format": FORMAT, "format_version": FORMAT_VERSION, "build_id": manifest.build_id}
     return body
@@ -283,6 +304,7 @@ def _from_json(body: Mapping[str, Any]) -> Manifest:
         tombstones=TombstoneInfo(**body["tombstones"]) if body["tombstones"] else None,
         checkpoint=CheckpointInfo(**body["checkpoint"]),
         files={name: FileRecord(name, **record) for name, record in body["files"].items()},
+        change=Change(**body["change"]) if "change" in body else None,
     )
 
 
@@ -311,6 +333,23 @@ def read_manifest(store: Store, version: int | None = None) -> Manifest:
     if manifest.name != name:
         raise CorruptIndexError(f"{store.root / name} is the manifest of version {manifest.version}. {_REFETCH}")
     return manifest
+
+
+def hold_manifest(store: Store, version: int | None = None) -> tuple[Manifest, Hold]:
+    """What `read_manifest` gives, and a claim on that generation: while it lasts, `gc` spares all that it names.
+
+    Raises as `read_manifest` does, and IndexNotFoundError for a generation that is being removed.
+    """
+    while True:
+        number = version or read_manifest(store).version
+        hold = store.hold(version_name(number))
+        if hold is not None:
+            return read_manifest(store, number), hold
+        if read_manifest(store, version).version == number:
+            raise IndexNotFoundError(
+                f"generation {number} of {store.root} is being removed by gc: expected one that stays; "
+                f"`refrag index log {store.root}` lists them"
+            )
 
 
 def latest_manifest(store: Store) -> Manifest | None:
@@ -356,6 +395,7 @@ class LiveDocument:
     num_passages: int
     num_chunks: int
     num_tokens: int
+    first_chunk: int = 0
 
 
 def read_tombstones(store: Store, manifest: Manifest) -> dict[str, list[tuple[int, int, int]]]:
@@ -376,11 +416,13 @@ _DOCUMENT_COLUMNS = (
 
 def _shard_documents(store: Store, shard: Shard, removed: Iterable[int]) -> Iterator[LiveDocument]:
     skip = set(removed)
-    first_passage = 0
+    first_passage = first_chunk = 0
     for row, entry in enumerate(iterate_rows(store.path(shard.tables["documents"]), _DOCUMENT_COLUMNS)):
         if row not in skip:
-            yield LiveDocument(shard=shard.name, row=row, first_passage=first_passage, **entry)
+            place = {"shard": shard.name, "row": row, "first_passage": first_passage, "first_chunk": first_chunk}
+            yield LiveDocument(**place, **entry)
         first_passage += entry["num_passages"]
+        first_chunk += entry["num_chunks"]
 
 
 def document_key(document_id: str) -> bytes:

@@ -11,6 +11,7 @@ import fcntl
 import itertools
 import os
 import shutil
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -90,6 +91,25 @@ def _link_if_absent(temporary: Path, final: Path) -> bool:
     return True
 
 
+class Hold:
+    """A claim on a file of an index; it ends with `release`, with the object, or with the process."""
+
+    def __init__(self, handle: int) -> None:
+        self._close = weakref.finalize(self, os.close, handle)
+
+    def release(self) -> None:
+        """Give the claim up; a second time does nothing."""
+        self._close()
+
+
+def _is_still(path: Path, handle: int) -> bool:
+    """Whether `path` names the open file."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
 class Store:
     """An index's folder on a POSIX file system."""
 
@@ -162,6 +182,74 @@ class Store:
         else:
             path.unlink(missing_ok=True)
 
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        return self.path(name).stat().st_size
+
+    def modified(self, name: str) -> float:
+        """When the file was written, seconds since the epoch by the file system's clock."""
+        return self.path(name).stat().st_mtime
+
+    def hold(self, name: str) -> Hold | None:
+        """Claim a file as in use, so that `remove_unheld` spares it; None when it is gone or being removed.
+
+        Writes nothing: the claim is a shared lock of the kernel on the file itself, which a read-only mount has as
+        well. Where a file system has no locks the claim is empty, and only a grace period protects a reader.
+        """
+        path = self.path(name)
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        hold = Hold(handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            hold.release()
+            return None
+        except OSError:
+            return hold
+        if not _is_still(path, handle):  # removed between the opening and the claim
+            hold.release()
+            return None
+        return hold
+
+    def is_held(self, name: str) -> bool:
+        """Whether somebody, this process included, holds the file."""
+        with contextlib.suppress(OSError), self.path(name).open("rb") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    def remove_unheld(self, name: str) -> bool:
+        """Remove a file unless somebody holds it; False, and nothing done, when somebody does."""
+        path = self.path(name)
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return True
+        try:
+            with contextlib.suppress(OSError):  # without locks there are no claims
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return False
+            path.unlink(missing_ok=True)
+        finally:
+            os.close(handle)
+        _sync_folder(path.parent)
+        return True
+
+    def prune(self) -> None:
+        """Remove folders that hold nothing, work in progress aside."""
+        for folder, _, _ in os.walk(self.root, topdown=False):
+            base = Path(folder).relative_to(self.root)
+            if base.parts and base.parts[0] != WORK:
+                with contextlib.suppress(OSError):
+                    Path(folder).rmdir()
+
     def files(self) -> Iterator[str]:
         """Names of all files below the root but those of work in progress, sorted."""
         for folder, folders, names in os.walk(self.root):
@@ -190,9 +278,21 @@ class Store:
                     "wait for it to end, or stop it, and run this command again"
                 ) from None
             self.replace(holder, f"process {os.getpid()} on {os.uname().nodename}".encode())
-            yield
+            try:
+                yield
+            finally:
+                self._leave_work(holder)
         finally:
             os.close(handle)
+
+    def _leave_work(self, holder: str) -> None:
+        """Remove the folder of work in progress where no work is left in it."""
+        work = self.path(WORK)
+        if work.is_dir() and {path.name for path in work.iterdir()} <= {"builder", "tmp"}:
+            self.path(holder).unlink(missing_ok=True)
+            for folder in (self.root / _TEMPORARY, work):
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
 
     def _holder(self, name: str) -> str:
         try:

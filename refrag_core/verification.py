@@ -8,8 +8,10 @@ import numpy as np
 
 from refrag_core.digests import digest_file
 from refrag_core.errors import CorruptIndexError, IndexNotFoundError
+from refrag_core.generations import read_removed
 from refrag_core.manifest import (
     CURRENT,
+    REMOVED,
     Manifest,
     Shard,
     content_id,
@@ -61,7 +63,7 @@ def verify_index(store: Store, on_file: Callable[[FileRecord], None] | None = No
     damaged = {problem.file for problem in problems}
     if newest is not None and not damaged & set(newest.files):
         problems += _check_content(store, newest)
-    named = set(files) | {version_name(version) for version in list_versions(store)} | {CURRENT}
+    named = set(files) | {version_name(version) for version in list_versions(store)} | {CURRENT, REMOVED}
     return Verification(
         version=newest.version if newest else None,
         content_id=newest.content_id if newest else None,
@@ -86,9 +88,8 @@ def _read_manifests(store: Store) -> tuple[list[Manifest], list[Problem]]:
         except CorruptIndexError as error:
             problems.append(Problem(version_name(version), str(error)))
     expected = {manifest.parent.version for manifest in manifests if manifest.parent}
-    problems += [
-        Problem(version_name(v), "missing: a later generation was built on it") for v in expected - set(versions)
-    ]
+    lost = expected - set(versions) - set(read_removed(store))
+    problems += [Problem(version_name(v), "missing: a later generation was built on it") for v in sorted(lost)]
     return manifests, problems
 
 
