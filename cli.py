@@ -115,6 +115,13 @@ Rebuild = Annotated[bool, typer.Option("--rebuild", help="Encode all anew where 
 DeleteMissing = Annotated[
     bool, typer.Option("--delete-missing", help="Remove documents that the corpus no longer has.")
 ]
+DedupPassages = Annotated[
+    bool | None,
+    typer.Option(
+        "--dedup-passages/--no-dedup-passages",
+        help="Let a search return equal passages once. Default: as the index has it.",
+    ),
+]
 RetryQuarantined = Annotated[
     bool, typer.Option("--retry-quarantined", help="Try documents again that a stage has quarantined before.")
 ]
@@ -263,6 +270,7 @@ def index_build(
     shard_bytes: ShardBytes = None,
     rebuild: Rebuild = False,
     delete_missing: DeleteMissing = False,
+    dedup_passages: DedupPassages = None,
     retry_quarantined: RetryQuarantined = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -291,6 +299,7 @@ def index_build(
         shard_bytes=shard_bytes,
         rebuild=rebuild,
         delete_missing=delete_missing,
+        dedup_passages=dedup_passages,
         retry_quarantined=retry_quarantined,
     )
     with _engine(engine, workers) as running:
@@ -331,6 +340,8 @@ def _print_build(report: "BuildReport", output: Path) -> None:
         print(f"left out files of unknown formats: {', '.join(f'{v:,} {k}' for k, v in report.ignored.items())}")
     if report.missing:
         print(f"{report.missing:,} documents are no longer in the corpus and were kept; --delete-missing removes them")
+    if report.duplicate_passages:
+        print(f"{report.duplicate_passages:,} passages equal an earlier one and stay out of search")
     if report.truncated_passages:
         print(f"{report.truncated_passages:,} passages are longer than the retriever reads; it saw their beginning")
 

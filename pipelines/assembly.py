@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -18,6 +20,7 @@ from refrag_core.errors import AccountingError, CorpusError
 from refrag_core.manifest import (
     NOTHING,
     Counts,
+    DuplicateInfo,
     LiveDocument,
     Manifest,
     QuarantineInfo,
@@ -166,6 +169,19 @@ def publish_tombstones(store: Store, removed: Removed) -> tuple[TombstoneInfo | 
     key = digest_json([[row["shard"], row["document"]] for row in rows])[:32]
     record = store.publish(f"tombstones/{key}.parquet", lambda path: write_table(path, table))
     return TombstoneInfo(record.name, len(rows), sum(row["num_passages"] for row in rows)), record
+
+
+def publish_duplicates(
+    store: Store, hidden: Mapping[str, npt.NDArray[np.int64]]
+) -> tuple[DuplicateInfo | None, FileRecord | None]:
+    """Write down the passages that stay out of search because an earlier one says the same."""
+    if not hidden:
+        return None, None
+    rows = [{"shard": name, "passage": int(row)} for name, passages in hidden.items() for row in passages]
+    table = pa.Table.from_pylist(rows, schema=arrow.DUPLICATES)
+    key = digest_json([[row["shard"], row["passage"]] for row in rows])[:32]
+    record = store.publish(f"duplicates/{key}.parquet", lambda path: write_table(path, table))
+    return DuplicateInfo(record.name, len(rows)), record
 
 
 # --- identity and accounts --------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from refrag.pipelines import assembly
 from refrag.pipelines.build import lock_and_clear
+from refrag.pipelines.duplicates import duplicate_passages
 from refrag.pipelines.engines import Engine
 from refrag.pipelines.indexing import regroup
 from refrag.pipelines.plan import ShardName, ShardSpec, default_shard_bytes, ends_shard
@@ -150,6 +151,8 @@ def _compacted(
     segments, records = regroup(store, engine, parent, shards)
     progress.finish()
     tombstones, tombstone_file = assembly.publish_tombstones(store, assembly.within(removed, staying))
+    hidden = duplicate_passages(store, shards, assembly.within(removed, staying)) if _dedups(parent) else {}
+    duplicates, duplicate_file = assembly.publish_duplicates(store, hidden)
     known = dict(parent.files) | {record.name: record for receipt in receipts for record in receipt.files.values()}
     kept = [parent.files[segment.file] for segment in segments if segment.file in parent.files]
     draft = replace(
@@ -159,10 +162,17 @@ def _compacted(
         shards=shards,
         segments=segments,
         tombstones=tombstones,
-        files=assembly.collect_files(known, shards, [*_other_files(parent), *kept, *records, tombstone_file]),
+        duplicates=duplicates,
+        files=assembly.collect_files(
+            known, shards, [*_other_files(parent), *kept, *records, tombstone_file, duplicate_file]
+        ),
         change=Change("compact"),
     )
     return _same_content(store, draft, parent), sum(receipt.facts["copied"] for receipt in receipts)
+
+
+def _dedups(manifest: Manifest) -> bool:
+    return manifest.parameters.dedup_passages
 
 
 def _chosen(shards: Iterable[Shard], removed: assembly.Removed, target: int, min_dead_fraction: float) -> list[Shard]:
@@ -179,7 +189,7 @@ def _other_files(parent: Manifest) -> list[FileRecord]:
     """Records of what compaction leaves as it is: checkpoint, quantizer, quarantine."""
     moved = {name for shard in parent.shards for name in shard.tables.values()}
     moved |= {segment.file for segment in parent.segments}
-    moved |= {parent.tombstones.file} if parent.tombstones else set()
+    moved |= {info.file for info in (parent.tombstones, parent.duplicates) if info}
     return [record for name, record in parent.files.items() if name not in moved]
 
 

@@ -1,7 +1,7 @@
 """The index stage: passage embeddings of all shards → FAISS segments, and their measured recall."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -106,7 +106,7 @@ def _unchanged(parent: Manifest, shards: Sequence[Shard], live: Live) -> bool:
     same = [s.tables["vectors"] for s in shards] == [s.tables["vectors"] for s in parent.shards]
     covered = sum(segment.rows for segment in parent.segments) == sum(shard.passages for shard in shards)
     dead = sum(int((~mask).sum()) for mask in live.values())
-    return same and covered and dead == (parent.tombstones.passages if parent.tombstones else 0)
+    return same and covered and dead == sum(info.passages for info in (parent.tombstones, parent.duplicates) if info)
 
 
 def _kept(parent: Manifest | None, spec: IndexSpec, shards: Sequence[Shard]) -> list[Segment]:
@@ -134,6 +134,7 @@ def build_vector_index(
     min_recall: float,
     memory_budget_bytes: int | None,
     progress: Progress,
+    dead: Collection[str] = (),
 ) -> BuiltIndex:
     """Segments over all shards; those of the parent are kept while recall stays above the gate.
 
@@ -144,6 +145,7 @@ def build_vector_index(
         live: per shard name a bool `[passages]`, for shards with removed passages.
         retriever: embeds the held-out queries (sentences of sampled passages).
         min_recall: recall@10 under which nothing is published.
+        dead: names of the shards without a live document.
         memory_budget_bytes: above this, inverted lists hold 8-bit codes instead of float16; None is no bound.
 
     Raises RecallGateError when even freshly trained segments stay below `min_recall`.
@@ -159,7 +161,7 @@ def build_vector_index(
         if built.info.recall_at_10 >= min_recall:
             return built
         progress.note(f"recall@10 fell to {built.info.recall_at_10:.3f}: training the index anew")
-    alive = [shard for shard in shards if shard.name not in live or live[shard.name].any()]
+    alive = [shard for shard in shards if shard.name not in dead]
     built = _train(store, engine, alive, spec, live=live, queries=queries)
     if built.info.recall_at_10 < min_recall:
         raise RecallGateError(
@@ -280,14 +282,20 @@ def _middle_sentence(text: str) -> str:
     return chosen if chosen != text.strip() else chosen[: max(1, len(chosen) * 2 // 3)]
 
 
-def live_passages(shards: Sequence[Shard], removed: Mapping[str, Sequence[tuple[int, int, int]]]) -> Live:
-    """Per shard with removed documents a bool `[passages]`, False for their passages."""
+def live_passages(
+    shards: Sequence[Shard],
+    removed: Mapping[str, Sequence[tuple[int, int, int]]],
+    hidden: Mapping[str, npt.NDArray[np.int64]] | None = None,
+) -> Live:
+    """Per shard with removed documents or hidden duplicates a bool `[passages]`, False for their passages."""
     live: dict[str, npt.NDArray[np.bool_]] = {}
+    duplicates = hidden or {}
     for shard in shards:
-        if shard.name in removed:
+        if shard.name in removed or shard.name in duplicates:
             mask = np.ones(shard.passages, bool)
-            for _, first, count in removed[shard.name]:
+            for _, first, count in removed.get(shard.name, ()):
                 mask[first : first + count] = False
+            mask[duplicates.get(shard.name, [])] = False
             live[shard.name] = mask
     return live
 

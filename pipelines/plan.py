@@ -187,6 +187,7 @@ def make_plan(
     target_shard_bytes: int,
     delete_missing: bool,
     held: Mapping[str, bytes],
+    anew: bool = False,
 ) -> Plan:
     """Join the scan with the parent generation and cut the new and changed documents into shards.
 
@@ -197,6 +198,7 @@ def make_plan(
         target_shard_bytes: text bytes a shard.
         delete_missing: whether documents that the corpus no longer has leave the index.
         held: source digest of each document that a stage has quarantined before.
+        anew: take nothing over from the parent; its documents only tell which ones the corpus no longer has.
     """
     plan = Plan()
 
@@ -205,6 +207,9 @@ def make_plan(
             if row is None:
                 assert live is not None
                 _retire(plan, live, delete_missing)
+            elif anew:
+                yield row
+                plan.new += 1
             elif live is not None and _same(row, live):
                 plan.unchanged += 1
             elif held.get(row["document_id"]) == row["source_digest"]:

@@ -59,6 +59,8 @@ class Parameters:
     embedding_dim: int
     embedding_dtype: str
     vector_dim: int
+    dedup_passages: bool = False
+    """Whether a search returns equal passages once: the first, by document id and ordinal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +143,14 @@ class TombstoneInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class DuplicateInfo:
+    """Where the live passages are listed that equal an earlier one and stay out of search."""
+
+    file: str
+    passages: int
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointInfo:
     """The folder that holds the projection, the policy and the prompt template."""
 
@@ -189,6 +199,7 @@ class Manifest:
     checkpoint: CheckpointInfo
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     change: Change | None = None
+    duplicates: DuplicateInfo | None = None
 
     @property
     def build_id(self) -> str:
@@ -210,10 +221,20 @@ def version_name(version: int) -> str:
 
 def _to_json(manifest: Manifest) -> dict[str, Any]:
     body = asdict(manifest)
-    if manifest.change is None:
-        del body["change"]
+    body["parameters"] = _parameters(manifest.parameters)
+    for member in ("change", "duplicates"):  # absent where there is nothing to say
+        if body[member] is None:
+            del body[member]
     body["files"] = {r.name: {"bytes": r.bytes, "digest": r.digest} for r in manifest.files.values()}
     body |= {"format": FORMAT, "format_version": FORMAT_VERSION, "build_id": manifest.build_id}
+    return body
+
+
+def _parameters(parameters: Parameters) -> dict[str, JSON]:
+    """The parameters as JSON; a switch that is off is left out, so that ids from before it stay what they were."""
+    body: dict[str, JSON] = asdict(parameters)
+    if not parameters.dedup_passages:
+        del body["dedup_passages"]
     return body
 
 
@@ -279,7 +300,8 @@ def _check_bytes(body: Mapping[str, Any], data: bytes, where: str) -> None:
 def _check_references(manifest: Manifest, where: str) -> None:
     named = {name for shard in manifest.shards for name in shard.tables.values()}
     named |= {segment.file for segment in manifest.segments} | {manifest.vector_index.quantizer}
-    named |= {info.file for info in (manifest.quarantine, manifest.tombstones) if info and info.file}
+    lists = (manifest.quarantine, manifest.tombstones, manifest.duplicates)
+    named |= {info.file for info in lists if info and info.file}
     unlisted = sorted(named - set(manifest.files))
     if unlisted:
         raise CorruptIndexError(f"{where} names {unlisted[0]} but lists no digest for it. {_REFETCH}")
@@ -305,6 +327,7 @@ def _from_json(body: Mapping[str, Any]) -> Manifest:
         checkpoint=CheckpointInfo(**body["checkpoint"]),
         files={name: FileRecord(name, **record) for name, record in body["files"].items()},
         change=Change(**body["change"]) if "change" in body else None,
+        duplicates=DuplicateInfo(**body["duplicates"]) if "duplicates" in body else None,
     )
 
 
@@ -409,6 +432,15 @@ def read_tombstones(store: Store, manifest: Manifest) -> dict[str, list[tuple[in
     return removed
 
 
+def read_duplicates(store: Store, manifest: Manifest) -> dict[str, list[int]]:
+    """Rows of the passages of each shard that equal an earlier one and stay out of search."""
+    hidden: dict[str, list[int]] = {}
+    if manifest.duplicates is not None:
+        for row in iterate_rows(store.path(manifest.duplicates.file)):
+            hidden.setdefault(row["shard"], []).append(row["passage"])
+    return hidden
+
+
 _DOCUMENT_COLUMNS = (
     "document_id", "source_digest", "content_digest", "chunk_size", "num_passages", "num_chunks", "num_tokens",
 )  # fmt: skip
@@ -431,10 +463,19 @@ def document_key(document_id: str) -> bytes:
 
 
 def live_documents(store: Store, manifest: Manifest) -> Iterator[LiveDocument]:
-    """All live documents ordered by id; a shard's table is open only while its range of ids is passed."""
-    removed = read_tombstones(store, manifest)
+    """All live documents of a generation ordered by id."""
+    yield from documents_of(store, manifest.shards, read_tombstones(store, manifest))
+
+
+def documents_of(
+    store: Store, shards: Sequence[Shard], removed: Mapping[str, Sequence[tuple[int, int, int]]]
+) -> Iterator[LiveDocument]:
+    """The documents of `shards` that are not `removed`, ordered by id.
+
+    A shard's table is open only while its range of ids is passed.
+    """
     heap: list[tuple[bytes, int, LiveDocument | None, Iterator[LiveDocument]]] = []
-    for number, shard in enumerate(manifest.shards):
+    for number, shard in enumerate(shards):
         rows = _shard_documents(store, shard, (entry[0] for entry in removed.get(shard.name, ())))
         heap.append((document_key(shard.first_document), number, None, rows))
     heapq.heapify(heap)
@@ -455,7 +496,11 @@ def content_id(documents: Iterable[tuple[str, bytes]], components: Components, p
     Independent of engine, table format, worker count, shard boundaries and history.
     """
     models = {k: v["fingerprint"] if v else None for k, v in asdict(components).items()}
-    header: dict[str, JSON] = {"format_version": FORMAT_VERSION, "components": models, "parameters": asdict(parameters)}
+    header: dict[str, JSON] = {
+        "format_version": FORMAT_VERSION,
+        "components": models,
+        "parameters": _parameters(parameters),
+    }
     hasher = hashlib.sha256(canonical_json(header))
     for document_id, digest in documents:
         key = document_key(document_id)
