@@ -83,7 +83,7 @@ def test_a_second_one_finds_nothing_to_do(small: SmallIndex) -> None:
 
 
 def test_shards_are_cut_at_the_size_asked_for(small: SmallIndex) -> None:
-    few, many = compact(small, shard_bytes=20_000), compact(small, shard_bytes=100_000)
+    few, many = compact(small, shard_bytes=2_000), compact(small, shard_bytes=100_000)
     assert few.shards_after > many.shards_after == 1
 
 
