@@ -177,9 +177,10 @@ def publish_duplicates(
     """Write down the passages that stay out of search because an earlier one says the same."""
     if not hidden:
         return None, None
-    rows = [{"shard": name, "passage": int(row)} for name, passages in hidden.items() for row in passages]
+    places = [(name, int(row)) for name, passages in hidden.items() for row in passages]
+    rows = [{"shard": name, "passage": row} for name, row in places]
     table = pa.Table.from_pylist(rows, schema=arrow.DUPLICATES)
-    key = digest_json([[row["shard"], row["passage"]] for row in rows])[:32]
+    key = digest_json(places)[:32]
     record = store.publish(f"duplicates/{key}.parquet", lambda path: write_table(path, table))
     return DuplicateInfo(record.name, len(rows)), record
 

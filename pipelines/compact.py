@@ -23,7 +23,15 @@ from refrag.pipelines.indexing import regroup
 from refrag.pipelines.plan import ShardName, ShardSpec, default_shard_bytes, ends_shard
 from refrag.pipelines.progress import Progress, Silent
 from refrag.pipelines.receipts import Receipt, find_receipt, write_receipt
-from refrag.pipelines.stages import EmbedStage, EncodeStage, ScoreStage, TokenizeStage, table_name, table_writer
+from refrag.pipelines.stages import (
+    DeviceStage,
+    EmbedStage,
+    EncodeStage,
+    ScoreStage,
+    TokenizeStage,
+    table_name,
+    table_writer,
+)
 from refrag_core.errors import AccountingError
 from refrag_core.manifest import (
     Change,
@@ -402,7 +410,7 @@ def _shard(receipt: Receipt) -> Shard:
 def _table_names(parent: Manifest, shard: str) -> dict[str, str]:
     """Names of a shard's files as its stages would give them; so `repair` can make each of them again."""
     components = parent.components
-    stages = [
+    stages: list[DeviceStage] = [
         EncodeStage("", components.encoder.fingerprint, "cpu"),
         EmbedStage("", components.retriever.fingerprint, "cpu"),
     ]

@@ -60,15 +60,16 @@ def _in_pass(
     store: Store, shards: Sequence[Shard], removed: Removed, number: int, passes: int
 ) -> npt.NDArray[np.int64]:
     """`[n, 2]` int64 (shard, row) of the hidden passages among those whose digest falls to this pass."""
-    digests, places = bytearray(), []
+    digests = bytearray()
+    places: list[tuple[int, int]] = []
     for shard, row, digest in _digests(store, shards, removed):
         if int.from_bytes(digest[:8], "little") % passes == number:
             digests += digest
             places.append((shard, row))
-    keys = np.frombuffer(bytes(digests), np.dtype("V16"))
-    _, first = np.unique(keys.view("<u8").reshape(-1, 2), axis=0, return_index=True) if len(keys) else (None, [])
+    keys = np.frombuffer(bytes(digests), "<u8").reshape(-1, 2)
     hidden = np.ones(len(keys), bool)
-    hidden[first] = False
+    if len(keys):
+        hidden[np.unique(keys, axis=0, return_index=True)[1]] = False  # the first of each
     return np.array(places, np.int64).reshape(-1, 2)[hidden]
 
 

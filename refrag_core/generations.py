@@ -183,7 +183,7 @@ def diff_generations(
     return GenerationDiff(
         old=old,
         new=new,
-        **{f"documents_{change}": total for change, total in totals.items()},  # type: ignore[arg-type]
+        **{f"documents_{change}": total for change, total in totals.items()},
         counts_old=before.counts,
         counts_new=after.counts,
         models_changed=_models_changed(before, after),

@@ -451,8 +451,7 @@ def _shard_documents(store: Store, shard: Shard, removed: Iterable[int]) -> Iter
     first_passage = first_chunk = 0
     for row, entry in enumerate(iterate_rows(store.path(shard.tables["documents"]), _DOCUMENT_COLUMNS)):
         if row not in skip:
-            place = {"shard": shard.name, "row": row, "first_passage": first_passage, "first_chunk": first_chunk}
-            yield LiveDocument(**place, **entry)
+            yield LiveDocument(shard=shard.name, row=row, first_passage=first_passage, first_chunk=first_chunk, **entry)
         first_passage += entry["num_passages"]
         first_chunk += entry["num_chunks"]
 

@@ -86,7 +86,9 @@ def test_of_concurrent_writers_exactly_one_commits(tmp_path: Path, own_cache: Pa
     store = Store(index.path)
     assert list_versions(store) == [1, 2, 3]
     assert verify_index(store).problems == ()
-    last = index.build()  # who lost runs again, on top of the winner
+    index.corpus = tmp_path / "corpus"
+    index.write([*documents(9, sentences=3), {"id": "later", "text": "Who lost runs again, on top of the winner."}])
+    last = index.build()
     assert (last.version, read_manifest(store).parent.version) == (4, 3)  # type: ignore[union-attr]
     assert verify_index(store).problems == ()
 
