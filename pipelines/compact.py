@@ -22,7 +22,7 @@ from refrag.pipelines.engines import Engine
 from refrag.pipelines.indexing import regroup
 from refrag.pipelines.plan import ShardName, ShardSpec, default_shard_bytes, ends_shard
 from refrag.pipelines.progress import Progress, Silent
-from refrag.pipelines.receipts import Receipt, find_receipt, write_receipt
+from refrag.pipelines.receipts import Receipt, find_receipt, forget_receipt, write_receipt
 from refrag.pipelines.stages import (
     DeviceStage,
     EmbedStage,
@@ -45,7 +45,7 @@ from refrag_core.manifest import (
     read_manifest,
     read_tombstones,
 )
-from refrag_core.storage import WORK, FileRecord, Store
+from refrag_core.storage import FileRecord, Store
 from refrag_core.tables import open_table
 
 BYTES_A_TOKEN = 4
@@ -140,7 +140,8 @@ def compact_index(options: CompactOptions, engine: Engine, progress: Progress | 
             commit(store, manifest)
         else:
             finish_commit(store, parent)
-        store.remove(WORK)
+        for shard in manifest.shards:  # the receipts of a build that was interrupted are its own
+            forget_receipt(store, "compact", shard.name)
     return _report(parent, manifest if committed else parent, committed, copied, time.perf_counter() - started)
 
 

@@ -288,11 +288,13 @@ class Store:
     def _leave_work(self, holder: str) -> None:
         """Remove the folder of work in progress where no work is left in it."""
         work = self.path(WORK)
-        if work.is_dir() and {path.name for path in work.iterdir()} <= {"builder", "tmp"}:
+        for folder in work.iterdir() if work.is_dir() else ():
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        if work.is_dir() and [path.name for path in work.iterdir()] == ["builder"]:
             self.path(holder).unlink(missing_ok=True)
-            for folder in (self.root / _TEMPORARY, work):
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
+            with contextlib.suppress(OSError):
+                work.rmdir()
 
     def _holder(self, name: str) -> str:
         try:

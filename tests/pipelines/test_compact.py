@@ -140,6 +140,13 @@ def test_not_beside_a_build_and_not_without_an_index(small: SmallIndex, tmp_path
     assert not (tmp_path / "none").exists()
 
 
+def test_the_receipts_of_an_interrupted_build_stay(small: SmallIndex) -> None:
+    store = Store(small.path)
+    store.replace("work/receipts/embeddings-1.json", b"{}")
+    assert compact(small).committed
+    assert [path.name for path in (small.path / "work" / "receipts").iterdir()] == ["embeddings-1.json"]
+
+
 def test_the_generation_says_what_it_is(small: SmallIndex) -> None:
     compact(small)
     body = json.loads((small.path / "versions" / "5.json").read_bytes())
