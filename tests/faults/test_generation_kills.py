@@ -50,7 +50,8 @@ def kill_generations(
         moment = time.monotonic() + generator.random() * longest
         while process.poll() is None and time.monotonic() < moment:
             time.sleep(0.005)
-        died[command] += process.poll() is None
+        was_running = process.poll() is None
+        died[command] += was_running
         command_line.kill_group(process)
         process.communicate()
         check(index, contents, complete=command != "build")
@@ -60,7 +61,8 @@ def kill_generations(
         longest = time.monotonic() - started
         contents.add(done.json["content_id"])
         assert verify_index(Store(index)).problems == ()
-        log(f"{number}. {command} killed; then version {done.json['version']}, {len(contents)} contents seen")
+        state = "killed" if was_running else "ended before its kill"
+        log(f"{number}. {command} {state}; then version {done.json['version']}, {len(contents)} contents seen")
     return died
 
 
