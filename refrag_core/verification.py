@@ -17,6 +17,7 @@ from refrag_core.manifest import (
     content_id,
     list_versions,
     live_documents,
+    read_duplicates,
     read_manifest,
     version_name,
 )
@@ -179,3 +180,6 @@ def _check_segments(store: Store, manifest: Manifest) -> Iterator[Problem]:
         rows = VectorIndex.open([store.path(segment.file)], nprobe=1).num_rows
         if not rows == segment.rows == sum(passages[name] for name in segment.shards):
             yield Problem(segment.file, f"{rows} vectors, expected {segment.rows}")
+    for name, hidden in read_duplicates(store, manifest).items():
+        if max(hidden) >= passages.get(name, 0) and manifest.duplicates is not None:
+            yield Problem(manifest.duplicates.file, f"lists a passage that shard {name} does not have")

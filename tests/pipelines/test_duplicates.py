@@ -1,16 +1,17 @@
 """Equal passages are searched once, and which one is a matter of the documents alone."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from refrag.pipelines.assembly import removed_documents
+from refrag.pipelines.assembly import publish_duplicates, removed_documents
 from refrag.pipelines.compact import CompactOptions, compact_index
 from refrag.pipelines.duplicates import duplicate_passages
 from refrag.pipelines.engines.local import LocalEngine
 from refrag_core.index_reader import IndexReader
-from refrag_core.manifest import read_manifest
+from refrag_core.manifest import ParentInfo, commit, read_manifest
 from refrag_core.storage import Store
 from refrag_core.verification import verify_index
 from tests.small_index import SmallIndex
@@ -77,6 +78,20 @@ def test_compaction_hides_the_same_passages(small: SmallIndex) -> None:
     report = compact_index(CompactOptions(index=small.path, shard_bytes=100_000), LocalEngine(0))
     assert (report.committed, report.content_id) == (True, before.content_id)
     assert found(small) == ["a", "b", "e"]
+
+
+def test_verify_finds_a_list_of_other_rows(small: SmallIndex) -> None:
+    small.build(dedup_passages=True)
+    store = Store(small.path)
+    manifest = read_manifest(store)
+    info, record = publish_duplicates(store, {manifest.shards[0].name: np.array([99])})
+    assert info is not None
+    assert record is not None
+    parent = ParentInfo(manifest.version, manifest.build_id)
+    files = {**manifest.files, record.name: record}
+    commit(store, replace(manifest, version=2, parent=parent, duplicates=info, files=files))
+    found = [(problem.file, problem.found) for problem in verify_index(store).problems]
+    assert found == [(record.name, f"lists a passage that shard {manifest.shards[0].name} does not have")]
 
 
 @pytest.mark.parametrize("rows_a_pass", [1, 2, 1000])
