@@ -29,6 +29,7 @@ from refrag.pipelines.stages import (
     EncodeStage,
     ScoreStage,
     TokenizeStage,
+    shard_of,
     table_name,
     table_writer,
 )
@@ -110,15 +111,9 @@ class Run(NamedTuple):
 class MergedShard:
     """A shard to be written: which rows of which shards it takes over, in order."""
 
-    name: str
-    chunk_size: int
+    shard: Shard
+    """Still without tables."""
     runs: Sequence[Run]
-    first_document: str
-    last_document: str
-    documents: int
-    passages: int
-    chunks: int
-    tokens: int
 
 
 def compact_index(options: CompactOptions, engine: Engine, progress: Progress | None = None) -> CompactReport:
@@ -155,7 +150,7 @@ def _compacted(
     chosen = _chosen(parent.shards, removed, target, options.min_dead_fraction)
     receipts = list(_merge(store, parent, chosen, target, progress))
     staying = [shard for shard in parent.shards if shard not in chosen]
-    shards = assembly.surviving([*staying, *(_shard(receipt) for receipt in receipts)], {})
+    shards = assembly.surviving([*staying, *(shard_of(receipt, [receipt]) for receipt in receipts)], {})
     progress.start("index", None, "segments")
     segments, records = regroup(store, engine, parent, shards)
     progress.finish()
@@ -240,17 +235,18 @@ def _merged(manifest: Manifest, chunk_size: int, documents: Sequence[LiveDocumen
         name.add(document.document_id, document.source_digest)
     spec = ShardSpec(str(name), "", chunk_size, len(documents), 0)
     components, parameters = manifest.components, manifest.parameters
-    return MergedShard(
+    shard = Shard(
         name=TokenizeStage("", components.tokenizer.fingerprint, parameters.max_passage_tokens).key(spec),
         chunk_size=chunk_size,
-        runs=list(_runs(documents)),
         first_document=documents[0].document_id,
         last_document=documents[-1].document_id,
         documents=len(documents),
         passages=sum(document.num_passages for document in documents),
         chunks=sum(document.num_chunks for document in documents),
         tokens=sum(document.num_tokens for document in documents),
+        tables={},
     )
+    return MergedShard(shard, list(_runs(documents)))
 
 
 def _runs(documents: Iterable[LiveDocument]) -> Iterator[Run]:
@@ -342,12 +338,12 @@ def _merge(
     progress.start("merge", sum(shard.documents for shard in chosen), "documents")
     sources, unchanged = _Sources(store, chosen), {shard.name: shard for shard in chosen}
     for merged in merged_shards(store, parent, chosen, target):
-        sources.close_before(merged.first_document)
-        if merged.name in unchanged:
-            yield _as_it_is(parent, unchanged[merged.name])
+        sources.close_before(merged.shard.first_document)
+        if merged.shard.name in unchanged:
+            yield _as_it_is(parent, unchanged[merged.shard.name])
         else:
             yield _merge_one(store, parent, sources, merged)
-        progress.advance(merged.documents)
+        progress.advance(merged.shard.documents)
     progress.finish()
 
 
@@ -358,10 +354,10 @@ def _as_it_is(parent: Manifest, shard: Shard) -> Receipt:
 
 
 def _merge_one(store: Store, parent: Manifest, sources: _Sources, merged: MergedShard) -> Receipt:
-    if (receipt := find_receipt(store, "compact", merged.name)) is not None:
+    if (receipt := find_receipt(store, "compact", merged.shard.name)) is not None:
         return receipt
     started = time.perf_counter()
-    names = _table_names(parent, merged.name)
+    names = _table_names(parent, merged.shard.name)
     files = {}
     passages = sources.gather("passages", merged.runs)
     num_chunks = passages.column("num_chunks").to_numpy().astype(np.int64)
@@ -369,12 +365,12 @@ def _merge_one(store: Store, parent: Manifest, sources: _Sources, merged: Merged
         rows = passages if table == "passages" else sources.gather(table, merged.runs)
         made = _counted_on(table, rows, num_chunks)
         files[table] = store.publish(names[table], table_writer(table, made))
-    receipt = _receipt(merged, files, time.perf_counter() - started, copied=merged.chunks)
+    receipt = _receipt(merged.shard, files, time.perf_counter() - started, copied=merged.shard.chunks)
     write_receipt(store, receipt)
     return receipt
 
 
-def _receipt(shard: Shard | MergedShard, files: Mapping[str, FileRecord], seconds: float, *, copied: int) -> Receipt:
+def _receipt(shard: Shard, files: Mapping[str, FileRecord], seconds: float, *, copied: int) -> Receipt:
     return Receipt(
         stage="compact",
         key=shard.name,
@@ -393,18 +389,6 @@ def _receipt(shard: Shard | MergedShard, files: Mapping[str, FileRecord], second
             "last_document": shard.last_document,
             "copied": copied,
         },
-    )
-
-
-def _shard(receipt: Receipt) -> Shard:
-    facts = receipt.facts
-    return Shard(
-        name=receipt.shard,
-        chunk_size=facts["chunk_size"],
-        first_document=facts["first_document"],
-        last_document=facts["last_document"],
-        tables={table: record.name for table, record in receipt.files.items()},
-        **receipt.rows,
     )
 
 

@@ -590,10 +590,11 @@ def run_device_stages(store: Store, stages: Sequence[DeviceStage], spec: ShardSp
         receipts.append(stage(store, shard))
         if not receipts[-1].files:
             return ShardResult(spec, tuple(receipts), None)
-    return ShardResult(spec, tuple(receipts), _shard(tokenized, receipts))
+    return ShardResult(spec, tuple(receipts), shard_of(tokenized, receipts))
 
 
-def _shard(tokenized: Receipt, receipts: Sequence[Receipt]) -> Shard:
+def shard_of(tokenized: Receipt, receipts: Sequence[Receipt]) -> Shard:
+    """The manifest's entry of a shard: its rows and facts, and the tables of all receipts."""
     tables = {name: record.name for receipt in receipts for name, record in receipt.files.items()}
     facts = tokenized.facts
     return Shard(
