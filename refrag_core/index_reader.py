@@ -253,7 +253,7 @@ class IndexReader:
             return file.read(columns=[name]).column(0)
 
     def live_texts(self) -> Iterator[str]:
-        """Texts of the passages that a search may return, in the order of (segment, row); one shard's in memory at a time."""
+        """Texts of the passages that a search may return, by (segment, row); one shard's in memory at a time."""
         for number in (number for shards in self._segment_shards for number in shards):
             texts = self.column(number, "passages", "text")
             yield from texts.filter(pa.array(self.searchable_rows(number))).to_pylist()
