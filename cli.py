@@ -50,6 +50,20 @@ class EngineName(StrEnum):
     LOCAL = "local"
 
 
+class EmbeddingDtypeName(StrEnum):
+    """Forms that an index holds chunk embeddings in."""
+
+    FLOAT16 = "float16"
+    INT8 = "int8"
+
+
+class TablesName(StrEnum):
+    """Tables that an index has, or that are read."""
+
+    PARQUET = "parquet"
+    LANCE = "lance"
+
+
 class RetrieverMode(StrEnum):
     """Where the passages of an evaluation's questions come from."""
 
@@ -99,6 +113,14 @@ ChunkSizeField = Annotated[
     str | None, typer.Option(help="Field with a document's importance in [0, 1]: important ones get smaller chunks.")
 ]
 MaxPassageTokens = Annotated[int, typer.Option(help="Tokens a passage at most.", min=1)]
+EmbeddingDtypeOption = Annotated[
+    EmbeddingDtypeName, typer.Option("--embedding-dtype", help="Storage of chunk embeddings; int8 has a scale a row.")
+]
+BuiltTables = Annotated[
+    TablesName | None,
+    typer.Option("--tables", help="lance: LanceDB tables beside the Parquet shards. Default: what the index has."),
+]
+ReadTables = Annotated[TablesName, typer.Option("--tables", help="Which tables passages are read from.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
 Workers = Annotated[
     int | None, typer.Option(help="Tokenizing processes; 0 runs in this process. Default: CPUs - 1.", min=0)
@@ -202,12 +224,14 @@ def _build_options(
     chunk_size: int | None,
     chunk_size_field: str | None,
     max_passage_tokens: int,
+    embedding_dtype: EmbeddingDtypeName,
     device: str,
     **rest: Any,
 ) -> "BuildOptions":
     from refrag.pipelines.build import BuildOptions
     from refrag.pipelines.components import ModelOptions
     from refrag_core.corpus.sources import CorpusOptions
+    from refrag_core.models import DEFAULT_RETRIEVER
 
     return BuildOptions(
         corpus=CorpusOptions(
@@ -228,8 +252,9 @@ def _build_options(
             chunk_size=chunk_size,
             chunk_size_field=chunk_size_field,
             max_passage_tokens=max_passage_tokens,
+            embedding_dtype=embedding_dtype.value,
             device=device,
-            **({} if retriever is None else {"retriever": retriever}),
+            retriever=DEFAULT_RETRIEVER if retriever is None else retriever,
         ),
         **rest,
     )
@@ -257,6 +282,7 @@ def index_build(
     chunk_size: ChunkSize = None,
     chunk_size_field: ChunkSizeField = None,
     max_passage_tokens: MaxPassageTokens = 256,
+    embedding_dtype: EmbeddingDtypeOption = EmbeddingDtypeName.FLOAT16,
     id_field: IdField = "id",
     text_field: TextField = "text",
     metadata_fields: MetadataFields = None,
@@ -265,6 +291,7 @@ def index_build(
     device: Device = "auto",
     workers: Workers = None,
     score: Score = False,
+    tables: BuiltTables = None,
     min_recall: MinRecall = 0.95,
     index_memory_bytes: IndexMemoryBytes = None,
     shard_bytes: ShardBytes = None,
@@ -292,8 +319,10 @@ def index_build(
         chunk_size=chunk_size,
         chunk_size_field=chunk_size_field,
         max_passage_tokens=max_passage_tokens,
+        embedding_dtype=embedding_dtype,
         device=device,
         score=score,
+        tables=tables and tables.value,
         min_recall=min_recall,
         index_memory_bytes=index_memory_bytes,
         shard_bytes=shard_bytes,
@@ -357,6 +386,7 @@ def index_plan(
     chunk_size: ChunkSize = None,
     chunk_size_field: ChunkSizeField = None,
     max_passage_tokens: MaxPassageTokens = 256,
+    embedding_dtype: EmbeddingDtypeOption = EmbeddingDtypeName.FLOAT16,
     id_field: IdField = "id",
     text_field: TextField = "text",
     metadata_fields: MetadataFields = None,
@@ -365,6 +395,7 @@ def index_plan(
     device: Device = "auto",
     workers: Workers = None,
     score: Score = False,
+    tables: BuiltTables = None,
     shard_bytes: ShardBytes = None,
     delete_missing: DeleteMissing = False,
     retry_quarantined: RetryQuarantined = False,
@@ -388,8 +419,10 @@ def index_plan(
         chunk_size=chunk_size,
         chunk_size_field=chunk_size_field,
         max_passage_tokens=max_passage_tokens,
+        embedding_dtype=embedding_dtype,
         device=device,
         score=score,
+        tables=tables and tables.value,
         shard_bytes=shard_bytes,
         delete_missing=delete_missing,
         retry_quarantined=retry_quarantined,
@@ -820,11 +853,18 @@ def _open_runtime(
     checkpoint: str | None,
     device: str,
     chunk_cache: Path | None = None,
+    tables: TablesName = TablesName.PARQUET,
 ) -> "Runtime":
     from refrag_core.runtime import Runtime
 
     runtime = Runtime.open(
-        index, decoder=decoder, retriever=retriever, checkpoint=checkpoint, device=device, chunk_cache=chunk_cache
+        index,
+        decoder=decoder,
+        retriever=retriever,
+        checkpoint=checkpoint,
+        device=device,
+        chunk_cache=chunk_cache,
+        tables=tables.value,
     )
     if not runtime.trained:
         _warn(
@@ -878,13 +918,14 @@ def ask(
     decoder: Decoder = None,
     retriever: Retriever = None,
     checkpoint: Checkpoint = None,
+    tables: ReadTables = TablesName.PARQUET,
     device: Device = "auto",
     as_json: JsonFlag = False,
 ) -> None:
     """Answer a question from an index, with the passages used and a latency breakdown."""
     given = {str(path): _read_text(path) for path in context or []}
     retrieval = _retrieval(where, hybrid, dense_weight, lexical_weight)
-    runtime = _open_runtime(index, decoder, retriever, checkpoint, device, chunk_cache)
+    runtime = _open_runtime(index, decoder, retriever, checkpoint, device, chunk_cache, tables)
     _build_lexical(runtime.searcher, retrieval)
     options = _ask_options(
         runtime,

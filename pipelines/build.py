@@ -19,6 +19,7 @@ from refrag.pipelines.progress import Progress, Silent
 from refrag.pipelines.receipts import Receipt, Rejected
 from refrag.pipelines.scan import RejectWriter, ScanResult, merge_runs, resolve_duplicates, scan_corpus
 from refrag.pipelines.stages import ShardResult, add_table
+from refrag_core import lance_tables
 from refrag_core.corpus.sources import CorpusOptions
 from refrag_core.errors import FingerprintMismatchError, UsageError
 from refrag_core.manifest import (
@@ -33,6 +34,7 @@ from refrag_core.manifest import (
     live_documents,
 )
 from refrag_core.storage import WORK, Store
+from refrag_core.tables import TableFormat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +46,9 @@ class BuildOptions:
     models: ModelOptions = field(default_factory=ModelOptions)
     score: bool = False
     """Add the per-chunk perplexity column."""
+    tables: TableFormat | None = None
+    """`lance` writes LanceDB tables beside the Parquet shards; None does what the index has, Parquet alone for a new
+    one."""
     min_recall: float = 0.95
     """Recall@10 of the vector index under which nothing is published."""
     index_memory_bytes: int | None = None
@@ -111,10 +116,14 @@ def build_index(options: BuildOptions, engine: Engine, progress: Progress | None
 
     Raises a RefragError: nothing is committed then, and what was finished is kept for the next run.
     """
+    if options.tables == "lance":
+        lance_tables.check_writable(options.output)
     store = Store(options.output)
     with lock_and_clear(store):
-        models = resolve_models(store, options.models)
         latest = latest_manifest(store)
+        if lance_tables.is_wanted(options.tables, latest):
+            lance_tables.check_writable(options.output)
+        models = resolve_models(store, options.models)
         parent = _base(store, latest, models, rebuild=options.rebuild)
         return build_from(
             options, engine, progress or Silent(), store=store, models=models, latest=latest, parent=parent
@@ -178,6 +187,7 @@ class _Build:
         manifest, dispositions = self._assemble(
             models, latest, parent, scan, plan, outcome, shards, removed, hidden, index
         )
+        manifest = self._with_lance(manifest, latest, parent)
         committed = latest is None or (latest.content_id, latest.files) != (manifest.content_id, manifest.files)
         if committed:
             commit(self.store, manifest)
@@ -371,6 +381,17 @@ class _Build:
             held_in_index=manifest.counts.documents,
         )
         return manifest, dispositions
+
+    def _with_lance(self, draft: Manifest, latest: Manifest | None, parent: Manifest | None) -> Manifest:
+        """The draft with its LanceDB tables, if it is to have them."""
+        if not lance_tables.is_wanted(self.options.tables, latest):
+            return draft
+        self.progress.start("lance", None, "rows")
+        started = time.perf_counter()
+        manifest = lance_tables.with_lance(self.store, draft, parent)
+        self.progress.finish()
+        self.steps["lance"] += time.perf_counter() - started
+        return manifest
 
     def _rejects(self, scan: ScanResult, parent: Manifest | None, plan: Plan, outcome: _Outcome) -> list[str]:
         """Parquet files of all rejects: the scan's, the duplicates', and those of the stages, then and now."""

@@ -33,6 +33,7 @@ from refrag.pipelines.stages import (
     table_name,
     table_writer,
 )
+from refrag_core import lance_tables
 from refrag_core.errors import AccountingError
 from refrag_core.manifest import (
     Change,
@@ -171,8 +172,12 @@ def _compacted(
             known, shards, [*_other_files(parent), *kept, *records, tombstone_file, duplicate_file]
         ),
         change=Change("compact"),
+        lance=None,
     )
-    return _same_content(store, draft, parent), sum(receipt.facts["copied"] for receipt in receipts)
+    manifest = _same_content(store, draft, parent)
+    if parent.lance is not None:
+        manifest = lance_tables.with_lance(store, manifest, parent)
+    return manifest, sum(receipt.facts["copied"] for receipt in receipts)
 
 
 def _dedups(manifest: Manifest) -> bool:
@@ -194,7 +199,8 @@ def _other_files(parent: Manifest) -> list[FileRecord]:
     moved = {name for shard in parent.shards for name in shard.tables.values()}
     moved |= {segment.file for segment in parent.segments}
     moved |= {info.file for info in (parent.tombstones, parent.duplicates) if info}
-    return [record for name, record in parent.files.items() if name not in moved]
+    folders = tuple(f"{table.folder}/" for table in parent.lance.tables.values()) if parent.lance else ()
+    return [record for name, record in parent.files.items() if name not in moved and not name.startswith(folders)]
 
 
 def _same_content(store: Store, draft: Manifest, parent: Manifest) -> Manifest:
@@ -396,7 +402,7 @@ def _table_names(parent: Manifest, shard: str) -> dict[str, str]:
     """Names of a shard's files as its stages would give them; so `repair` can make each of them again."""
     components = parent.components
     stages: list[DeviceStage] = [
-        EncodeStage("", components.encoder.fingerprint, "cpu"),
+        EncodeStage("", components.encoder.fingerprint, "cpu", parent.parameters.embedding_dtype),
         EmbedStage("", components.retriever.fingerprint, "cpu"),
     ]
     names = {table: f"shards/{shard}/{table}.parquet" for table in ("documents", "passages", "chunks")}

@@ -11,6 +11,7 @@ from typing import Any
 from refrag.pipelines.stages import EmbedStage, EncodeStage, ScoreStage, Stages, TokenizeStage
 from refrag_core.checkpoint import Checkpoint, initialise_checkpoint, load_checkpoint
 from refrag_core.devices import resolve_device
+from refrag_core.embedding_storage import INDEX_DTYPES, EmbeddingDtype
 from refrag_core.errors import ConfigError
 from refrag_core.manifest import CheckpointInfo, Component, Components, Parameters
 from refrag_core.models import DEFAULT_DECODER, DEFAULT_ENCODER, DEFAULT_RETRIEVER, fingerprint_model, resolve_model
@@ -32,6 +33,8 @@ class ModelOptions:
     """Tokens a chunk; None is the checkpoint's default."""
     chunk_size_field: str | None = None
     max_passage_tokens: int = 256
+    embedding_dtype: EmbeddingDtype = "float16"
+    """How chunk embeddings are stored."""
     device: str = "auto"
 
 
@@ -70,7 +73,8 @@ class Models:
 
     def encode_stage(self) -> EncodeStage:
         """The stage that makes chunk embeddings."""
-        return EncodeStage(str(self.root / self.checkpoint_folder), self.checkpoint.encode_fingerprint, self.device)
+        checkpoint, dtype = str(self.root / self.checkpoint_folder), self.parameters.embedding_dtype
+        return EncodeStage(checkpoint, self.checkpoint.encode_fingerprint, self.device, dtype)
 
     def embed_stage(self) -> EmbedStage:
         """The stage that makes passage embeddings."""
@@ -153,11 +157,16 @@ def _parameters(checkpoint: Checkpoint, retriever: Path, options: ModelOptions) 
             f"chunk size {chunk_size} was asked for, the checkpoint was made for {list(config.chunk_sizes)}: "
             "take one of these with --chunk-size, or another checkpoint"
         )
+    if options.embedding_dtype not in INDEX_DTYPES:
+        raise ConfigError(
+            f"chunk embeddings were asked for as {options.embedding_dtype}, expected {' or '.join(INDEX_DTYPES)}: "
+            "take one of these with --embedding-dtype"
+        )
     return Parameters(
         max_passage_tokens=options.max_passage_tokens,
         chunk_size=chunk_size,
         chunk_size_field=options.chunk_size_field,
         embedding_dim=config.d_enc,
-        embedding_dtype="float16",
+        embedding_dtype=options.embedding_dtype,
         vector_dim=int(json.loads((retriever / "config.json").read_text())["hidden_size"]),
     )

@@ -15,7 +15,9 @@ from refrag.pipelines.engines import Engine
 from refrag.pipelines.plan import Plan, Row, cut_shards, default_shard_bytes, make_plan
 from refrag.pipelines.scan import merge_runs, resolve_duplicates, scan_corpus
 from refrag.pipelines.stages import run_device_stages
-from refrag_core.manifest import Manifest, latest_manifest, live_documents
+from refrag_core import lance_tables
+from refrag_core.lance_tables import LiveRows
+from refrag_core.manifest import Manifest, Shard, latest_manifest, live_documents
 from refrag_core.storage import Store
 
 SAMPLE_BYTES = 96 << 10
@@ -71,7 +73,8 @@ def estimate_build(options: BuildOptions, engine: Engine) -> PlanReport:
             lambda _: b"",
         )
         plan = _plan(options, rows, store, None if changes else latest, work, scan.text_bytes)
-        sample = _measure_sample(plan, models, work, score=options.score)
+        with_lance = lance_tables.is_wanted(options.tables, latest)
+        sample = _measure_sample(plan, models, work, score=options.score, with_lance=with_lance)
         return _report(plan, sample, models, scan.documents_in, dict(sorted(rejected.items())), changes)
 
 
@@ -113,15 +116,15 @@ def _sample_rows(plan: Plan, size: int) -> list[Row]:
     return sorted(rows, key=lambda row: str(row["document_id"]).encode())
 
 
-def _measure_sample(plan: Plan, models: Models, work: Path, *, score: bool) -> _Sample | None:
+def _measure_sample(plan: Plan, models: Models, work: Path, *, score: bool, with_lance: bool) -> _Sample | None:
     """Run the real stages over a sample in a temporary folder; a small first round loads the models."""
     if not plan.shards:
         return None
-    _run_sample(_sample_rows(plan, _WARM_UP_BYTES), models, work, "warm-up", score=score)
-    return _run_sample(_sample_rows(plan, SAMPLE_BYTES), models, work, "sample", score=score)
+    _run_sample(_sample_rows(plan, _WARM_UP_BYTES), models, work, "warm-up", score=score, with_lance=with_lance)
+    return _run_sample(_sample_rows(plan, SAMPLE_BYTES), models, work, "sample", score=score, with_lance=with_lance)
 
 
-def _run_sample(rows: list[Row], models: Models, work: Path, name: str, *, score: bool) -> _Sample:
+def _run_sample(rows: list[Row], models: Models, work: Path, name: str, *, score: bool, with_lance: bool) -> _Sample:
     store, stages = Store(work / "store"), models.stages(score=score)
     seconds: dict[str, float] = {}
     totals: dict[str, int] = {"documents": 0, "passages": 0, "chunks": 0, "tokens": 0, "disk": 0}
@@ -135,6 +138,10 @@ def _run_sample(rows: list[Row], models: Models, work: Path, name: str, *, score
         for key, value in tokenized.rows.items():
             totals[key] += value
         totals["disk"] += sum(record.bytes for receipt in result.receipts for record in receipt.files.values())
+        if with_lance and result.shard is not None:
+            started = time.perf_counter()
+            totals["disk"] += _lance_bytes(store, models, result.shard)
+            seconds["lance"] = seconds.get("lance", 0.0) + time.perf_counter() - started
     return _Sample(
         documents=len(rows),
         text_bytes=sum(int(row["num_bytes"]) for row in rows),
@@ -144,6 +151,12 @@ def _run_sample(rows: list[Row], models: Models, work: Path, name: str, *, score
         disk_bytes=totals["disk"],
         seconds=seconds,
     )
+
+
+def _lance_bytes(store: Store, models: Models, shard: Shard) -> int:
+    """Bytes that a shard's rows take as LanceDB tables; their versions' own files, which do not grow, left out."""
+    _, names = lance_tables.write_tables(store, LiveRows([shard], models.parameters, {}), shard.name, None)
+    return sum(store.path(name).stat().st_size for name in names if "/data/" in name)
 
 
 def _report(

@@ -15,6 +15,7 @@ from refrag.pipelines.engines import Engine
 from refrag.pipelines.indexing import remake_segment
 from refrag.pipelines.progress import Progress
 from refrag.pipelines.stages import DeviceStage, committed_shard
+from refrag_core import lance_tables
 from refrag_core.corpus.sources import CorpusOptions
 from refrag_core.errors import CorruptIndexError, UsageError
 from refrag_core.manifest import (
@@ -126,7 +127,7 @@ def _make_again(
     for segment in manifest.segments:
         if segment.file in damaged:
             remake_segment(store, manifest, segment)
-    return _recorded(store, manifest)
+    return _recorded(store, manifest, lance_lost=base.lance is None and manifest.lance is not None)
 
 
 def _without_lost(manifest: Manifest, damaged: set[str]) -> Manifest:
@@ -134,11 +135,13 @@ def _without_lost(manifest: Manifest, damaged: set[str]) -> Manifest:
     lost = {shard.name for shard in manifest.shards if damaged & {shard.tables[table] for table in _FROM_CORPUS}}
     if manifest.tombstones is not None and manifest.tombstones.file in damaged:
         # Nothing says any more which rows are dead: no shard can be trusted to be all alive.
-        return replace(manifest, shards=[], segments=[], tombstones=None)
+        return replace(manifest, shards=[], segments=[], tombstones=None, lance=None)
+    lance = None if damaged & set(lance_tables.records_of(manifest)) else manifest.lance
     quarantine = QuarantineInfo(None, {}) if manifest.quarantine.file in damaged else manifest.quarantine
     shards = [shard for shard in manifest.shards if shard.name not in lost]
     trained = manifest.vector_index.quantizer not in damaged and all(s.file not in damaged for s in manifest.segments)
-    return replace(manifest, shards=shards, segments=manifest.segments if trained else [], quarantine=quarantine)
+    segments = manifest.segments if trained else []
+    return replace(manifest, shards=shards, segments=segments, quarantine=quarantine, lance=lance)
 
 
 def _needs_build(manifest: Manifest, damaged: set[str]) -> bool:
@@ -146,13 +149,19 @@ def _needs_build(manifest: Manifest, damaged: set[str]) -> bool:
     return bool(damaged & {name for name in (manifest.vector_index.quantizer, *lists) if name})
 
 
-def _recorded(store: Store, manifest: Manifest) -> Manifest:
-    """The manifest itself when all files are what they were, else a new generation with the new digests."""
-    files = {name: store.record(name) for name in manifest.files}
+def _recorded(store: Store, manifest: Manifest, *, lance_lost: bool) -> Manifest:
+    """The manifest itself when all files are what they were, else a new generation with the new digests.
+
+    Lost LanceDB tables are written anew from the shards: Lance never gives a file the same name twice.
+    """
+    left_out = lance_tables.records_of(manifest) if lance_lost else {}
+    files = {name: store.record(name) for name in manifest.files if name not in left_out}
     if files == dict(manifest.files):
         return manifest
     parent = ParentInfo(manifest.version, manifest.build_id)
     changed = replace(manifest, version=manifest.version + 1, parent=parent, files=files, change=Change("repair"))
+    if lance_lost:
+        changed = lance_tables.with_lance(store, replace(changed, lance=None), None)
     commit(store, changed)
     return changed
 
@@ -167,6 +176,7 @@ def _model_options(manifest: Manifest, options: RepairOptions) -> ModelOptions:
         chunk_size=manifest.parameters.chunk_size,
         chunk_size_field=manifest.parameters.chunk_size_field,
         max_passage_tokens=manifest.parameters.max_passage_tokens,
+        embedding_dtype=manifest.parameters.embedding_dtype,
         device=options.device,
     )
 

@@ -34,6 +34,7 @@ from refrag_core.chunking import (
 from refrag_core.corpus.document import Document, RejectReason
 from refrag_core.corpus.readers import read_documents
 from refrag_core.digests import JSON, canonical_json, digest_json
+from refrag_core.embedding_storage import EmbeddingDtype, Int8Rows, store_rows
 from refrag_core.errors import RefragError, StageError
 from refrag_core.manifest import Shard
 from refrag_core.storage import FileRecord, Store
@@ -426,18 +427,20 @@ def _by_document(
 
 @dataclass(frozen=True, slots=True)
 class EncodeStage:
-    """Chunk tokens → chunk embeddings, float16 `[chunks, d_enc]`."""
+    """Chunk tokens → chunk embeddings `[chunks, d_enc]`, float16 or int8 with a scale a row."""
 
     checkpoint: str
     """Folder of the checkpoint."""
     encode_fingerprint: str
     device: str
+    dtype: EmbeddingDtype = "float16"
     table: str = "embeddings"
 
     @property
     def fingerprint(self) -> str:
         """Digest of encoder weights, embedding form, pooling and dtype."""
-        return digest_json(["encode/1", self.encode_fingerprint])
+        stored = [] if self.dtype == "float16" else [self.dtype]
+        return digest_json(["encode/1", self.encode_fingerprint, *stored])
 
     def load(self) -> Any:
         """The encoder with its weights, loaded once a process."""
@@ -456,10 +459,17 @@ class EncodeStage:
                 store, shard, "num_chunks", lambda s: encoder.encode(tokens[s], num_tokens[s]), shard.chunks
             )
             rejected = _reject_documents(store, shard, failures, RejectReason.ENCODE_FAILED)
-            table = None if rows is None else _one_column(arrow.embeddings(encoder.dim), rows)
-            return table, rejected, {"dim": encoder.dim}
+            return None if rows is None else _embeddings_table(rows, self.dtype), rejected, {"dim": encoder.dim}
 
         return _make_table(store, shard, table=self.table, fingerprint=self.fingerprint, make=make)
+
+
+def _embeddings_table(rows: npt.NDArray[Any], dtype: EmbeddingDtype) -> pa.Table:
+    schema, stored = arrow.embeddings(rows.shape[1], dtype), store_rows(rows, dtype)
+    if isinstance(stored, Int8Rows):
+        columns = [fixed_binary(stored.codes), pa.array(stored.scales.astype("<f4", copy=False))]
+        return pa.Table.from_arrays(columns, schema=schema)
+    return _one_column(schema, stored)
 
 
 def _one_column(schema: pa.Schema, rows: npt.NDArray[Any]) -> pa.Table:

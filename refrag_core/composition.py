@@ -13,6 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from refrag_core.devices import upload_rows
+from refrag_core.embedding_storage import StoredRows, concatenate_rows
 from refrag_core.errors import ConfigError
 from refrag_core.template import PromptTemplate
 
@@ -31,8 +33,8 @@ class ContextPassage:
     """int32 `[t]`."""
     chunk_size: int
     """Tokens a chunk; the last chunk may hold fewer."""
-    chunk_embeddings: npt.NDArray[np.float16]
-    """float16 `[ceil(t / chunk_size), d_enc]`."""
+    chunk_embeddings: StoredRows
+    """`[ceil(t / chunk_size), d_enc]`, float16 or int8 with scales."""
 
     @property
     def num_chunks(self) -> int:
@@ -189,7 +191,7 @@ def compose(
 
     Args:
         embed: int64 ids `[s]` → `[s, d_dec]`, the decoder's input embeddings.
-        project: chunk embeddings float16 `[c, d_enc]` → `[c, d_dec]`, φ.
+        project: chunk embeddings `[c, d_enc]`, float16 or (from int8) float32 → `[c, d_dec]`, φ.
         device: where `embed` and `project` compute.
     """
     arrangement = arrange(
@@ -218,8 +220,8 @@ def embed_arrangement(
     embeds = embed(ids.clamp_min(0))
     if not len(arrangement.compressed):
         return embeds
-    stored = np.concatenate([passage.chunk_embeddings for passage in passages[: arrangement.num_passages]])
-    vectors = project(torch.from_numpy(stored[arrangement.compressed]).to(device))
+    stored = concatenate_rows([passage.chunk_embeddings for passage in passages[: arrangement.num_passages]])
+    vectors = project(upload_rows(stored[arrangement.compressed], device))
     slots = torch.from_numpy(np.flatnonzero(arrangement.ids == COMPRESSED)).to(device)
     return embeds.index_copy(0, slots, vectors.to(embeds.dtype))
 

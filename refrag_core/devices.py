@@ -1,6 +1,12 @@
-"""Devices: where a model runs when nobody says."""
+"""Devices: where a model runs when nobody says, and how chunk embeddings get there."""
 
+from typing import TYPE_CHECKING
+
+from refrag_core.embedding_storage import Int8Rows, StoredRows
 from refrag_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def resolve_device(device: str) -> str:
@@ -24,3 +30,14 @@ def resolve_device(device: str) -> str:
             f"device is {device!r}, and PyTorch finds no CUDA device; expected cpu or auto on this machine"
         )
     return device
+
+
+def upload_rows(rows: StoredRows, device: "torch.device | str") -> "torch.Tensor":
+    """Chunk embeddings `[n, d_enc]` on `device`; codes travel as they are and become float32 there."""
+    import numpy as np
+    import torch
+
+    if not isinstance(rows, Int8Rows):
+        return torch.from_numpy(np.ascontiguousarray(rows)).to(device)
+    codes, scales = (torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in (rows.codes, rows.scales))
+    return codes.to(torch.float32) * scales[:, None]

@@ -16,12 +16,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from refrag_core.embedding_storage import StoredRows
 from refrag_core.errors import CorruptIndexError
-from refrag_core.manifest import Manifest, Shard, hold_manifest, read_duplicates, read_tombstones
+from refrag_core.lance_tables import LanceReader
+from refrag_core.manifest import Manifest, Parameters, Shard, hold_manifest, read_duplicates, read_tombstones
 from refrag_core.metadata_columns import MetadataColumns
 from refrag_core.predicate import parse_predicate
 from refrag_core.storage import FileRecord, Store
-from refrag_core.tables import MappedColumn, open_table
+from refrag_core.tables import MappedColumn, TableFormat, map_embeddings, open_table
 from refrag_core.vector_index import SearchResult, VectorIndex, exact_search
 
 EXACT_ROWS = 1_024
@@ -62,8 +64,8 @@ class FetchedPassage:
     tokens: npt.NDArray[np.int32]
     """`[t]` decoder tokens."""
     chunk_size: int
-    embeddings: npt.NDArray[np.float16]
-    """`[ceil(t / chunk_size), d_enc]` chunk embeddings."""
+    embeddings: StoredRows
+    """`[ceil(t / chunk_size), d_enc]` chunk embeddings, in the form that the index holds them in."""
     scores: npt.NDArray[np.float32] | None
     """`[ceil(t / chunk_size)]` mean negative log-likelihood a token, None without the column."""
 
@@ -86,7 +88,7 @@ class PassageDescription:
 class OpenShard:
     """The tables of one shard, mapped."""
 
-    def __init__(self, store: Store, shard: Shard, dim: int, vector_dim: int) -> None:
+    def __init__(self, store: Store, shard: Shard, parameters: Parameters) -> None:
         passages = store.path(shard.tables["passages"])
         self.shard = shard
         self._passages = passages
@@ -96,11 +98,12 @@ class OpenShard:
         self.num_tokens = self._column(passages, "num_tokens", "<i4")
         self.passage_ids = MappedColumn(passages, "passage_id", "|u1", 16)
         self.tokens = MappedColumn(store.path(shard.tables["chunks"]), "tokens", "<i4", shard.chunk_size)
-        self.embeddings = MappedColumn(store.path(shard.tables["embeddings"]), "embedding", "<f2", dim)
+        embeddings = store.path(shard.tables["embeddings"])
+        self.embeddings = map_embeddings(embeddings, parameters.embedding_dim, parameters.embedding_dtype)
         has_scores = "scores" in shard.tables
         self.scores = MappedColumn(store.path(shard.tables["scores"]), "nll", "<f4") if has_scores else None
         self._vectors = store.path(shard.tables["vectors"])
-        self._vector_dim = vector_dim
+        self._vector_dim = parameters.vector_dim
         self._check_rows()
 
     @cached_property
@@ -123,13 +126,13 @@ class OpenShard:
 
     def fetch(self, row: int) -> FetchedPassage:
         """Tokens and embeddings of the passage in `row`: views of the map where they are contiguous."""
-        start = int(self.first_chunk[row])
-        stop = start + int(self.num_chunks[row])
+        start = self.first_chunk.item(row)
+        stop, size = start + self.num_chunks.item(row), self.shard.chunk_size
         return FetchedPassage(
-            tokens=self.tokens.slice(start, stop).reshape(-1)[: int(self.num_tokens[row])],
-            chunk_size=self.shard.chunk_size,
-            embeddings=self.embeddings.slice(start, stop),
-            scores=None if self.scores is None else self.scores.slice(start, stop),
+            self.tokens.elements(start * size, start * size + self.num_tokens.item(row)),
+            size,
+            self.embeddings.slice(start, stop),
+            None if self.scores is None else self.scores.slice(start, stop),
         )
 
     def describe(self, row: int) -> PassageDescription:
@@ -137,18 +140,21 @@ class OpenShard:
         with open_table(self._passages) as file:
             rows_a_group = file.metadata.row_group(0).num_rows
             group = file.read_row_group(row // rows_a_group)
-        entry = group.slice(row % rows_a_group, 1).to_pylist()[0]
-        return PassageDescription(
-            passage_id=entry["passage_id"].hex(),
-            document_id=entry["document_id"],
-            ordinal=entry["ordinal"],
-            char_start=entry["char_start"],
-            char_end=entry["char_end"],
-            num_tokens=entry["num_tokens"],
-            num_chunks=entry["num_chunks"],
-            text=entry["text"],
-            metadata=json.loads(entry["metadata"]),
-        )
+        return _description(group.slice(row % rows_a_group, 1).to_pylist()[0])
+
+
+def _description(entry: Mapping[str, Any]) -> PassageDescription:
+    return PassageDescription(
+        passage_id=entry["passage_id"].hex(),
+        document_id=entry["document_id"],
+        ordinal=entry["ordinal"],
+        char_start=entry["char_start"],
+        char_end=entry["char_end"],
+        num_tokens=entry["num_tokens"],
+        num_chunks=entry["num_chunks"],
+        text=entry["text"],
+        metadata=json.loads(entry["metadata"]),
+    )
 
 
 class IndexReader:
@@ -159,16 +165,19 @@ class IndexReader:
     Args:
         root: the index's folder.
         version: the generation; the newest by default.
+        tables: where passages are read from: the mapped Parquet shards, or the LanceDB tables if the index has them.
 
     Raises IndexNotFoundError, and CorruptIndexError for an altered manifest or a missing or cut file (digests of
     whole files are the business of `refrag index verify`).
     """
 
-    def __init__(self, root: Path, version: int | None = None) -> None:
+    def __init__(self, root: Path, version: int | None = None, *, tables: TableFormat = "parquet") -> None:
         self.store = Store(root)
         self.manifest: Manifest
         self.manifest, self._hold = hold_manifest(self.store, version)
         check_sizes(self.store, self.manifest.files.values())
+        self.tables = tables
+        self._lance = LanceReader(self.store, self.manifest) if tables == "lance" else None
         self._shards: dict[int, OpenShard] = {}
         numbers = {shard.name: number for number, shard in enumerate(self.manifest.shards)}
         self._segment_shards = [[numbers[name] for name in segment.shards] for segment in self.manifest.segments]
@@ -186,8 +195,7 @@ class IndexReader:
     def shard(self, number: int) -> OpenShard:
         """The tables of shard `number`, opened once."""
         if number not in self._shards:
-            widths = self.manifest.parameters.embedding_dim, self.manifest.parameters.vector_dim
-            self._shards[number] = OpenShard(self.store, self.manifest.shards[number], *widths)
+            self._shards[number] = OpenShard(self.store, self.manifest.shards[number], self.manifest.parameters)
         return self._shards[number]
 
     @cached_property
@@ -347,12 +355,21 @@ class IndexReader:
                 yield self.shard(number).vectors.take(rows[first:last] - start)
 
     def fetch(self, refs: Sequence[PassageRef]) -> list[FetchedPassage]:
-        """Tokens and embeddings of passages, from the maps."""
-        return [self.shard(ref.shard).fetch(ref.row) for ref in refs]
+        """Tokens and embeddings of passages: from the maps, or from LanceDB tables in one read."""
+        if self._lance is None:
+            return [self.shard(ref.shard).fetch(ref.row) for ref in refs]
+        shards = [self.manifest.shards[ref.shard] for ref in refs]
+        found = self._lance.fetch([(shard.name, ref.row) for shard, ref in zip(shards, refs, strict=True)])
+        return [
+            FetchedPassage(rows.tokens, shard.chunk_size, rows.embeddings, rows.scores)
+            for shard, rows in zip(shards, found, strict=True)
+        ]
 
     def describe(self, ref: PassageRef) -> PassageDescription:
         """Text and metadata of one passage."""
-        return self.shard(ref.shard).describe(ref.row)
+        if self._lance is None:
+            return self.shard(ref.shard).describe(ref.row)
+        return _description(self._lance.passage(self.manifest.shards[ref.shard].name, ref.row))
 
 
 def check_sizes(store: Store, files: Sequence[FileRecord] | Any) -> None:

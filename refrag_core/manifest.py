@@ -18,6 +18,7 @@ import jsonschema
 
 from refrag.schemas import FORMAT, FORMAT_VERSION, manifest_schema
 from refrag_core.digests import JSON, canonical_json, digest_json
+from refrag_core.embedding_storage import EmbeddingDtype
 from refrag_core.errors import CommitConflictError, CorruptIndexError, IndexNotFoundError
 from refrag_core.storage import FileRecord, Hold, Store, check_name
 from refrag_core.tables import iterate_rows
@@ -57,7 +58,7 @@ class Parameters:
     chunk_size: int
     chunk_size_field: str | None
     embedding_dim: int
-    embedding_dtype: str
+    embedding_dtype: EmbeddingDtype
     vector_dim: int
     dedup_passages: bool = False
     """Whether a search returns equal passages once: the first, by document id and ordinal."""
@@ -151,6 +152,25 @@ class DuplicateInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class LanceTable:
+    """One LanceDB table and the version of it that is this generation's."""
+
+    folder: str
+    version: int
+    manifest: str
+    """Name of the version's own manifest file."""
+
+
+@dataclass(frozen=True, slots=True)
+class LanceInfo:
+    """The LanceDB tables of a generation."""
+
+    shards: Sequence[str]
+    """The shard behind each fragment, in the order of the fragments; the same in every table."""
+    tables: Mapping[str, LanceTable]
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointInfo:
     """The folder that holds the projection, the policy and the prompt template."""
 
@@ -200,6 +220,8 @@ class Manifest:
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     change: Change | None = None
     duplicates: DuplicateInfo | None = None
+    lance: LanceInfo | None = None
+    """None for an index whose only tables are the Parquet shards."""
 
     @property
     def build_id(self) -> str:
@@ -302,6 +324,7 @@ def _check_references(manifest: Manifest, where: str) -> None:
     named |= {segment.file for segment in manifest.segments} | {manifest.vector_index.quantizer}
     lists = (manifest.quarantine, manifest.tombstones, manifest.duplicates)
     named |= {info.file for info in lists if info and info.file}
+    named |= {table.manifest for table in manifest.lance.tables.values()} if manifest.lance else set()
     unlisted = sorted(named - set(manifest.files))
     if unlisted:
         raise CorruptIndexError(f"{where} names {unlisted[0]} but lists no digest for it. {_REFETCH}")
@@ -328,7 +351,14 @@ def _from_json(body: Mapping[str, Any]) -> Manifest:
         files={name: FileRecord(name, **record) for name, record in body["files"].items()},
         change=Change(**body["change"]) if "change" in body else None,
         duplicates=DuplicateInfo(**body["duplicates"]) if "duplicates" in body else None,
+        lance=_lance_from_json(body.get("lance")),
     )
+
+
+def _lance_from_json(body: Mapping[str, Any] | None) -> LanceInfo | None:
+    if body is None:
+        return None
+    return LanceInfo(body["shards"], {name: LanceTable(**table) for name, table in body["tables"].items()})
 
 
 def list_versions(store: Store) -> list[int]:

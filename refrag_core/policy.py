@@ -13,6 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from refrag_core.devices import upload_rows
+from refrag_core.embedding_storage import StoredRows
 from refrag_core.errors import ConfigError, MissingScoresError
 
 PolicyName = Literal["learned", "perplexity", "random", "all", "none"]
@@ -127,11 +129,11 @@ def initialise_policy(
 
 @torch.inference_mode()
 def policy_logits(
-    policy: PointerPolicy, chunk_embeddings: npt.NDArray[np.float16], query: npt.NDArray[np.floating] | None = None
+    policy: PointerPolicy, chunk_embeddings: StoredRows, query: npt.NDArray[np.floating] | None = None
 ) -> npt.NDArray[np.float32]:
-    """Logits float32 `[L]` of one prompt's chunks, embeddings float16 `[L, d_enc]`, query `[query_dim]`."""
+    """Logits float32 `[L]` of one prompt's chunks, stored embeddings `[L, d_enc]`, query `[query_dim]`."""
     device = policy.logit.weight.device
-    chunks = torch.from_numpy(np.ascontiguousarray(chunk_embeddings)).to(device)[None]
+    chunks = upload_rows(chunk_embeddings, device)[None]
     vector = None if query is None else torch.from_numpy(np.ascontiguousarray(query)).to(device)[None]
     present = torch.ones(chunks.shape[:2], dtype=torch.bool, device=device)
     logits: npt.NDArray[np.float32] = policy(chunks, present, vector)[0].float().cpu().numpy()

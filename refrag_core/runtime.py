@@ -21,12 +21,14 @@ from refrag_core.chunking import ChunkingOptions, chunk_rows, cut_passages, pass
 from refrag_core.composition import Composed, ContextPassage, compose, pad_batch
 from refrag_core.decoder import FINISHED, Decoder, TextStream
 from refrag_core.devices import resolve_device
+from refrag_core.embedding_storage import concatenate_rows, store_rows
 from refrag_core.encoder import ChunkEncoder
 from refrag_core.errors import FingerprintMismatchError, UntrainedProjectionError
 from refrag_core.index_reader import FetchedPassage, IndexReader, PassageRef
 from refrag_core.models import fingerprint_tokenizer, resolve_model
 from refrag_core.policy import PolicyName, policy_logits, select
 from refrag_core.retrieval import BY_VECTORS, RetrievalOptions, Searcher, matching_retriever
+from refrag_core.tables import TableFormat
 
 Mask = npt.NDArray[np.bool_]
 
@@ -177,6 +179,7 @@ class Runtime:
         retriever: str | None = None,
         checkpoint: str | None = None,
         chunk_cache: Path | None = None,
+        tables: TableFormat = "parquet",
         device: str = "auto",
     ) -> "Runtime":
         """Open a generation of the index at `root`: verify its manifest, map its tables, load the models.
@@ -184,12 +187,13 @@ class Runtime:
         Args:
             decoder, retriever, checkpoint: references in place of those that the index names.
             chunk_cache: file that keeps the chunk embeddings of text outside the index between runs.
+            tables: read the mapped Parquet shards, or the LanceDB tables (the same answers, slower).
 
         Raises CorruptIndexError, ModelNotFoundError, and FingerprintMismatchError when a model is not the one that
         the index was made for.
         """
         device = resolve_device(device)
-        reader = IndexReader(root, version)
+        reader = IndexReader(root, version, tables=tables)
         opened = load_checkpoint(checkpoint or str(reader.store.path(reader.manifest.checkpoint.folder)))
         _check_encode_fingerprint(opened, reader)
         folder = resolve_model(decoder) if decoder else opened.decoder_folder()
@@ -219,7 +223,8 @@ class Runtime:
         made, occurrences = [], Counter[str]()
         for passage in cut_passages(text, tokens, options):
             ids = tokens.ids[passage.token_start : passage.token_end]
-            embeddings = self.chunk_encoder.encode(*chunk_rows(ids, parameters.chunk_size))
+            encoded = self.chunk_encoder.encode(*chunk_rows(ids, parameters.chunk_size))
+            embeddings = store_rows(encoded, parameters.embedding_dtype)
             given = GivenPassage(name, passage.text, passage_id(name, passage.text, occurrences[passage.text]).hex())
             occurrences[passage.text] += 1
             made.append((given, FetchedPassage(ids, parameters.chunk_size, embeddings, None)))
@@ -244,7 +249,7 @@ class Runtime:
         num_chunks = sum(len(passage.embeddings) for passage in fetched)
         logits = nll = None
         if options.policy == "learned" and num_chunks:
-            embeddings = np.concatenate([passage.embeddings for passage in fetched])
+            embeddings = concatenate_rows([passage.embeddings for passage in fetched])
             logits = policy_logits(self.policy, embeddings, query if self.policy.query_dim else None)
         if all(passage.scores is not None for passage in fetched) and fetched:
             nll = np.concatenate([passage.scores for passage in fetched if passage.scores is not None])

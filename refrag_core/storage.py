@@ -129,6 +129,13 @@ class Store:
         path = self.path(name)
         return FileRecord(name, path.stat().st_size, digest_file(path))
 
+    def settle(self, name: str) -> FileRecord:
+        """Make a finished file that another library wrote in place outlive a power cut; returns its record."""
+        path = self.path(name)
+        _sync_file(path)
+        _sync_folder(path.parent)
+        return self.record(name)
+
     @contextlib.contextmanager
     def _temporary(self) -> Iterator[Path]:
         folder = self.root / _TEMPORARY

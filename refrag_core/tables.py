@@ -9,17 +9,21 @@ is read the ordinary way, once, into memory.
 import mmap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from refrag_core.embedding_storage import EmbeddingDtype, Int8Rows, StoredRows
 from refrag_core.errors import CorruptIndexError
 
 PASSAGE_ROWS_A_GROUP = 2048
 """Row group of the passages table: showing one passage decompresses the text of at most so many."""
+
+TableFormat = Literal["parquet", "lance"]
+"""Tables that an index may have: the Parquet shards, which are always there, or LanceDB tables beside them."""
 
 _ONE_PAGE = 1 << 31
 _MAX_PAGE_HEADER = 256
@@ -130,6 +134,8 @@ class MappedColumn:
             self.mapped = views is not None
             self._views = views if views is not None else [self._read(file, name)]
         self._rows_a_group = max(1, len(self._views[0])) if self._views else 1
+        self._whole = self._views[0] if len(self._views) == 1 else None
+        self._flat = None if self._whole is None else self._whole.reshape(-1)
 
     def _row_bytes(self) -> int:
         return self._dtype.itemsize * max(1, self._width)
@@ -170,8 +176,8 @@ class MappedColumn:
 
     def slice(self, start: int, stop: int) -> npt.NDArray[Any]:
         """Rows `[start, stop)`: a view where they lie in one row group, else a copy."""
-        if len(self._views) == 1:
-            return self._views[0][start:stop]
+        if self._whole is not None:
+            return self._whole[start:stop]
         if not self._views:
             return self._shaped(np.empty(0, self._dtype))
         first, last = start // self._rows_a_group, max(start, stop - 1) // self._rows_a_group
@@ -181,6 +187,14 @@ class MappedColumn:
         bounds = [group * self._rows_a_group for group in range(first, last + 1)]
         parts = [self._views[first + i][max(0, start - base) : stop - base] for i, base in enumerate(bounds)]
         return np.concatenate(parts)
+
+    def elements(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Elements `[start, stop)` of the rows laid end to end: a view where they lie in one row group."""
+        if self._flat is not None:
+            return self._flat[start:stop]
+        width = max(1, self._width)
+        first = start // width
+        return self.slice(first, -(-stop // width)).reshape(-1)[start - first * width : stop - first * width]
 
     def take(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """A copy of the rows with these numbers, which have to be in increasing order."""
@@ -198,3 +212,31 @@ class MappedColumn:
         """The whole column in order, at most `rows` at a time."""
         for start in range(0, self.num_rows, rows):
             yield self.slice(start, min(start + rows, self.num_rows))
+
+
+class EmbeddingColumn(Protocol):
+    """Chunk embeddings of a shard, mapped: whatever form they are stored in."""
+
+    num_rows: int
+
+    def slice(self, start: int, stop: int) -> StoredRows:
+        """Rows `[start, stop)`: views of the map where they are contiguous."""
+
+
+class MappedInt8Rows:
+    """The columns `embedding` (codes int8 `[n, dim]`) and `scale` (float32 `[n]`) of one file, mapped."""
+
+    def __init__(self, path: Path, dim: int) -> None:
+        self._codes = MappedColumn(path, "embedding", "i1", dim)
+        self._scales = MappedColumn(path, "scale", "<f4")
+        self.num_rows = self._codes.num_rows
+        self.mapped = self._codes.mapped and self._scales.mapped
+
+    def slice(self, start: int, stop: int) -> Int8Rows:
+        """Rows `[start, stop)`, not multiplied out."""
+        return Int8Rows(self._codes.slice(start, stop), self._scales.slice(start, stop))
+
+
+def map_embeddings(path: Path, dim: int, dtype: EmbeddingDtype) -> EmbeddingColumn:
+    """Map a shard's chunk embeddings. Raises CorruptIndexError where the file holds another form or width."""
+    return MappedInt8Rows(path, dim) if dtype == "int8" else MappedColumn(path, "embedding", "<f2", dim)

@@ -6,13 +6,17 @@ from typing import Any
 
 import numpy as np
 
+from refrag.schemas import arrow
+from refrag_core import lance_tables
 from refrag_core.digests import digest_file
+from refrag_core.embedding_storage import LARGEST_CODE
 from refrag_core.errors import CorruptIndexError, IndexNotFoundError
 from refrag_core.generations import read_removed
 from refrag_core.manifest import (
     CURRENT,
     REMOVED,
     Manifest,
+    Parameters,
     Shard,
     content_id,
     list_versions,
@@ -22,8 +26,10 @@ from refrag_core.manifest import (
     version_name,
 )
 from refrag_core.storage import FileRecord, Store
-from refrag_core.tables import open_table
+from refrag_core.tables import MappedInt8Rows, open_table
 from refrag_core.vector_index import VectorIndex
+
+_ROWS_A_BLOCK = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +77,7 @@ def verify_index(store: Store, on_file: Callable[[FileRecord], None] | None = No
         files=len(files) + len(manifests) + 1,
         bytes=sum(record.bytes for record in files.values()),
         problems=tuple(problems),
-        unlisted=tuple(name for name in store.files() if name not in named),
+        unlisted=tuple(name for name in store.files() if name not in named and not lance_tables.is_private(name)),
     )
 
 
@@ -123,7 +129,9 @@ def _check_file(store: Store, record: FileRecord) -> list[Problem]:
 def _check_content(store: Store, manifest: Manifest) -> Iterator[Problem]:
     for shard in manifest.shards:
         yield from _check_shard(store, shard)
+        yield from _check_embeddings(store, shard, manifest.parameters)
     yield from _check_segments(store, manifest)
+    yield from _check_lance(store, manifest)
     documents = ((live.document_id, live.content_digest) for live in live_documents(store, manifest))
     if content_id(documents, manifest.components, manifest.parameters) != manifest.content_id:
         yield Problem(manifest.name, "the documents' digests do not give its content id")
@@ -147,6 +155,29 @@ def _check_shard(store: Store, shard: Shard) -> Iterator[Problem]:
             yield Problem(name, f"{rows} rows, expected {expected[table]}")
     if not wrong:
         yield from _check_references(store, shard)
+
+
+def _check_embeddings(store: Store, shard: Shard, parameters: Parameters) -> Iterator[Problem]:
+    """The chunk embeddings have the form that the manifest says; int8 ones hold what quantising can give."""
+    name, dim, dtype = shard.tables["embeddings"], parameters.embedding_dim, parameters.embedding_dtype
+    with open_table(store.path(name)) as file:
+        found = file.schema_arrow
+    if not found.equals(arrow.embeddings(dim, dtype)):
+        yield Problem(name, f"its columns are not those of {dim} entries a chunk in {dtype}")
+    elif dtype == "int8" and not _are_codes(MappedInt8Rows(store.path(name), dim)):
+        yield Problem(name, "some scale or code is none that quantising gives")
+
+
+def _are_codes(rows: MappedInt8Rows) -> bool:
+    blocks = (rows.slice(start, start + _ROWS_A_BLOCK) for start in range(0, rows.num_rows, _ROWS_A_BLOCK))
+    return all(
+        bool(
+            (np.isfinite(block.scales) & (block.scales >= 0)).all()
+            and (block.codes >= -LARGEST_CODE).all()
+            and not block.codes[block.scales == 0].any()
+        )
+        for block in blocks
+    )
 
 
 def _columns(store: Store, name: str, *columns: str) -> dict[str, Any]:
@@ -183,3 +214,15 @@ def _check_segments(store: Store, manifest: Manifest) -> Iterator[Problem]:
     for name, hidden in read_duplicates(store, manifest).items():
         if max(hidden) >= passages.get(name, 0) and manifest.duplicates is not None:
             yield Problem(manifest.duplicates.file, f"lists a passage that shard {name} does not have")
+
+
+def _check_lance(store: Store, manifest: Manifest) -> Iterator[Problem]:
+    """The LanceDB tables hold the live rows, as far as that can be told here: without Lance, digests have to do."""
+    if manifest.lance is None or not lance_tables.is_installed():
+        return
+    if {shard.name for shard in manifest.shards} != set(manifest.lance.shards):
+        yield Problem(manifest.name, "its LanceDB tables hold other shards than it lists")
+        return
+    for table in lance_tables.TABLES:
+        for found in lance_tables.differences(store, manifest, table):
+            yield Problem(manifest.lance.tables[table].manifest, found)

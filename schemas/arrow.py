@@ -2,7 +2,7 @@
 
 A shard is one row group a file and rows follow (document_id, passage ordinal, chunk ordinal). Widths that
 depend on the models are fixed-size binary, little-endian, so that a reader can map them in place:
-`tokens` int32 `[chunk_size]`, `embedding` float16 `[d_enc]`, `vector` float16 `[d_ret]`.
+`tokens` int32 `[chunk_size]`, `embedding` float16 or int8 `[d_enc]`, `vector` float16 `[d_ret]`.
 """
 
 import pyarrow as pa
@@ -94,6 +94,8 @@ DUPLICATES = pa.schema(
 
 SCORES = pa.schema([_required("nll", pa.float32(), unit="nats a token")])
 
+_WHERE = (_required("shard", pa.string()), _required("row", pa.int32(), note="row in the shard's Parquet table"))
+
 
 def chunks(chunk_size: int) -> pa.Schema:
     """Schema of a shard's chunks; `tokens` holds `chunk_size` int32, zero after `num_tokens` of them."""
@@ -107,9 +109,33 @@ def chunks(chunk_size: int) -> pa.Schema:
     )
 
 
-def embeddings(dim: int) -> pa.Schema:
-    """Schema of a shard's chunk embeddings, row for row with its chunks."""
+def embeddings(dim: int, dtype: str = "float16") -> pa.Schema:
+    """Schema of a shard's chunk embeddings, row for row with its chunks; int8 codes have their scales beside them."""
+    if dtype == "int8":
+        codes = _required("embedding", pa.binary(dim), dtype="int8", dim=str(dim))
+        return pa.schema([codes, _required("scale", pa.float32(), note="entry = code × scale")])
     return pa.schema([_required("embedding", pa.binary(2 * dim), dtype="float16", dim=str(dim))])
+
+
+def lance_documents() -> pa.Schema:
+    """Schema of the LanceDB table `documents`."""
+    return pa.schema([*_WHERE, *DOCUMENTS])
+
+
+def lance_passages(vector_dim: int) -> pa.Schema:
+    """Schema of the LanceDB table `passages`: its passage embeddings are a column of it."""
+    return pa.schema([*_WHERE, *PASSAGES, _required("vector", pa.list_(pa.float16(), vector_dim))])
+
+
+def lance_chunks(dim: int, dtype: str = "float16", *, scored: bool = False) -> pa.Schema:
+    """Schema of the LanceDB table `chunks`: embeddings and scores are columns of it, `tokens` has no zeros behind."""
+    wide = [_required("tokens", pa.list_(pa.int32()))]
+    if dtype == "int8":
+        wide += [_required("embedding", pa.list_(pa.int8(), dim)), _required("scale", pa.float32())]
+    else:
+        wide.append(_required("embedding", pa.list_(pa.float16(), dim)))
+    plain = [field for field in chunks(1) if field.name != "tokens"]
+    return pa.schema([*_WHERE, *plain, *wide, *(SCORES if scored else ())])
 
 
 def vectors(dim: int) -> pa.Schema:

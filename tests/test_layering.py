@@ -20,11 +20,14 @@ HEAVY = {
     "apache_beam",
     "pyarrow.dataset",
     "tokenizers",
+    "lance",
     "lancedb",
     "duckdb",
     "sqlglot",
 }
 ONLY_IN = {
+    "lance": {"refrag_core/lance_tables.py"},
+    "lancedb": {"refrag_core/lance_tables.py"},
     "faiss": {"refrag_core/vector_index.py"},
     "duckdb": {"refrag_core/metadata_columns.py"},
     "sqlglot": {"refrag_core/predicate.py"},

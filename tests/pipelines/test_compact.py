@@ -147,6 +147,21 @@ def test_the_receipts_of_an_interrupted_build_stay(small: SmallIndex) -> None:
     assert [path.name for path in (small.path / "work" / "receipts").iterdir()] == ["embeddings-1.json"]
 
 
+def test_lance_tables_and_int8_embeddings_follow(tmp_path: Path, own_cache: Path) -> None:
+    pytest.importorskip("lancedb")
+    index = SmallIndex(tmp_path / "other", documents(8), tables="lance")
+    index.options = index.with_models(embedding_dtype="int8")
+    index.build()
+    index.write([documents(8)[0] | {"text": "Edited."}, *documents(8)[1:]])
+    before = index.build()
+    report = compact(index)
+    assert (report.committed, report.content_id) == (True, before.content_id)
+    assert verify_index(Store(index.path)).problems == ()
+    manifest = read_manifest(Store(index.path))
+    assert manifest.lance is not None
+    assert set(manifest.lance.shards) == {shard.name for shard in manifest.shards}
+
+
 def test_the_generation_says_what_it_is(small: SmallIndex) -> None:
     compact(small)
     body = json.loads((small.path / "versions" / "5.json").read_bytes())

@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from refrag_core.embedding_storage import bytes_per_row, dequantise_rows, quantise_rows, stored_and_read
+from refrag_core.embedding_storage import (
+    Int8Rows,
+    bytes_per_row,
+    concatenate_rows,
+    dequantise_rows,
+    quantise_rows,
+    read_rows,
+    store_rows,
+    stored_and_read,
+)
 from refrag_core.errors import ConfigError
 
 
@@ -45,3 +54,24 @@ def test_what_is_read_back_keeps_its_shape() -> None:
     read = stored_and_read(rows, "int8")
     np.testing.assert_array_equal(read[1, 2], dequantise_rows(quantise_rows(rows[1, 2:]))[0])
     assert read.shape == rows.shape
+
+
+def test_codes_stay_codes_until_somebody_wants_numbers() -> None:
+    rows = np.array([[127.0, 63.5], [0.5, -254.0], [1.0, 0.0]], dtype=np.float32)
+    stored = store_rows(rows, "int8")
+    assert isinstance(stored, Int8Rows)
+    joined = concatenate_rows([stored[:1], stored[np.array([2, 1])]])
+    assert isinstance(joined, Int8Rows)
+    assert (len(joined), joined.codes.dtype, joined.scales.tolist()) == (3, np.int8, [1.0, np.float32(1 / 127), 2.0])
+    np.testing.assert_array_equal(read_rows(joined), read_rows(stored)[[0, 2, 1]])
+
+
+def test_codes_beside_floats_become_floats() -> None:
+    mixed = concatenate_rows([store_rows(np.array([[127.0, 1.4]]), "int8"), np.array([[0.5, 2.0]], np.float16)])
+    np.testing.assert_array_equal(mixed, np.array([[127.0, 1.0], [0.5, 2.0]], np.float32))
+
+
+def test_floats_are_stored_as_they_are() -> None:
+    rows = np.array([[1.0, 2.0]], np.float16)
+    assert store_rows(rows, "float16") is rows
+    assert read_rows(rows) is rows

@@ -23,6 +23,7 @@ def test_the_summary_says_what_the_manifest_says(library: SmallIndex) -> None:
         "content_id": manifest.content_id,
         "build_id": manifest.build_id,
         "trained": False,
+        "tables": "parquet",
     }
     assert shown["counts"]["documents"] == 40
     assert shown["counts"]["shards"] == len(manifest.shards)

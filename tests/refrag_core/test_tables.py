@@ -5,9 +5,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from refrag.pipelines.stages import _embeddings_table
 from refrag.schemas import arrow
+from refrag_core.embedding_storage import read_rows
 from refrag_core.errors import CorruptIndexError
-from refrag_core.tables import MappedColumn, fixed_binary, iterate_rows, open_table, write_table
+from refrag_core.tables import (
+    MappedColumn,
+    MappedInt8Rows,
+    fixed_binary,
+    iterate_rows,
+    map_embeddings,
+    open_table,
+    write_table,
+)
 
 ROWS, DIM = 5000, 24
 
@@ -30,6 +40,7 @@ def test_what_is_written_is_mapped_in_place(tmp_path: Path, values: np.ndarray, 
     assert np.array_equal(column.slice(0, len(some)), some)
     assert np.array_equal(column.slice(100, 190), some[100:190])
     assert column.slice(3, 3).shape == (0, DIM)
+    assert np.array_equal(column.elements(70, 90 * DIM + 5), some.reshape(-1)[70 : 90 * DIM + 5])
     assert np.array_equal(np.concatenate(list(column.blocks(300))), some)
 
 
@@ -80,3 +91,26 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: bytes) -> None:
 def test_rows_are_streamed_in_order(tmp_path: Path) -> None:
     write_table(tmp_path / "t", pa.table({"a": list(range(1000))}), rows_a_group=64)
     assert [row["a"] for row in iterate_rows(tmp_path / "t", ["a"], batch_rows=10)] == list(range(1000))
+
+
+# --- int8 embeddings ----------------------------------------------------------------------------------
+
+INT8_CODES = bytes.fromhex("7f40ff0000810200")
+INT8_SCALES = bytes.fromhex("0000803f00000040")
+"""Two chunks of four entries, [127, 63.5, -1.4, 0] and [.5, -254, 3, 1], as they must lie in a file: scales 1 and 2."""
+
+
+def test_the_bytes_of_int8_embeddings(tmp_path: Path) -> None:
+    """Golden: codes and scales are each one plain run of bytes in the file, little-endian."""
+    rows = np.array([[127.0, 63.5, -1.4, 0.0], [0.5, -254.0, 3.0, 1.0]], np.float32)
+    write_table(tmp_path / "t", _embeddings_table(rows, "int8"))
+    data = (tmp_path / "t").read_bytes()
+    assert data.count(INT8_CODES) == 1
+    assert data.count(INT8_SCALES) == 1
+    with open_table(tmp_path / "t") as file:
+        assert file.schema_arrow.equals(arrow.embeddings(4, "int8"), check_metadata=True)
+    mapped = map_embeddings(tmp_path / "t", 4, "int8")
+    assert isinstance(mapped, MappedInt8Rows)
+    assert mapped.mapped
+    np.testing.assert_array_equal(read_rows(mapped.slice(0, 2)), [[127.0, 64.0, -1.0, 0.0], [0.0, -254.0, 4.0, 0.0]])
+    assert read_rows(mapped.slice(1, 2)).tolist() == [[0.0, -254.0, 4.0, 0.0]]
