@@ -8,11 +8,11 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, is_dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from refrag.pipelines.build import BuildOptions, BuildReport
     from refrag.pipelines.engines.local import LocalEngine
     from refrag.pipelines.progress import Progress
+    from refrag_core.generations import Generation, GenerationDiff
     from refrag_core.retrieval import RetrievalOptions, Searcher
     from refrag_core.runtime import Answer, AskOptions, Runtime
     from refrag_core.training.runs import Stage
@@ -135,6 +136,13 @@ ShardBytes = Annotated[int | None, typer.Option(help="Text bytes a shard; defaul
 Rebuild = Annotated[bool, typer.Option("--rebuild", help="Encode all anew where models or settings have changed.")]
 DeleteMissing = Annotated[
     bool, typer.Option("--delete-missing", help="Remove documents that the corpus no longer has.")
+]
+DedupPassages = Annotated[
+    bool | None,
+    typer.Option(
+        "--dedup-passages/--no-dedup-passages",
+        help="Let a search return equal passages once. Default: as the index has it.",
+    ),
 ]
 RetryQuarantined = Annotated[
     bool, typer.Option("--retry-quarantined", help="Try documents again that a stage has quarantined before.")
@@ -290,6 +298,7 @@ def index_build(
     shard_bytes: ShardBytes = None,
     rebuild: Rebuild = False,
     delete_missing: DeleteMissing = False,
+    dedup_passages: DedupPassages = None,
     retry_quarantined: RetryQuarantined = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -320,6 +329,7 @@ def index_build(
         shard_bytes=shard_bytes,
         rebuild=rebuild,
         delete_missing=delete_missing,
+        dedup_passages=dedup_passages,
         retry_quarantined=retry_quarantined,
     )
     with _engine(engine, workers) as running:
@@ -360,6 +370,8 @@ def _print_build(report: "BuildReport", output: str) -> None:
         print(f"left out files of unknown formats: {', '.join(f'{v:,} {k}' for k, v in report.ignored.items())}")
     if report.missing:
         print(f"{report.missing:,} documents are no longer in the corpus and were kept; --delete-missing removes them")
+    if report.duplicate_passages:
+        print(f"{report.duplicate_passages:,} passages equal an earlier one and stay out of search")
     if report.truncated_passages:
         print(f"{report.truncated_passages:,} passages are longer than the retriever reads; it saw their beginning")
 
@@ -592,6 +604,233 @@ def _build_lexical(searcher: "Searcher", options: "RetrievalOptions") -> None:
 def _print_passing(where: str | None, passing: int | None, passages: int) -> None:
     if where is not None:
         print(f"{passing:,} of {passages:,} passages are of documents with {where}")
+
+
+# --- refrag index log, diff, rollback, gc, compact ------------------------------------------------------
+
+
+@index_app.command("log")
+def index_log(
+    index: IndexArgument,
+    limit: Annotated[int | None, typer.Option(help="Generations, from the newest. Default: all.", min=1)] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """List the generations of an index: what each holds, what it changed, and what it added on disk."""
+    from itertools import islice
+
+    from refrag_core.generations import generation_log
+    from refrag_core.storage import open_store
+
+    entries = islice(generation_log(open_store(index)), limit)
+    if as_json:
+        _print_json(list(entries))
+        return
+    for entry in entries:
+        _print_generation(entry)
+
+
+def _print_generation(entry: "Generation") -> None:
+    parent = "no parent" if entry.parent is None else f"parent {entry.parent}"
+    print(f"version {entry.version} ({entry.state}, {entry.committed or 'committed at a time unknown'}, {parent})")
+    counts = entry.counts
+    hidden = f"; {entry.tombstoned_documents:,} documents tombstoned" if entry.tombstoned_documents else ""
+    models = f"; other {', '.join(entry.models_changed)}" if entry.models_changed else ""
+    rows = [
+        ("change", f"{_change(entry)}{models}"),
+        ("holds", f"{counts.documents:,} documents, {counts.passages:,} passages, {counts.chunks:,} chunks{hidden}"),
+        ("files", f"{entry.shards:,} shards, {entry.segments:,} segments, {_bytes(entry.bytes)}"),
+        ("added", f"{entry.new_files:,} files, {_bytes(entry.new_bytes)}"),
+        ("content id", entry.content_id),
+        ("build id", entry.build_id),
+    ]
+    _print_rows((f"  {name}", value) for name, value in rows)
+
+
+def _change(entry: "Generation") -> str:
+    change = entry.change
+    if change is None:
+        return "not recorded"
+    if change.action == "rollback":
+        return f"rollback to version {change.version}"
+    if change.action != "build":
+        return change.action
+    return f"build: {change.new:,} new, {change.changed:,} changed, {change.deleted:,} deleted"
+
+
+@index_app.command("diff")
+def index_diff(
+    index: IndexArgument,
+    old: Annotated[int, typer.Argument(help="Version to compare from.", show_default=False)],
+    new: Annotated[int, typer.Argument(help="Version to compare with.", show_default=False)],
+    ids: Annotated[bool, typer.Option("--ids", help="List the documents that differ.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Compare the documents of two generations: how many were added, removed and changed, and which."""
+    from refrag_core.generations import diff_generations
+    from refrag_core.storage import open_store
+
+    listing = _IdListing(as_json) if ids else None
+    report = diff_generations(open_store(index), old, new, listing.add if listing else None)
+    if listing:
+        listing.close(report)
+    elif as_json:
+        _print_json(report)
+    else:
+        _print_diff(report)
+
+
+class _IdListing:
+    """Prints ids as they come: lines, or the members of one JSON object, so that no list of them is ever held."""
+
+    _MARKS: ClassVar = {"added": "+", "removed": "-", "changed": "~"}
+
+    def __init__(self, as_json: bool) -> None:
+        self._as_json = as_json
+        self._count = 0
+
+    def add(self, change: str, document_id: str) -> None:
+        """Print one document."""
+        if not self._as_json:
+            print(f"{self._MARKS[change]} {document_id}")
+        else:
+            entry = json.dumps({"change": change, "document_id": document_id}, ensure_ascii=False)
+            print(("," if self._count else '{"documents": [') + f"\n  {entry}", end="")
+        self._count += 1
+
+    def close(self, report: "GenerationDiff") -> None:
+        """Print the counts behind them."""
+        if not self._as_json:
+            _print_diff(report)
+            return
+        rest = json.dumps(asdict(report), ensure_ascii=False)
+        print(("" if self._count else '{"documents": [') + f"\n], {rest[1:]}")
+
+
+def _print_diff(report: "GenerationDiff") -> None:
+    old, new = report.counts_old, report.counts_new
+    changes = (
+        f"{report.documents_added:,} added, {report.documents_removed:,} removed, "
+        f"{report.documents_changed:,} changed, {report.documents_unchanged:,} unchanged"
+    )
+    _print_rows(
+        [
+            ("versions", f"{report.old} → {report.new}"),
+            ("documents", changes),
+            ("passages", f"{old.passages:,} → {new.passages:,}"),
+            ("chunks", f"{old.chunks:,} → {new.chunks:,}"),
+            ("models", ", ".join(report.models_changed) or "the same"),
+            ("new files", f"{report.new_files:,}, {_bytes(report.new_bytes)}"),
+        ]
+    )
+
+
+@index_app.command("rollback")
+def index_rollback(
+    index: IndexArgument,
+    version: Annotated[
+        int | None, typer.Argument(help="Generation to go back to; default: the one before the newest content.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Go back to an older generation: a new version with its content. Encodes nothing, removes nothing."""
+    from refrag_core.generations import roll_back
+    from refrag_core.storage import open_store
+
+    report = roll_back(open_store(index), version)
+    if as_json:
+        _print_json(report)
+        return
+    state = "committed" if report.committed else "already so"
+    _print_rows(
+        [
+            ("index", f"{index} version {report.version}, with the content of version {report.content_of}: {state}"),
+            ("documents", report.counts.documents),
+            ("passages", report.counts.passages),
+            ("content id", report.content_id),
+            ("build id", report.build_id),
+        ]
+    )
+
+
+@index_app.command("gc")
+def index_gc(
+    index: IndexArgument,
+    keep: Annotated[int, typer.Option("--keep", help="Newest generations to keep.", min=1, show_default=False)],
+    grace_hours: Annotated[
+        float, typer.Option(help="Spare what was in use, or written, within so many hours.", min=0)
+    ] = 24.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and remove nothing.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Remove old generations and the files that none of the kept ones names; what a reader has open stays."""
+    from refrag_core.generations import collect_garbage
+    from refrag_core.storage import open_store
+
+    progress = _progress()
+    progress.start("gc", None, "files")
+    report = collect_garbage(
+        open_store(index),
+        keep=keep,
+        grace_seconds=3600 * grace_hours,
+        dry_run=dry_run,
+        on_file=lambda _: progress.advance(1),
+    )
+    progress.finish()
+    if as_json:
+        _print_json(report)
+        return
+    done = "would be removed" if dry_run else "removed"
+    _print_rows(
+        [
+            ("generations", f"{len(report.removed):,} {done}{_versions(report.removed)}"),
+            ("kept", f"{len(report.kept):,}{_versions(report.kept)}"),
+            ("files", f"{report.files:,} {done}, {_bytes(report.bytes)}"),
+        ]
+    )
+    for version, reason in report.spared.items():
+        print(f"  version {version} stays: it {reason}")
+    if report.young_files:
+        print(f"  {report.young_files:,} files of no generation stay: they were written within the grace period")
+
+
+@index_app.command("compact")
+def index_compact(
+    index: IndexArgument,
+    shard_bytes: ShardBytes = None,
+    min_dead_fraction: Annotated[
+        float, typer.Option(help="Share of tombstoned documents from which a shard is written anew.", min=0, max=1)
+    ] = 0.0,
+    workers: Workers = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Merge small shards and segments and drop tombstoned rows. Encodes nothing; the content stays the same."""
+    from refrag.pipelines.compact import CompactOptions, compact_index
+
+    options = CompactOptions(index=index, shard_bytes=shard_bytes, min_dead_fraction=min_dead_fraction)
+    with _engine(EngineName.LOCAL, workers) as running:
+        report = compact_index(options, running, _progress())
+    if as_json:
+        _print_json(report)
+        return
+    state = "committed" if report.committed else "nothing to compact"
+    _print_rows(
+        [
+            ("index", f"{index} version {report.version}, {state}"),
+            ("shards", f"{report.shards_before:,} → {report.shards_after:,}"),
+            ("segments", f"{report.segments_before:,} → {report.segments_after:,}"),
+            ("dropped", f"{report.dropped_documents:,} documents, {report.dropped_passages:,} passages"),
+            ("copied", f"{report.copied_chunks:,} chunks (none encoded)"),
+            ("size", f"{_bytes(report.bytes_before)} → {_bytes(report.bytes_after)}, {_bytes(report.new_bytes)} new"),
+            ("content id", report.content_id),
+            ("build id", report.build_id),
+            ("seconds", f"{report.seconds:,.1f}"),
+        ]
+    )
+
+
+def _versions(versions: Sequence[int]) -> str:
+    shown = ", ".join(map(str, versions[:20])) + (" …" if len(versions) > 20 else "")
+    return f": {shown}" if versions else ""
 
 
 def _one_line(text: str, width: int) -> str:

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -18,9 +20,11 @@ from refrag_core.errors import AccountingError, CorpusError
 from refrag_core.manifest import (
     NOTHING,
     Counts,
+    DuplicateInfo,
     LiveDocument,
     Manifest,
     QuarantineInfo,
+    Segment,
     Shard,
     TombstoneInfo,
     content_id,
@@ -126,10 +130,30 @@ def removed_documents(store: Store, parent: Manifest | None, retired: Iterable[L
     return {name: sorted(rows) for name, rows in sorted(removed.items())}
 
 
-def surviving(shards: Iterable[Shard], removed: Removed) -> list[Shard]:
-    """Shards with a live document left, ordered by their first document."""
-    alive = [shard for shard in shards if len(removed.get(shard.name, ())) < shard.documents]
-    return sorted(alive, key=lambda shard: (shard.first_document.encode(), shard.name))
+def surviving(shards: Iterable[Shard], removed: Removed, segments: Iterable[Segment] = ()) -> list[Shard]:
+    """Shards with a live document left, ordered by their first document.
+
+    Args:
+        segments: those of the parent: a dead shard stays as long as its segment covers one that is not, since a
+            segment's rows are those of all of its shards. Compaction drops it.
+    """
+    known = list(shards)
+    alive = {shard.name for shard in known if len(removed.get(shard.name, ())) < shard.documents}
+    covered = {name for segment in segments if not alive.isdisjoint(segment.shards) for name in segment.shards}
+    staying = [shard for shard in known if shard.name in alive | covered]
+    return sorted(staying, key=lambda shard: (shard.first_document.encode(), shard.name))
+
+
+def within(removed: Removed, shards: Iterable[Shard]) -> Removed:
+    """The removed documents of these shards."""
+    names = {shard.name for shard in shards}
+    return {name: rows for name, rows in removed.items() if name in names}
+
+
+def covered_by(segments: Iterable[Segment], shards: Iterable[Shard]) -> list[Shard]:
+    """The shards that a segment has; training anew leaves the dead ones out."""
+    covered = {name for segment in segments for name in segment.shards}
+    return [shard for shard in shards if shard.name in covered]
 
 
 def publish_tombstones(store: Store, removed: Removed) -> tuple[TombstoneInfo | None, FileRecord | None]:
@@ -145,6 +169,20 @@ def publish_tombstones(store: Store, removed: Removed) -> tuple[TombstoneInfo | 
     key = digest_json([[row["shard"], row["document"]] for row in rows])[:32]
     record = store.publish(f"tombstones/{key}.parquet", lambda path: write_table(path, table))
     return TombstoneInfo(record.name, len(rows), sum(row["num_passages"] for row in rows)), record
+
+
+def publish_duplicates(
+    store: Store, hidden: Mapping[str, npt.NDArray[np.int64]]
+) -> tuple[DuplicateInfo | None, FileRecord | None]:
+    """Write down the passages that stay out of search because an earlier one says the same."""
+    if not hidden:
+        return None, None
+    places = [(name, int(row)) for name, passages in hidden.items() for row in passages]
+    rows = [{"shard": name, "passage": row} for name, row in places]
+    table = pa.Table.from_pylist(rows, schema=arrow.DUPLICATES)
+    key = digest_json(places)[:32]
+    record = store.publish(f"duplicates/{key}.parquet", lambda path: write_table(path, table))
+    return DuplicateInfo(record.name, len(rows)), record
 
 
 # --- identity and accounts --------------------------------------------------------------------------

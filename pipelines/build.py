@@ -4,10 +4,11 @@ import contextlib
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from refrag.pipelines import assembly
 from refrag.pipelines.components import ModelOptions, Models, resolve_models
+from refrag.pipelines.duplicates import Hidden, duplicate_passages
 from refrag.pipelines.engines import Engine
 from refrag.pipelines.indexing import BuiltIndex, build_vector_index, live_passages
 from refrag.pipelines.plan import Plan, Row, ShardSpec, default_shard_bytes, make_plan, without
@@ -17,9 +18,10 @@ from refrag.pipelines.scan import RejectWriter, ScanResult, merge_runs, resolve_
 from refrag.pipelines.stages import ShardResult, add_table
 from refrag_core import lance_tables
 from refrag_core.corpus.sources import CorpusOptions
-from refrag_core.errors import FingerprintMismatchError
+from refrag_core.errors import FingerprintMismatchError, UsageError
 from refrag_core.manifest import (
     NOTHING,
+    Change,
     Manifest,
     ParentInfo,
     Shard,
@@ -54,6 +56,8 @@ class BuildOptions:
     """Make everything anew when the index was built with other models or settings."""
     delete_missing: bool = False
     """Remove documents that the corpus no longer has."""
+    dedup_passages: bool | None = None
+    """Let a search return equal passages once; None leaves it as the index has it. Encodes nothing anew."""
     retry_quarantined: bool = False
     """Try documents again that a stage has quarantined before."""
 
@@ -85,6 +89,8 @@ class BuildReport:
     """Filtered and quarantined documents by reason."""
     ignored: Mapping[str, int]
     """Files of unknown formats, by suffix."""
+    duplicate_passages: int
+    """Live passages that stay out of search, since an earlier one is equal; 0 without --dedup-passages."""
     truncated_passages: int
     """Passages longer than the retriever's positions."""
     recall_at_10: float
@@ -165,14 +171,18 @@ class _Build:
         """The job, step by step."""
         started = time.perf_counter()
         scan = self._scan(models)
-        plan = self._plan(scan, parent)
+        plan = self._plan(scan, latest, parent)
         outcome = self._run_stages(models, plan, parent)
         shards, removed = self._all_shards(models, parent, plan, outcome)
         assembly.check_not_empty(shards, scan.documents_in, scan.reasons)
-        index = self._index(models, parent, shards, removed)
-        manifest, dispositions = self._assemble(models, latest, parent, scan, plan, outcome, shards, removed, index)
+        hidden = duplicate_passages(self.store, shards, removed) if self._dedup(latest) else {}
+        index = self._index(models, parent, shards, removed, hidden)
+        shards, removed = self._covered(index, shards, removed)
+        manifest, dispositions = self._assemble(
+            models, latest, parent, scan, plan, outcome, shards, removed, hidden, index
+        )
         manifest = self._with_lance(manifest, latest, parent)
-        committed = latest is None or latest.files != manifest.files
+        committed = latest is None or (latest.content_id, latest.files) != (manifest.content_id, manifest.files)
         if committed:
             commit(self.store, manifest)
         elif latest is not None:
@@ -180,6 +190,10 @@ class _Build:
         self.store.finish_work()
         standing = manifest if committed or latest is None else latest
         return self._report(standing, committed, scan, plan, outcome, dispositions, time.perf_counter() - started)
+
+    def _dedup(self, latest: Manifest | None) -> bool:
+        wanted = self.options.dedup_passages
+        return (latest is not None and latest.parameters.dedup_passages) if wanted is None else wanted
 
     def _scan(self, models: Models) -> ScanResult:
         self.progress.start("scan", None, "documents")
@@ -196,15 +210,30 @@ class _Build:
         self.steps["scan"] += time.perf_counter() - started
         return scan
 
-    def _plan(self, scan: ScanResult, parent: Manifest | None) -> Plan:
-        return make_plan(
+    def _plan(self, scan: ScanResult, latest: Manifest | None, parent: Manifest | None) -> Plan:
+        before = parent or latest
+        plan = make_plan(
             self._unique_rows(scan),
-            live_documents(self.store, parent) if parent is not None else iter(()),
+            live_documents(self.store, before) if before is not None else iter(()),
             folder=self.work / "plan",
             target_shard_bytes=self.options.shard_bytes or default_shard_bytes(scan.text_bytes),
             delete_missing=self.options.delete_missing,
             held=held_by(self.store, parent, self.options),
+            anew=parent is None,
         )
+        if parent is None:
+            self._check_none_is_lost(plan)
+            plan.tombstones.clear()
+        return plan
+
+    def _check_none_is_lost(self, plan: Plan) -> None:
+        """Nothing is deleted without being told, and what the corpus lacks cannot be encoded anew."""
+        if plan.missing:
+            raise UsageError(
+                f"{self.store.location} holds {plan.missing:,} documents that the corpus no longer has, and --rebuild "
+                "cannot encode them anew; expected all of them in the corpus: add them, or pass --delete-missing to "
+                "let them go"
+            )
 
     def _unique_rows(self, scan: ScanResult) -> Iterator[Row]:
         with RejectWriter(self.work, "duplicates") as duplicates:
@@ -245,9 +274,19 @@ class _Build:
         if self.options.score:
             kept = [self._scored(models, shard, outcome) for shard in kept]
         removed = assembly.removed_documents(self.store, parent, plan.tombstones)
-        shards = assembly.surviving([*kept, *outcome.shards], removed)
-        names = {shard.name for shard in shards}
-        return shards, {name: rows for name, rows in removed.items() if name in names}
+        # A document that comes back as it was may give a shard that is still there, all of it dead: it lives again.
+        known = {shard.name for shard in kept}
+        removed = {name: rows for name, rows in removed.items() if name not in {s.name for s in outcome.shards}}
+        added = [shard for shard in outcome.shards if shard.name not in known]
+        segments = parent.segments if parent is not None else ()
+        shards = assembly.surviving([*kept, *added], removed, segments)
+        return shards, assembly.within(removed, shards)
+
+    def _covered(
+        self, index: BuiltIndex, shards: Sequence[Shard], removed: assembly.Removed
+    ) -> tuple[list[Shard], assembly.Removed]:
+        covered = assembly.covered_by(index.segments, shards)
+        return covered, assembly.within(removed, covered)
 
     def _scored(self, models: Models, shard: Shard, outcome: _Outcome) -> Shard:
         if "scores" in shard.tables:
@@ -257,7 +296,12 @@ class _Build:
         return scored
 
     def _index(
-        self, models: Models, parent: Manifest | None, shards: Sequence[Shard], removed: assembly.Removed
+        self,
+        models: Models,
+        parent: Manifest | None,
+        shards: Sequence[Shard],
+        removed: assembly.Removed,
+        hidden: Hidden,
     ) -> BuiltIndex:
         self.progress.start("index", None, "passages")
         started = time.perf_counter()
@@ -266,7 +310,8 @@ class _Build:
             self.engine,
             shards,
             dim=models.parameters.vector_dim,
-            live=live_passages(shards, removed),
+            live=live_passages(shards, removed, hidden),
+            dead=[shard.name for shard in shards if len(removed.get(shard.name, ())) == shard.documents],
             retriever=models.embed_stage().load(),
             parent=parent,
             min_recall=self.options.min_recall,
@@ -287,21 +332,23 @@ class _Build:
         outcome: _Outcome,
         shards: Sequence[Shard],
         removed: assembly.Removed,
+        hidden: Hidden,
         index: BuiltIndex,
     ) -> tuple[Manifest, Counter[str]]:
         quarantine, quarantine_file, dispositions = assembly.publish_quarantine(
             self.store, self._rejects(scan, parent, plan, outcome)
         )
         tombstones, tombstone_file = assembly.publish_tombstones(self.store, removed)
+        duplicates, duplicate_file = assembly.publish_duplicates(self.store, hidden)
         known = dict(latest.files) if latest else {}
         known |= {record.name: record for receipt in outcome.receipts for record in receipt.files.values()}
-        others = [*index.files, *models.checkpoint_files, quarantine_file, tombstone_file]
+        others = [*index.files, *models.checkpoint_files, quarantine_file, tombstone_file, duplicate_file]
         draft = Manifest(
             version=1 if latest is None else latest.version + 1,
             parent=None if latest is None else ParentInfo(latest.version, latest.build_id),
             content_id="",
             components=models.components(scorer=all("scores" in shard.tables for shard in shards)),
-            parameters=models.parameters,
+            parameters=replace(models.parameters, dedup_passages=self._dedup(latest)),
             counts=NOTHING,
             shards=shards,
             segments=index.segments,
@@ -310,6 +357,8 @@ class _Build:
             tombstones=tombstones,
             checkpoint=models.checkpoint_info(),
             files=assembly.collect_files(known, shards, others),
+            change=Change("build", plan.new, plan.changed, plan.deleted),
+            duplicates=duplicates,
         )
         manifest = assembly.identified(self.store, draft)
         assembly.check_accounts(
@@ -371,6 +420,7 @@ class _Build:
             missing=plan.missing,
             reasons=manifest.quarantine.counts,
             ignored=scan.ignored,
+            duplicate_passages=manifest.duplicates.passages if manifest.duplicates else 0,
             truncated_passages=sum(int(r.facts.get("truncated", 0)) for r in outcome.receipts),
             recall_at_10=manifest.vector_index.recall_at_10,
             seconds=round(seconds, 3),
@@ -410,5 +460,6 @@ def differences(latest: Manifest, models: Models) -> list[str]:
         for name, old, new in pairs
         if old is not None and old.fingerprint != new.fingerprint
     ]
-    before, after = asdict(latest.parameters), asdict(models.parameters)
+    # Hiding duplicates is a switch of its own: it encodes nothing.
+    before, after = (asdict(replace(p, dedup_passages=False)) for p in (latest.parameters, models.parameters))
     return found + [f"{name} {before[name]}, now {after[name]}" for name in before if before[name] != after[name]]

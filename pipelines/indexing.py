@@ -1,7 +1,7 @@
 """The index stage: passage embeddings of all shards → FAISS segments, and their measured recall."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -106,17 +106,20 @@ def _unchanged(parent: Manifest, shards: Sequence[Shard], live: Live) -> bool:
     same = [s.tables["vectors"] for s in shards] == [s.tables["vectors"] for s in parent.shards]
     covered = sum(segment.rows for segment in parent.segments) == sum(shard.passages for shard in shards)
     dead = sum(int((~mask).sum()) for mask in live.values())
-    return same and covered and dead == (parent.tombstones.passages if parent.tombstones else 0)
+    return same and covered and dead == sum(info.passages for info in (parent.tombstones, parent.duplicates) if info)
 
 
 def _kept(parent: Manifest | None, spec: IndexSpec, shards: Sequence[Shard]) -> list[Segment]:
-    """The parent's segments when its quantizer still fits: same kind, list count within a factor of 4."""
+    """The parent's segments whose shards are all there, when its quantizer still fits: same kind, list count within 4x.
+
+    A segment without one of its shards cannot be searched: what is left of it goes into a new one.
+    """
     if parent is None:
         return []
     info, present = parent.vector_index, {shard.name for shard in shards}
     fits = info.kind == spec.kind and info.nlist * _RETRAIN_FACTOR >= spec.nlist
-    whole = all(name in present for segment in parent.segments for name in segment.shards)
-    return list(parent.segments) if fits and whole else []
+    whole = [segment for segment in parent.segments if all(name in present for name in segment.shards)]
+    return whole if fits else []
 
 
 def build_vector_index(
@@ -131,14 +134,18 @@ def build_vector_index(
     min_recall: float,
     memory_budget_bytes: int | None,
     progress: Progress,
+    dead: Collection[str] = (),
 ) -> BuiltIndex:
     """Segments over all shards; those of the parent are kept while recall stays above the gate.
+
+    Training anew leaves out shards that are all dead, which a kept segment has to go on covering.
 
     Args:
         dim: d_ret.
         live: per shard name a bool `[passages]`, for shards with removed passages.
         retriever: embeds the held-out queries (sentences of sampled passages).
         min_recall: recall@10 under which nothing is published.
+        dead: names of the shards without a live document.
         memory_budget_bytes: above this, inverted lists hold 8-bit codes instead of float16; None is no bound.
 
     Raises RecallGateError when even freshly trained segments stay below `min_recall`.
@@ -154,7 +161,8 @@ def build_vector_index(
         if built.info.recall_at_10 >= min_recall:
             return built
         progress.note(f"recall@10 fell to {built.info.recall_at_10:.3f}: training the index anew")
-    built = _train(store, engine, shards, spec, live=live, queries=queries)
+    alive = [shard for shard in shards if shard.name not in dead]
+    built = _train(store, engine, alive, spec, live=live, queries=queries)
     if built.info.recall_at_10 < min_recall:
         raise RecallGateError(
             f"recall@10 is {built.info.recall_at_10:.3f} on {len(queries)} held-out queries, expected at least "
@@ -274,16 +282,42 @@ def _middle_sentence(text: str) -> str:
     return chosen if chosen != text.strip() else chosen[: max(1, len(chosen) * 2 // 3)]
 
 
-def live_passages(shards: Sequence[Shard], removed: Mapping[str, Sequence[tuple[int, int, int]]]) -> Live:
-    """Per shard with removed documents a bool `[passages]`, False for their passages."""
+def live_passages(
+    shards: Sequence[Shard],
+    removed: Mapping[str, Sequence[tuple[int, int, int]]],
+    hidden: Mapping[str, npt.NDArray[np.int64]] | None = None,
+) -> Live:
+    """Per shard with removed documents or hidden duplicates a bool `[passages]`, False for their passages."""
     live: dict[str, npt.NDArray[np.bool_]] = {}
+    duplicates = hidden or {}
     for shard in shards:
-        if shard.name in removed:
+        if shard.name in removed or shard.name in duplicates:
             mask = np.ones(shard.passages, bool)
-            for _, first, count in removed[shard.name]:
+            for _, first, count in removed.get(shard.name, ()):
                 mask[first : first + count] = False
+            mask[duplicates.get(shard.name, [])] = False
             live[shard.name] = mask
     return live
+
+
+def regroup(
+    store: Store, engine: Engine, parent: Manifest, shards: Sequence[Shard]
+) -> tuple[list[Segment], list[FileRecord]]:
+    """Segments over `shards` from the parent's quantizer, with the records of those that are new.
+
+    Kept are the parent's segments over shards that all stay, unless they are one of several small ones. The same
+    lists hold the same live vectors however rows are grouped, so that nprobe and the measured recall stay true.
+    """
+    present = {shard.name for shard in shards}
+    whole = [segment for segment in parent.segments if all(name in present for name in segment.shards)]
+    small = [segment for segment in whole if segment.rows < SEGMENT_ROWS // 2]
+    mergeable = len(small) > 1 or len(whole) < len(parent.segments)
+    kept = [segment for segment in whole if not (mergeable and segment in small)]
+    covered = {name for segment in kept for name in segment.shards}
+    added = [shard for shard in shards if shard.name not in covered]
+    work = partial(_segment, store, parent.vector_index.quantizer, parent.parameters.vector_dim)
+    made = list(engine.map(work, _groups(added)))
+    return [*kept, *(segment for segment, _ in made)], [record for _, record in made]
 
 
 def remake_segment(store: Store, manifest: Manifest, segment: Segment) -> None:

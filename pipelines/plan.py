@@ -76,6 +76,21 @@ def ends_shard(document_id: str, num_bytes: int, filled: int, target_shard_bytes
     return filled >= 2 * target_shard_bytes or draw * half < num_bytes
 
 
+class ShardName:
+    """The name of a shard's input: a digest of its chunk size and its documents' ids and source digests, in order."""
+
+    def __init__(self, chunk_size: int) -> None:
+        self._hasher = hashlib.sha256(chunk_size.to_bytes(4, "little"))
+
+    def add(self, document_id: str, source_digest: bytes) -> None:
+        """Take in the next document."""
+        key = document_key(document_id)
+        self._hasher.update(len(key).to_bytes(8, "little") + key + source_digest)
+
+    def __str__(self) -> str:
+        return self._hasher.hexdigest()[:32]
+
+
 class _ShardWriter:
     """Cuts one stream of rows, all of one chunk size, into shards and writes their lists of documents."""
 
@@ -87,7 +102,7 @@ class _ShardWriter:
         self._open()
 
     def _open(self) -> None:
-        self._hasher = hashlib.sha256(self._chunk_size.to_bytes(4, "little"))
+        self._name = ShardName(self._chunk_size)
         self._count = self._bytes = 0
         self._writer: pq.ParquetWriter | None = None
 
@@ -100,8 +115,7 @@ class _ShardWriter:
 
     def add(self, row: Row) -> ShardSpec | None:
         """Take one row; the finished shard when this row ends one."""
-        key = document_key(row["document_id"])
-        self._hasher.update(len(key).to_bytes(8, "little") + key + row["source_digest"])
+        self._name.add(row["document_id"], row["source_digest"])
         self._rows.append(row)
         self._count += 1
         self._bytes += row["num_bytes"]
@@ -118,7 +132,7 @@ class _ShardWriter:
         self._flush()
         assert self._writer is not None
         self._writer.close()
-        name = self._hasher.hexdigest()[:32]
+        name = str(self._name)
         path = self._path.rename(self._folder / f"{name}.parquet")
         spec = ShardSpec(name, str(path), self._chunk_size, self._count, self._bytes)
         self._open()
@@ -173,6 +187,7 @@ def make_plan(
     target_shard_bytes: int,
     delete_missing: bool,
     held: Mapping[str, bytes],
+    anew: bool = False,
 ) -> Plan:
     """Join the scan with the parent generation and cut the new and changed documents into shards.
 
@@ -183,6 +198,7 @@ def make_plan(
         target_shard_bytes: text bytes a shard.
         delete_missing: whether documents that the corpus no longer has leave the index.
         held: source digest of each document that a stage has quarantined before.
+        anew: take nothing over from the parent; its documents only tell which ones the corpus no longer has.
     """
     plan = Plan()
 
@@ -191,6 +207,9 @@ def make_plan(
             if row is None:
                 assert live is not None
                 _retire(plan, live, delete_missing)
+            elif anew:
+                yield row
+                plan.new += 1
             elif live is not None and _same(row, live):
                 plan.unchanged += 1
             elif held.get(row["document_id"]) == row["source_digest"]:

@@ -51,6 +51,11 @@ def write_receipt(store: Store, receipt: Receipt) -> None:
     store.replace(_name(receipt.stage, receipt.key), canonical_json(asdict(receipt)))
 
 
+def forget_receipt(store: Store, stage: str, key: str) -> None:
+    """Remove a receipt that nobody will ask for again; those of other work stay."""
+    store.remove(_name(stage, key))
+
+
 def find_receipt(store: Store, stage: str, key: str) -> Receipt | None:
     """The receipt of an earlier run if all that it lists is still there in full size."""
     try:

@@ -19,6 +19,7 @@ from refrag_core.corpus.sources import CorpusOptions
 from refrag_core.errors import CorruptIndexError, UsageError
 from refrag_core.manifest import (
     CURRENT,
+    Change,
     Manifest,
     ParentInfo,
     QuarantineInfo,
@@ -157,7 +158,7 @@ def _recorded(store: Store, manifest: Manifest, *, lance_lost: bool) -> Manifest
     if files == dict(manifest.files):
         return manifest
     parent = ParentInfo(manifest.version, manifest.build_id)
-    changed = replace(manifest, version=manifest.version + 1, parent=parent, files=files)
+    changed = replace(manifest, version=manifest.version + 1, parent=parent, files=files, change=Change("repair"))
     if lance_lost:
         changed = lance_tables.with_lance(store, replace(changed, lance=None), None)
     commit(store, changed)

@@ -76,6 +76,11 @@ def _stage_key(fingerprint: str, *inputs: JSON) -> str:
     return digest_json([fingerprint, *inputs])[:32]
 
 
+def table_name(shard: str, table: str, fingerprint: str) -> str:
+    """Where a device stage with this fingerprint puts its table of a shard."""
+    return f"shards/{shard}/{table}-{_stage_key(fingerprint, shard)[:16]}.parquet"
+
+
 def isolate(run: Callable[[Sequence[Item]], Made], items: Sequence[Item]) -> tuple[Made | None, dict[int, Exception]]:
     """Run over all items at once; when that raises, find the items that raise by themselves.
 
@@ -230,7 +235,7 @@ class TokenizeStage:
         started = time.perf_counter()
         columns, rejected = self._columns(spec)
         files = {
-            name: store.publish(f"shards/{key}/{name}.parquet", _writer_of(name, table))
+            name: store.publish(f"shards/{key}/{name}.parquet", table_writer(name, table))
             for name, table in columns.tables().items()
         }
         receipt = Receipt(
@@ -276,7 +281,8 @@ def _rejection(row: Mapping[str, Any], reason: str, error: Exception) -> Rejecte
     return Rejected(row["document_id"], row["source_digest"].hex(), row["source"], str(reason), detail)
 
 
-def _writer_of(name: str, table: pa.Table) -> Callable[[Path], None]:
+def table_writer(name: str, table: pa.Table) -> Callable[[Path], None]:
+    """What writes the table `name` of a shard: passages in row groups, all others in one."""
     rows = PASSAGE_ROWS_A_GROUP if name == "passages" else None
     return lambda path: write_table(path, table, rows_a_group=rows)
 
@@ -335,7 +341,7 @@ def _make_table(
     made, rejected, facts = make()
     files: dict[str, FileRecord] = {}
     if made is not None:
-        name = f"shards/{shard.name}/{table}-{key[:16]}.parquet"
+        name = table_name(shard.name, table, fingerprint)
         files[table] = store.publish(name, lambda path: write_table(path, made))
     receipt = Receipt(
         stage=table,
@@ -594,10 +600,11 @@ def run_device_stages(store: Store, stages: Sequence[DeviceStage], spec: ShardSp
         receipts.append(stage(store, shard))
         if not receipts[-1].files:
             return ShardResult(spec, tuple(receipts), None)
-    return ShardResult(spec, tuple(receipts), _shard(tokenized, receipts))
+    return ShardResult(spec, tuple(receipts), shard_of(tokenized, receipts))
 
 
-def _shard(tokenized: Receipt, receipts: Sequence[Receipt]) -> Shard:
+def shard_of(tokenized: Receipt, receipts: Sequence[Receipt]) -> Shard:
+    """The manifest's entry of a shard: its rows and facts, and the tables of all receipts."""
     tables = {name: record.name for receipt in receipts for name, record in receipt.files.items()}
     facts = tokenized.facts
     return Shard(

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, groupby
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import pyarrow as pa
 from refrag_core.embedding_storage import StoredRows
 from refrag_core.errors import CorruptIndexError
 from refrag_core.lance_tables import LanceReader
-from refrag_core.manifest import Manifest, Parameters, Shard, read_manifest, read_tombstones
+from refrag_core.manifest import Manifest, Parameters, Shard, hold_manifest, read_duplicates, read_tombstones
 from refrag_core.metadata_columns import MetadataColumns
 from refrag_core.predicate import parse_predicate
 from refrag_core.storage import FileRecord, IndexLocation, Store, open_store
@@ -98,6 +98,7 @@ class OpenShard:
         self.first_chunk = self._column(passages, "first_chunk", "<i8")
         self.num_chunks = self._column(passages, "num_chunks", "<i4")
         self.num_tokens = self._column(passages, "num_tokens", "<i4")
+        self.passage_ids = MappedColumn(passages, "passage_id", "|u1", 16)
         self.tokens = MappedColumn(store.path(shard.tables["chunks"]), "tokens", "<i4", shard.chunk_size)
         embeddings = store.path(shard.tables["embeddings"])
         self.embeddings = map_embeddings(embeddings, parameters.embedding_dim, parameters.embedding_dtype)
@@ -114,8 +115,7 @@ class OpenShard:
 
     @staticmethod
     def _column(path: Path, name: str, dtype: str) -> npt.NDArray[Any]:
-        column = MappedColumn(path, name, dtype)
-        return column.slice(0, column.num_rows)
+        return MappedColumn(path, name, dtype).slice_all()
 
     def _check_rows(self) -> None:
         found = (len(self.first_chunk), self.tokens.num_rows, self.embeddings.num_rows)
@@ -162,6 +162,8 @@ def _description(entry: Mapping[str, Any]) -> PassageDescription:
 class IndexReader:
     """One generation of an index. Shards are mapped on first use.
 
+    Until `close`, or the end of the object, it holds its generation: `refrag index gc` removes nothing of it.
+
     Args:
         location: the index's folder or URI.
         version: the generation; the newest by default.
@@ -173,7 +175,8 @@ class IndexReader:
 
     def __init__(self, location: IndexLocation, version: int | None = None, *, tables: TableFormat = "parquet") -> None:
         self.store: Store = open_store(location)
-        self.manifest: Manifest = read_manifest(self.store, version)
+        self.manifest: Manifest
+        self.manifest, self._hold = hold_manifest(self.store, version)
         check_sizes(self.store, self.manifest.files.values())
         self.tables = tables
         self._lance = LanceReader(self.store, self.manifest) if tables == "lance" else None
@@ -183,6 +186,10 @@ class IndexReader:
         self._segment_starts = [self._starts(shards) for shards in self._segment_shards]
         self._passing: OrderedDict[str, Passing] = OrderedDict()
         self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Let go of the generation; passages that were fetched stay readable."""
+        self._hold.release()
 
     def _starts(self, shards: Sequence[int]) -> list[int]:
         return [0, *accumulate(self.manifest.shards[number].passages for number in shards)]
@@ -214,14 +221,25 @@ class IndexReader:
         return mask
 
     @cached_property
+    def _duplicates(self) -> dict[str, list[int]]:
+        return read_duplicates(self.store, self.manifest)
+
+    def searchable_rows(self, number: int) -> npt.NDArray[np.bool_]:
+        """Which passages of shard `number` a search may return, bool `[passages]`: live, and no hidden duplicates."""
+        mask = self.live_rows(number)
+        mask[self._duplicates.get(self.manifest.shards[number].name, [])] = False
+        return mask
+
+    @cached_property
     def live(self) -> list[npt.NDArray[np.bool_] | None]:
-        """For each segment a read-only bool `[rows]` of what is live, None where all of it is."""
+        """For each segment a read-only bool `[rows]` of what a search may return, None where that is all of it."""
         return [self._live(shards) for shards in self._segment_shards]
 
     def _live(self, shards: Sequence[int]) -> npt.NDArray[np.bool_] | None:
-        if not any(self.manifest.shards[number].name in self._removed for number in shards):
+        names = {self.manifest.shards[number].name for number in shards}
+        if names.isdisjoint(self._removed) and names.isdisjoint(self._duplicates):
             return None
-        mask = np.concatenate([self.live_rows(number) for number in shards])
+        mask = np.concatenate([self.searchable_rows(number) for number in shards])
         mask.flags.writeable = False
         return mask
 
@@ -247,10 +265,10 @@ class IndexReader:
             return file.read(columns=[name]).column(0)
 
     def live_texts(self) -> Iterator[str]:
-        """Texts of the live passages in the order of (segment, row); one shard's in memory at a time."""
+        """Texts of the passages that a search may return, by (segment, row); one shard's in memory at a time."""
         for number in (number for shards in self._segment_shards for number in shards):
             texts = self.column(number, "passages", "text")
-            yield from texts.filter(pa.array(self.live_rows(number))).to_pylist()
+            yield from texts.filter(pa.array(self.searchable_rows(number))).to_pylist()
 
     def passing(self, where: str) -> Passing:
         """The live passages whose documents fulfil the condition `where`; the last filters asked for are remembered.
@@ -270,7 +288,7 @@ class IndexReader:
         by_shard, start = [], 0
         for number, counts in enumerate(self._document_column("num_passages")):
             chosen = np.repeat(documents[start : start + len(counts)], counts.to_numpy())
-            by_shard.append(chosen & self.live_rows(number))
+            by_shard.append(chosen & self.searchable_rows(number))
             start += len(counts)
         masks = [np.concatenate([by_shard[number] for number in shards]) for shards in self._segment_shards]
         for mask in masks:
@@ -284,20 +302,41 @@ class IndexReader:
     ) -> list[tuple[PassageRef, float]]:
         """The `top_k` live passages nearest to one query vector `[d_ret]`, best first, with inner products.
 
+        Passages of equal score come in the order of their ids: where their rows lie is history, not content.
+
         Args:
             passing: only these passages. Where few pass, all of them are compared; where many do, as many more lists
                 are visited as fewer of their rows count.
         """
-        queries = query.reshape(1, -1)
-        if passing is None:
-            found = self.vectors.search(queries, top_k, live=self.live)
-        elif passing.rows <= max(EXACT_ROWS, self.vectors.num_rows // EXACT_ONE_IN):
-            found = self._compare_all(queries, top_k, passing)
-        else:
-            nprobe = self.lists_to_visit(passing)
-            found = self.vectors.search(queries, top_k, live=passing.masks, nprobe=nprobe)
+        depth = top_k + 1 if top_k > 0 else top_k  # the vector index has the words for a senseless number
+        while True:
+            found = self._nearest(query.reshape(1, -1), depth, passing)
+            # a hit of -inf is none: all that there is was found
+            if found.scores[0][-1] == -np.inf or found.scores[0][-1] < found.scores[0][top_k - 1]:
+                break
+            depth *= 2
         hits = zip(found.scores[0], found.segments[0], found.rows[0], strict=True)
-        return [(self.locate(int(segment), int(row)), float(score)) for score, segment, row in hits if row >= 0]
+        located = [(self.locate(int(segment), int(row)), float(score)) for score, segment, row in hits if row >= 0]
+        return self._ties_by_id(located)[:top_k]
+
+    def _nearest(self, queries: npt.NDArray[np.float32], depth: int, passing: Passing | None) -> SearchResult:
+        if passing is None:
+            return self.vectors.search(queries, depth, live=self.live)
+        if passing.rows <= max(EXACT_ROWS, self.vectors.num_rows // EXACT_ONE_IN):
+            return self._compare_all(queries, depth, passing)
+        return self.vectors.search(queries, depth, live=passing.masks, nprobe=self.lists_to_visit(passing))
+
+    def _ties_by_id(self, hits: Sequence[tuple[PassageRef, float]]) -> list[tuple[PassageRef, float]]:
+        ordered: list[tuple[PassageRef, float]] = []
+        for _, group in groupby(hits, key=lambda hit: hit[1]):
+            tied = list(group)
+            ordered += tied if len(tied) == 1 else sorted(tied, key=lambda hit: self.passage_id(hit[0]))
+        return ordered
+
+    def passage_id(self, ref: PassageRef) -> bytes:
+        """The 16 bytes of a passage's id, from the map."""
+        ids = self.shard(ref.shard).passage_ids
+        return bytes(ids.slice(ref.row, ref.row + 1)[0])
 
     def lists_to_visit(self, passing: Passing) -> int:
         """How many lists of the vector index a search among these passages visits."""

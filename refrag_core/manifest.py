@@ -20,11 +20,15 @@ from refrag.schemas import FORMAT, FORMAT_VERSION, manifest_schema
 from refrag_core.digests import JSON, canonical_json, digest_json
 from refrag_core.embedding_storage import EmbeddingDtype
 from refrag_core.errors import CommitConflictError, CorruptIndexError, IndexNotFoundError
-from refrag_core.storage import FileRecord, Store, check_name
+from refrag_core.storage import FileRecord, Hold, Store, check_name
 from refrag_core.tables import iterate_rows
 
 VERSIONS = "versions"
 CURRENT = "CURRENT"
+REMOVED = f"{VERSIONS}/removed.json"
+"""What gc removed, so that a gap among the versions can be told from a loss."""
+CONTENT_FOLDERS = ("shards", "segments", "checkpoints", "quarantine", "tombstones", "duplicates")
+"""Where the files lie that manifests name; `gc` looks nowhere else."""
 _VERSION_NAME = re.compile(r"^[1-9][0-9]*\.json$")
 
 
@@ -56,6 +60,8 @@ class Parameters:
     embedding_dim: int
     embedding_dtype: EmbeddingDtype
     vector_dim: int
+    dedup_passages: bool = False
+    """Whether a search returns equal passages once: the first, by document id and ordinal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +144,14 @@ class TombstoneInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class DuplicateInfo:
+    """Where the live passages are listed that equal an earlier one and stay out of search."""
+
+    file: str
+    passages: int
+
+
+@dataclass(frozen=True, slots=True)
 class LanceTable:
     """One LanceDB table and the version of it that is this generation's."""
 
@@ -174,6 +188,20 @@ class ParentInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Change:
+    """How a generation came from its parent, for people; no id depends on it."""
+
+    action: str
+    """`build`, `compact`, `repair` or `rollback`."""
+    new: int = 0
+    """Documents that the parent did not have."""
+    changed: int = 0
+    deleted: int = 0
+    version: int | None = None
+    """Of a rollback: the generation whose content this one has again."""
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """One generation. `files` is the only place with sizes and digests."""
 
@@ -190,6 +218,8 @@ class Manifest:
     tombstones: TombstoneInfo | None
     checkpoint: CheckpointInfo
     files: Mapping[str, FileRecord] = field(default_factory=dict)
+    change: Change | None = None
+    duplicates: DuplicateInfo | None = None
     lance: LanceInfo | None = None
     """None for an index whose only tables are the Parquet shards."""
 
@@ -213,8 +243,20 @@ def version_name(version: int) -> str:
 
 def _to_json(manifest: Manifest) -> dict[str, Any]:
     body = asdict(manifest)
+    body["parameters"] = _parameters(manifest.parameters)
+    for member in ("change", "duplicates"):  # absent where there is nothing to say
+        if body[member] is None:
+            del body[member]
     body["files"] = {r.name: {"bytes": r.bytes, "digest": r.digest} for r in manifest.files.values()}
     body |= {"format": FORMAT, "format_version": FORMAT_VERSION, "build_id": manifest.build_id}
+    return body
+
+
+def _parameters(parameters: Parameters) -> dict[str, JSON]:
+    """The parameters as JSON; a switch that is off is left out, so that ids from before it stay what they were."""
+    body: dict[str, JSON] = asdict(parameters)
+    if not parameters.dedup_passages:
+        del body["dedup_passages"]
     return body
 
 
@@ -280,7 +322,8 @@ def _check_bytes(body: Mapping[str, Any], data: bytes, where: str) -> None:
 def _check_references(manifest: Manifest, where: str) -> None:
     named = {name for shard in manifest.shards for name in shard.tables.values()}
     named |= {segment.file for segment in manifest.segments} | {manifest.vector_index.quantizer}
-    named |= {info.file for info in (manifest.quarantine, manifest.tombstones) if info and info.file}
+    lists = (manifest.quarantine, manifest.tombstones, manifest.duplicates)
+    named |= {info.file for info in lists if info and info.file}
     named |= {table.manifest for table in manifest.lance.tables.values()} if manifest.lance else set()
     unlisted = sorted(named - set(manifest.files))
     if unlisted:
@@ -306,6 +349,8 @@ def _from_json(body: Mapping[str, Any]) -> Manifest:
         tombstones=TombstoneInfo(**body["tombstones"]) if body["tombstones"] else None,
         checkpoint=CheckpointInfo(**body["checkpoint"]),
         files={name: FileRecord(name, **record) for name, record in body["files"].items()},
+        change=Change(**body["change"]) if "change" in body else None,
+        duplicates=DuplicateInfo(**body["duplicates"]) if "duplicates" in body else None,
         lance=_lance_from_json(body.get("lance")),
     )
 
@@ -341,6 +386,23 @@ def read_manifest(store: Store, version: int | None = None) -> Manifest:
         raise CorruptIndexError(f"{where} is the manifest of version {manifest.version}. {_REFETCH}")
     store.expect(manifest.files.values())
     return manifest
+
+
+def hold_manifest(store: Store, version: int | None = None) -> tuple[Manifest, Hold]:
+    """What `read_manifest` gives, and a claim on that generation: while it lasts, `gc` spares all that it names.
+
+    Raises as `read_manifest` does, and IndexNotFoundError for a generation that is being removed.
+    """
+    while True:
+        number = version or read_manifest(store).version
+        hold = store.hold(version_name(number))
+        if hold is not None:
+            return read_manifest(store, number), hold
+        if read_manifest(store, version).version == number:
+            raise IndexNotFoundError(
+                f"generation {number} of {store.location} is being removed by gc: expected one that stays; "
+                f"`refrag index log {store.location}` lists them"
+            )
 
 
 def latest_manifest(store: Store) -> Manifest | None:
@@ -385,6 +447,7 @@ class LiveDocument:
     num_passages: int
     num_chunks: int
     num_tokens: int
+    first_chunk: int = 0
 
 
 def read_tombstones(store: Store, manifest: Manifest) -> dict[str, list[tuple[int, int, int]]]:
@@ -398,6 +461,15 @@ def read_tombstones(store: Store, manifest: Manifest) -> dict[str, list[tuple[in
     return removed
 
 
+def read_duplicates(store: Store, manifest: Manifest) -> dict[str, list[int]]:
+    """Rows of the passages of each shard that equal an earlier one and stay out of search."""
+    hidden: dict[str, list[int]] = {}
+    if manifest.duplicates is not None:
+        for row in iterate_rows(store.path(manifest.duplicates.file)):
+            hidden.setdefault(row["shard"], []).append(row["passage"])
+    return hidden
+
+
 _DOCUMENT_COLUMNS = (
     "document_id", "source_digest", "content_digest", "chunk_size", "num_passages", "num_chunks", "num_tokens",
 )  # fmt: skip
@@ -405,11 +477,12 @@ _DOCUMENT_COLUMNS = (
 
 def _shard_documents(store: Store, shard: Shard, removed: Iterable[int]) -> Iterator[LiveDocument]:
     skip = set(removed)
-    first_passage = 0
+    first_passage = first_chunk = 0
     for row, entry in enumerate(iterate_rows(store.path(shard.tables["documents"]), _DOCUMENT_COLUMNS)):
         if row not in skip:
-            yield LiveDocument(shard=shard.name, row=row, first_passage=first_passage, **entry)
+            yield LiveDocument(shard=shard.name, row=row, first_passage=first_passage, first_chunk=first_chunk, **entry)
         first_passage += entry["num_passages"]
+        first_chunk += entry["num_chunks"]
 
 
 def document_key(document_id: str) -> bytes:
@@ -418,11 +491,20 @@ def document_key(document_id: str) -> bytes:
 
 
 def live_documents(store: Store, manifest: Manifest) -> Iterator[LiveDocument]:
-    """All live documents ordered by id; a shard's table is open only while its range of ids is passed."""
-    removed = read_tombstones(store, manifest)
-    store.fetch(shard.tables["documents"] for shard in manifest.shards)
+    """All live documents of a generation ordered by id."""
+    yield from documents_of(store, manifest.shards, read_tombstones(store, manifest))
+
+
+def documents_of(
+    store: Store, shards: Sequence[Shard], removed: Mapping[str, Sequence[tuple[int, int, int]]]
+) -> Iterator[LiveDocument]:
+    """The documents of `shards` that are not `removed`, ordered by id.
+
+    A shard's table is open only while its range of ids is passed.
+    """
+    store.fetch(shard.tables["documents"] for shard in shards)
     heap: list[tuple[bytes, int, LiveDocument | None, Iterator[LiveDocument]]] = []
-    for number, shard in enumerate(manifest.shards):
+    for number, shard in enumerate(shards):
         rows = _shard_documents(store, shard, (entry[0] for entry in removed.get(shard.name, ())))
         heap.append((document_key(shard.first_document), number, None, rows))
     heapq.heapify(heap)
@@ -443,7 +525,11 @@ def content_id(documents: Iterable[tuple[str, bytes]], components: Components, p
     Independent of engine, table format, worker count, shard boundaries and history.
     """
     models = {k: v["fingerprint"] if v else None for k, v in asdict(components).items()}
-    header: dict[str, JSON] = {"format_version": FORMAT_VERSION, "components": models, "parameters": asdict(parameters)}
+    header: dict[str, JSON] = {
+        "format_version": FORMAT_VERSION,
+        "components": models,
+        "parameters": _parameters(parameters),
+    }
     hasher = hashlib.sha256(canonical_json(header))
     for document_id, digest in documents:
         key = document_key(document_id)

@@ -22,7 +22,7 @@ from refrag_core.digests import digest_file, digest_json
 from refrag_core.errors import ConfigError, CorruptIndexError
 from refrag_core.lease import Lease
 from refrag_core.object_store import UPLOADS, FolderObjects, RemoteObjects, sync_file
-from refrag_core.storage import RUNS, WORK, FileRecord, check_name
+from refrag_core.storage import RUNS, WORK, FileRecord, Hold, check_name
 
 PARALLEL_FILES = 8
 """Files that are fetched at once."""
@@ -248,6 +248,29 @@ class RemoteStore:
         for each in gone:
             self._forget(each)
             self._known.pop(each, None)
+
+    def modified(self, name: str) -> float:
+        """See Store. Raises FileNotFoundError."""
+        found = self._objects.head(check_name(name))
+        if found is None:
+            raise FileNotFoundError(f"{self.location} has no {name}")
+        return found.modified.timestamp()
+
+    def hold(self, name: str) -> Hold | None:
+        """See Store: an empty claim, since nothing on an object store ends with a process."""
+        return Hold() if self.exists(name) else None
+
+    def is_held(self, name: str) -> bool:  # noqa: ARG002
+        """See Store: never known."""
+        return False
+
+    def remove_unheld(self, name: str) -> bool:
+        """See Store: removed, since no claim is known."""
+        self.remove(name)
+        return True
+
+    def prune(self) -> None:
+        """See Store: an object store has no folders."""
 
     # --- work in progress
 

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -54,6 +55,22 @@ def check_name(name: str) -> str:
             "do not use this index, fetch it again from where it was built"
         )
     return name
+
+
+class Hold:
+    """A claim on a file of an index; it ends with `release`, with the object, or with the process.
+
+    Args:
+        handle: a locked file; None for a claim that nothing enforces.
+    """
+
+    def __init__(self, handle: int | None = None) -> None:
+        self._close = None if handle is None else weakref.finalize(self, os.close, handle)
+
+    def release(self) -> None:
+        """Give the claim up; a second time does nothing."""
+        if self._close is not None:
+            self._close()
 
 
 class Store(Protocol):
@@ -111,6 +128,24 @@ class Store(Protocol):
     def remove(self, name: str) -> None:
         """Remove a file or a folder, if it is there."""
 
+    def modified(self, name: str) -> float:
+        """When a file was written, seconds since the epoch by the store's clock."""
+
+    def hold(self, name: str) -> Hold | None:
+        """Claim a file as in use, so that `remove_unheld` spares it; None when it is gone or being removed.
+
+        Writes nothing. Where nothing can enforce a claim it is empty, and only a grace period protects a reader.
+        """
+
+    def is_held(self, name: str) -> bool:
+        """Whether somebody, this process included, holds the file."""
+
+    def remove_unheld(self, name: str) -> bool:
+        """Remove a file unless somebody holds it; False, and nothing done, when somebody does."""
+
+    def prune(self) -> None:
+        """Remove folders that hold nothing, work in progress aside."""
+
     def list(self, folder: str) -> list[str]:
         """Names of the files directly in `folder`, sorted; none where there is no such folder."""
 
@@ -128,6 +163,14 @@ class Store(Protocol):
 
     def finish_work(self) -> None:
         """Remove this process's intermediate files, and the receipts unless another run is under way."""
+
+
+def _is_still(path: Path, handle: int) -> bool:
+    """Whether `path` names the open file."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(handle))
+    except FileNotFoundError:
+        return False
 
 
 class FolderStore:
@@ -211,6 +254,66 @@ class FolderStore:
         path = self.path(folder)
         return sorted(entry.name for entry in path.iterdir() if entry.is_file()) if path.is_dir() else []
 
+    def modified(self, name: str) -> float:
+        """See Store."""
+        return self.path(name).stat().st_mtime
+
+    def hold(self, name: str) -> Hold | None:
+        """See Store: the claim is a shared lock of the kernel on the file itself, which a read-only mount has too."""
+        path = self.path(name)
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        hold = Hold(handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            hold.release()
+            return None
+        except OSError:
+            return hold
+        if not _is_still(path, handle):  # removed between the opening and the claim
+            hold.release()
+            return None
+        return hold
+
+    def is_held(self, name: str) -> bool:
+        """See Store."""
+        with contextlib.suppress(OSError), self.path(name).open("rb") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    def remove_unheld(self, name: str) -> bool:
+        """See Store."""
+        path = self.path(name)
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return True
+        try:
+            with contextlib.suppress(OSError):  # without locks there are no claims
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return False
+            path.unlink(missing_ok=True)
+        finally:
+            os.close(handle)
+        sync_folder(path.parent)
+        return True
+
+    def prune(self) -> None:
+        """See Store."""
+        for folder, _, _ in os.walk(self.root, topdown=False):
+            base = Path(folder).relative_to(self.root)
+            if base.parts and base.parts[0] != WORK:
+                with contextlib.suppress(OSError):
+                    Path(folder).rmdir()
+
     def files(self) -> Iterator[str]:
         """See Store."""
         for folder, folders, names in os.walk(self.root):
@@ -239,9 +342,23 @@ class FolderStore:
                     "wait for it to end, or stop it, and run this command again"
                 ) from None
             self.replace(holder, f"process {os.getpid()} on {os.uname().nodename}".encode())
-            yield
+            try:
+                yield
+            finally:
+                self._leave_work(holder)
         finally:
             os.close(handle)
+
+    def _leave_work(self, holder: str) -> None:
+        """Remove the folder of work in progress where no work is left in it."""
+        work = self.path(WORK)
+        for folder in work.iterdir() if work.is_dir() else ():
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        if work.is_dir() and [path.name for path in work.iterdir()] == ["builder"]:
+            self.path(holder).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                work.rmdir()
 
     def _holder(self, name: str) -> str:
         try:

@@ -204,6 +204,10 @@ class MappedColumn:
         parts = [self._views[int(g)][rows[groups == g] - g * self._rows_a_group] for g in np.unique(groups)]
         return np.concatenate(parts) if parts else self.slice(0, 0)
 
+    def slice_all(self) -> npt.NDArray[Any]:
+        """All rows."""
+        return self.slice(0, self.num_rows)
+
     def blocks(self, rows: int = 16384) -> Iterator[npt.NDArray[Any]]:
         """The whole column in order, at most `rows` at a time."""
         for start in range(0, self.num_rows, rows):

@@ -10,14 +10,17 @@ from refrag.schemas import arrow
 from refrag_core import lance_tables
 from refrag_core.embedding_storage import LARGEST_CODE
 from refrag_core.errors import CorruptIndexError, IndexNotFoundError
+from refrag_core.generations import read_removed
 from refrag_core.manifest import (
     CURRENT,
+    REMOVED,
     Manifest,
     Parameters,
     Shard,
     content_id,
     list_versions,
     live_documents,
+    read_duplicates,
     read_manifest,
     version_name,
 )
@@ -66,7 +69,7 @@ def verify_index(store: Store, on_file: Callable[[FileRecord], None] | None = No
     damaged = {problem.file for problem in problems}
     if newest is not None and not damaged & set(newest.files):
         problems += _check_content(store, newest)
-    named = set(files) | {version_name(version) for version in list_versions(store)} | {CURRENT}
+    named = set(files) | {version_name(version) for version in list_versions(store)} | {CURRENT, REMOVED}
     return Verification(
         version=newest.version if newest else None,
         content_id=newest.content_id if newest else None,
@@ -91,9 +94,8 @@ def _read_manifests(store: Store) -> tuple[list[Manifest], list[Problem]]:
         except CorruptIndexError as error:
             problems.append(Problem(version_name(version), str(error)))
     expected = {manifest.parent.version for manifest in manifests if manifest.parent}
-    problems += [
-        Problem(version_name(v), "missing: a later generation was built on it") for v in expected - set(versions)
-    ]
+    lost = expected - set(versions) - set(read_removed(store))
+    problems += [Problem(version_name(v), "missing: a later generation was built on it") for v in sorted(lost)]
     return manifests, problems
 
 
@@ -207,6 +209,9 @@ def _check_segments(store: Store, manifest: Manifest) -> Iterator[Problem]:
         rows = VectorIndex.open([store.path(segment.file)], nprobe=1).num_rows
         if not rows == segment.rows == sum(passages[name] for name in segment.shards):
             yield Problem(segment.file, f"{rows} vectors, expected {segment.rows}")
+    for name, hidden in read_duplicates(store, manifest).items():
+        if max(hidden) >= passages.get(name, 0) and manifest.duplicates is not None:
+            yield Problem(manifest.duplicates.file, f"lists a passage that shard {name} does not have")
 
 
 def _check_lance(store: Store, manifest: Manifest) -> Iterator[Problem]:

@@ -85,6 +85,13 @@ TOMBSTONES = pa.schema(
     ]
 )
 
+DUPLICATES = pa.schema(
+    [
+        _required("shard", pa.string()),
+        _required("passage", pa.int32(), note="row in the shard's passages"),
+    ]
+)
+
 SCORES = pa.schema([_required("nll", pa.float32(), unit="nats a token")])
 
 _WHERE = (_required("shard", pa.string()), _required("row", pa.int32(), note="row in the shard's Parquet table"))

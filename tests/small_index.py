@@ -92,12 +92,15 @@ def models_folder() -> Path:
 class SmallIndex:
     """A corpus folder and an index folder below one root, over the tiny models of the session."""
 
-    def __init__(self, root: Path, records: list[Any] | None = None, **options: Any) -> None:
+    def __init__(
+        self, root: Path, records: list[Any] | None = None, *, corpus: Path | None = None, **options: Any
+    ) -> None:
         self.root = root
         self.models = models_folder()
-        self.corpus = root / "corpus"
+        self.corpus = corpus or root / "corpus"
         self.path = root / "index"
-        self.write(documents(60) if records is None else records)
+        if corpus is None:  # else it is there already
+            self.write(documents(60) if records is None else records)
         self.options = BuildOptions(
             corpus=CorpusOptions(roots=(str(self.corpus),)),
             output=self.path,
