@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import pairwise
 
+from refrag_core import lance_tables
 from refrag_core.digests import canonical_json
 from refrag_core.errors import ConfigError, UsageError
 from refrag_core.index_reader import check_sizes
@@ -253,6 +254,8 @@ def roll_back(store: Store, version: int | None = None) -> RollbackReport:
             commit(store, manifest)
         else:
             finish_commit(store, newest)
+        if lance_tables.is_installed():
+            lance_tables.make_newest(store, manifest)
         hold.release()
     return RollbackReport(
         manifest.version, _origin(target), not same, manifest.content_id, manifest.build_id, manifest.counts
@@ -296,8 +299,9 @@ class GarbageReport:
     spared: Mapping[int, str]
     """Generations beyond those asked for that stay, with the reason."""
     files: int
-    """Files removed, manifests aside."""
+    """Files removed, manifests and those of LanceDB tables aside."""
     bytes: int
+    """Of all files removed, those of LanceDB tables included where these packages are installed; not in a dry run."""
     young_files: int
     """Files that no generation names and that are within the grace period: a build may still want them."""
 
@@ -333,6 +337,8 @@ def collect_garbage(
         gone = [manifest for manifest in doomed if manifest.version not in spared]
         left = [manifest for manifest in manifests if manifest not in gone]
         files, size, young = _remove_files(store, left, oldest_wanted, dry_run, on_file)
+        if not dry_run and lance_tables.is_installed():
+            size += lance_tables.drop_versions(store, left)
     return GarbageReport(
         [manifest.version for manifest in left], [manifest.version for manifest in gone], spared, files, size, young
     )

@@ -303,6 +303,27 @@ def make_newest(store: Store, manifest: Manifest) -> None:
         _newest_again(store, table, _at(store, recorded))
 
 
+def drop_versions(store: Store, kept: Sequence[Manifest]) -> int:
+    """Remove the table versions that none of the `kept` generations records, and the files that only those have.
+
+    The newest version of a table stays in any case. Only with the index's lock held. Returns the bytes removed.
+    """
+    return sum(_drop_versions(store, table, kept) for table in TABLES if _exists(store.path(_folder(table))))
+
+
+def _drop_versions(store: Store, table: str, kept: Sequence[Manifest]) -> int:
+    dataset = _library().dataset(str(store.path(_folder(table))))
+    wanted = {manifest.lance.tables[table].version for manifest in kept if manifest.lance} | {dataset.version}
+    unwanted = [found["version"] for found in dataset.versions() if found["version"] not in wanted]
+    if not unwanted:
+        return 0
+    for name, tag in dataset.tags.list().items():
+        if tag["version"] in unwanted:
+            dataset.tags.delete(name)
+    # Nobody else writes under the lock, so what no version refers to is a killed build's.
+    return int(dataset.cleanup_old_versions(versions=unwanted, delete_unverified=True).bytes_removed)
+
+
 def _at(store: Store, table: LanceTable) -> Any:
     path = store.path(table.folder)
     try:

@@ -21,6 +21,7 @@ from refrag.pipelines.repair import RepairOptions, repair_index
 from refrag_core import lance_tables
 from refrag_core.embedding_storage import Int8Rows
 from refrag_core.errors import CommitConflictError, ConfigError, CorruptIndexError, MissingExtraError
+from refrag_core.generations import collect_garbage, roll_back
 from refrag_core.index_reader import FetchedPassage, IndexReader, PassageRef
 from refrag_core.manifest import Manifest, encode_manifest, read_manifest
 from refrag_core.runtime import AskOptions, Runtime
@@ -372,6 +373,26 @@ def test_an_older_generation_can_be_shown_again(small: SmallIndex) -> None:
     lance_tables.make_newest(FolderStore(small.path), read_manifest(FolderStore(small.path), 1))
     assert by_place(lance_rows(small.path)) == by_place(parquet_rows(small.path, 1))
     assert verify_index(FolderStore(small.path)).problems == ()
+
+
+def test_a_rollback_is_what_anybody_reads(small: SmallIndex) -> None:
+    roll_back(FolderStore(small.path), 1)
+    assert by_place(lance_rows(small.path)) == by_place(parquet_rows(small.path, 1))
+    assert verify_index(FolderStore(small.path)).problems == ()
+
+
+def test_gc_drops_the_versions_of_removed_generations(small: SmallIndex) -> None:
+    store = FolderStore(small.path)
+    first = read_manifest(store, 1)
+    old = lance_tables.records_of(first).keys() - lance_tables.records_of(read_manifest(store)).keys()
+    collect_garbage(store, keep=1, grace_seconds=0, dry_run=True)
+    assert all(store.exists(name) for name in old)
+    assert collect_garbage(store, keep=1, grace_seconds=0).removed == [1]
+    assert old
+    assert not any(store.exists(name) for name in old)
+    assert first.content_id not in lance.dataset(str(small.path / "lance" / "chunks.lance")).tags.list()
+    assert by_place(lance_rows(small.path)) == by_place(parquet_rows(small.path))
+    assert verify_index(store).problems == ()
 
 
 # --- damage and repair --------------------------------------------------------------------------------
