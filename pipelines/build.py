@@ -29,6 +29,7 @@ from refrag_core.manifest import (
     finish_commit,
     latest_manifest,
     live_documents,
+    refuse_bundle,
 )
 from refrag_core.storage import WORK, Store
 
@@ -136,7 +137,11 @@ def build_from(
 
 @contextlib.contextmanager
 def lock_and_clear(store: Store) -> Iterator[None]:
-    """Hold the index's lock, and remove what killed executions left but for their receipts."""
+    """Hold the index's lock, and remove what killed executions left but for their receipts.
+
+    Raises UsageError for a bundle.
+    """
+    refuse_bundle(store)
     with store.lock():
         work = store.path(WORK)
         for folder in work.iterdir():

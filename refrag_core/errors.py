@@ -19,6 +19,7 @@ __all__ = [
     "ModelNotFoundError",
     "RecallGateError",
     "RefragError",
+    "SignatureError",
     "StageError",
     "TrainingDivergedError",
     "UnsupportedDecoderError",
@@ -77,6 +78,10 @@ class IndexNotFoundError(RefragError):
 
 class CorruptIndexError(RefragError):
     """A file of the index is missing, truncated, altered or not of this format."""
+
+
+class SignatureError(CorruptIndexError):
+    """A bundle that must be signed is not, or its signature does not fit its bytes or the key."""
 
 
 class IndexLockedError(RefragError):

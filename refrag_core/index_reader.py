@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from refrag_core.errors import CorruptIndexError
-from refrag_core.manifest import Manifest, Shard, read_manifest, read_tombstones
+from refrag_core.manifest import Manifest, Shard, read_held_manifest, read_tombstones
 from refrag_core.storage import FileRecord, Store
 from refrag_core.tables import MappedColumn, open_table
 from refrag_core.vector_index import VectorIndex
@@ -124,12 +124,13 @@ class IndexReader:
         version: the generation; the newest by default.
 
     Raises IndexNotFoundError, and CorruptIndexError for an altered manifest or a missing or cut file (digests of
-    whole files are the business of `refrag index verify`).
+    whole files are the business of `refrag index verify`). While the reader lives, its generation is not collected.
     """
 
     def __init__(self, root: Path, version: int | None = None) -> None:
         self.store = Store(root)
-        self.manifest: Manifest = read_manifest(self.store, version)
+        self.manifest: Manifest
+        self.manifest, self._hold = read_held_manifest(self.store, version)
         check_sizes(self.store, self.manifest.files.values())
         self._shards: dict[int, OpenShard] = {}
         numbers = {shard.name: number for number, shard in enumerate(self.manifest.shards)}
@@ -145,6 +146,18 @@ class IndexReader:
             dim = self.manifest.parameters.embedding_dim
             self._shards[number] = OpenShard(self.store, self.manifest.shards[number], dim)
         return self._shards[number]
+
+    def map_all(self) -> None:
+        """Map every table and segment now, so that no request has to wait for it."""
+        for number in range(len(self.manifest.shards)):
+            self.shard(number)
+        _ = self.vectors, self.live
+
+    def included(self, role: Literal["decoder", "retriever"]) -> Path | None:
+        """Folder of a model that travels in the bundle; None where the host has to have it."""
+        info = self.manifest.bundle
+        folder = None if info is None else getattr(info, role)
+        return None if folder is None else self.store.path(folder)
 
     @cached_property
     def vectors(self) -> VectorIndex:
@@ -204,5 +217,6 @@ def check_sizes(store: Store, files: Sequence[FileRecord] | Any) -> None:
         if found != record.bytes:
             state = "is missing" if found is None else f"has {found} bytes"
             raise CorruptIndexError(
-                f"{path} {state}, expected {record.bytes} bytes: run `refrag index verify`, then `refrag index repair`"
+                f"{path} {state}, expected {record.bytes} bytes: run `refrag index verify`, then `refrag index repair` "
+                "(a bundle is mended by pulling it again)"
             )

@@ -18,7 +18,8 @@ import jsonschema
 
 from refrag.schemas import FORMAT, FORMAT_VERSION, manifest_schema
 from refrag_core.digests import JSON, canonical_json, digest_json
-from refrag_core.errors import CommitConflictError, CorruptIndexError, IndexNotFoundError
+from refrag_core.errors import CommitConflictError, CorruptIndexError, IndexNotFoundError, UsageError
+from refrag_core.holds import Hold, hold
 from refrag_core.storage import FileRecord, Store, check_name
 from refrag_core.tables import iterate_rows
 
@@ -154,6 +155,18 @@ class ParentInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class BundleInfo:
+    """What only the manifest of a bundle has: where it came from, and the models that travel with it."""
+
+    source_build_id: str
+    """Build id of the index's generation that was exported."""
+    decoder: str | None
+    """Folder of the decoder below the bundle; None: by the checkpoint's reference."""
+    retriever: str | None
+    """Folder of the retriever below the bundle; None: by the reference in `components`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """One generation. `files` is the only place with sizes and digests."""
 
@@ -170,6 +183,8 @@ class Manifest:
     tombstones: TombstoneInfo | None
     checkpoint: CheckpointInfo
     files: Mapping[str, FileRecord] = field(default_factory=dict)
+    bundle: BundleInfo | None = None
+    """None for an index's own generation."""
 
     @property
     def build_id(self) -> str:
@@ -189,10 +204,27 @@ def version_name(version: int) -> str:
     return f"{VERSIONS}/{version}.json"
 
 
+def signature_name(version: int) -> str:
+    """Name of the signature of generation `version`, where a bundle has one."""
+    return f"{version_name(version)}.sig"
+
+
+def run_record_name(version: int) -> str:
+    """Name of the record of the run that made generation `version`: rates and times, no part of the generation."""
+    return f"runs/{version}.json"
+
+
+def beside(version: int) -> tuple[str, ...]:
+    """Names that belong to generation `version` without being listed in its manifest, itself included."""
+    return version_name(version), signature_name(version), run_record_name(version)
+
+
 def _to_json(manifest: Manifest) -> dict[str, Any]:
     body = asdict(manifest)
     body["files"] = {r.name: {"bytes": r.bytes, "digest": r.digest} for r in manifest.files.values()}
     body |= {"format": FORMAT, "format_version": FORMAT_VERSION, "build_id": manifest.build_id}
+    if manifest.bundle is None:
+        del body["bundle"]
     return body
 
 
@@ -283,6 +315,7 @@ def _from_json(body: Mapping[str, Any]) -> Manifest:
         tombstones=TombstoneInfo(**body["tombstones"]) if body["tombstones"] else None,
         checkpoint=CheckpointInfo(**body["checkpoint"]),
         files={name: FileRecord(name, **record) for name, record in body["files"].items()},
+        bundle=BundleInfo(**body["bundle"]) if "bundle" in body else None,
     )
 
 
@@ -313,9 +346,37 @@ def read_manifest(store: Store, version: int | None = None) -> Manifest:
     return manifest
 
 
+_TRIES = 5
+
+
+def read_held_manifest(store: Store, version: int | None = None) -> tuple[Manifest, Hold]:
+    """As `read_manifest`, and held: what collects old generations spares this one until the hold is gone."""
+    for _ in range(_TRIES):
+        manifest = read_manifest(store, version)
+        held = hold(store.path(manifest.name))
+        if held is not None:
+            return manifest, held
+    raise IndexNotFoundError(
+        f"generation {manifest.version} of {store.root} was collected while it was being opened: open another one"
+    )
+
+
 def latest_manifest(store: Store) -> Manifest | None:
     """The newest generation, or None for a new index."""
     return read_manifest(store) if list_versions(store) else None
+
+
+def refuse_bundle(store: Store) -> None:
+    """Raise UsageError where the newest generation is a bundle's, which lacks what a build starts from."""
+    try:
+        latest = latest_manifest(store)
+    except CorruptIndexError:
+        return  # which is for whoever reads it next to say, or to repair
+    if latest is not None and latest.bundle is not None:
+        raise UsageError(
+            f"{store.root} is a bundle, expected an index: change the index that it was exported from and export it "
+            "again, or pull the bundle again to mend it"
+        )
 
 
 def commit(store: Store, manifest: Manifest) -> None:
@@ -424,3 +485,22 @@ def content_id(documents: Iterable[tuple[str, bytes]], components: Components, p
 def manifest_path(root: Path, version: int) -> Path:
     """Path of the manifest of generation `version` of the index at `root`."""
     return root / version_name(version)
+
+
+def bytes_by_kind(manifest: Manifest) -> dict[str, int]:
+    """Bytes of a generation's files by what they hold: a table's name, segments, checkpoint, models …"""
+    kinds = dict(_kinds(manifest))
+    sizes: dict[str, int] = {}
+    for record in manifest.files.values():
+        kind = kinds.get(record.name) or record.name.split("/", 1)[0]
+        sizes[kind] = sizes.get(kind, 0) + record.bytes
+    return dict(sorted(sizes.items()))
+
+
+def _kinds(manifest: Manifest) -> Iterator[tuple[str, Any]]:
+    for shard in manifest.shards:
+        yield from ((name, role) for role, name in shard.tables.items())
+    for name in (manifest.vector_index.quantizer, *(segment.file for segment in manifest.segments)):
+        yield name, "segments"
+    if manifest.tombstones is not None:
+        yield manifest.tombstones.file, "tombstones"

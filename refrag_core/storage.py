@@ -154,6 +154,24 @@ class Store:
             os.replace(temporary, final)
         _sync_folder(final.parent)
 
+    def install(self, record: FileRecord, temporary: Path) -> None:
+        """Give the file `temporary` (on this file system) its name, over whatever the name holds.
+
+        For files whose digest is known beforehand. Raises CorruptIndexError, and leaves the name as it is, when the
+        bytes are not those of `record`.
+        """
+        found = FileRecord(record.name, temporary.stat().st_size, digest_file(temporary))
+        if found != record:
+            raise CorruptIndexError(
+                f"{record.name} arrived with {found.bytes} bytes and SHA-256 {found.digest[:16]}…, expected "
+                f"{record.bytes} and {record.digest[:16]}…: it is damaged where it came from; make it again there"
+            )
+        final = self.path(record.name)
+        _sync_file(temporary)
+        _make_folder(final.parent)
+        os.replace(temporary, final)
+        _sync_folder(final.parent)
+
     def remove(self, name: str) -> None:
         """Remove a file or a folder below the root, if it is there."""
         path = self.path(name)

@@ -12,6 +12,7 @@ from refrag_core.manifest import (
     CURRENT,
     Manifest,
     Shard,
+    beside,
     content_id,
     list_versions,
     live_documents,
@@ -61,7 +62,8 @@ def verify_index(store: Store, on_file: Callable[[FileRecord], None] | None = No
     damaged = {problem.file for problem in problems}
     if newest is not None and not damaged & set(newest.files):
         problems += _check_content(store, newest)
-    named = set(files) | {version_name(version) for version in list_versions(store)} | {CURRENT}
+    versions = list_versions(store)
+    named = set(files) | {CURRENT} | {name for version in versions for name in beside(version)}
     return Verification(
         version=newest.version if newest else None,
         content_id=newest.content_id if newest else None,
@@ -122,6 +124,8 @@ def _check_content(store: Store, manifest: Manifest) -> Iterator[Problem]:
     for shard in manifest.shards:
         yield from _check_shard(store, shard)
     yield from _check_segments(store, manifest)
+    if manifest.bundle is not None:  # the documents stayed with the index; their digests pin its content id
+        return
     documents = ((live.document_id, live.content_digest) for live in live_documents(store, manifest))
     if content_id(documents, manifest.components, manifest.parameters) != manifest.content_id:
         yield Problem(manifest.name, "the documents' digests do not give its content id")
@@ -156,7 +160,6 @@ def _columns(store: Store, name: str, *columns: str) -> dict[str, Any]:
 def _check_references(store: Store, shard: Shard) -> Iterator[Problem]:
     """Passages partition the chunks in order, and documents the passages."""
     passages = _columns(store, shard.tables["passages"], "document_id", "first_chunk", "num_chunks", "num_tokens")
-    documents = _columns(store, shard.tables["documents"], "document_id", "num_passages")
     chunks = _columns(store, shard.tables["chunks"], "passage")
     starts = np.cumsum(passages["num_chunks"]) - passages["num_chunks"]
     if not np.array_equal(starts, passages["first_chunk"]):
@@ -165,6 +168,9 @@ def _check_references(store: Store, shard: Shard) -> Iterator[Problem]:
         yield Problem(shard.tables["passages"], "a passage's number of chunks does not follow from its tokens")
     if not np.array_equal(chunks["passage"], np.repeat(np.arange(shard.passages), passages["num_chunks"])):
         yield Problem(shard.tables["chunks"], "its chunks refer to other passages than those that hold them")
+    if "documents" not in shard.tables:
+        return
+    documents = _columns(store, shard.tables["documents"], "document_id", "num_passages")
     if not np.array_equal(np.repeat(documents["document_id"], documents["num_passages"]), passages["document_id"]):
         yield Problem(shard.tables["passages"], "its passages belong to other documents than the documents table says")
 
