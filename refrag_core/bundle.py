@@ -16,7 +16,9 @@ from refrag_core.bundle_folder import (
     DEFAULT_JOBS,
     FILES,
     MODELS,
+    SILENT,
     Delivery,
+    Meter,
     Moved,
     check_bundles,
     in_parallel,
@@ -33,7 +35,7 @@ from refrag_core.manifest import (
     Shard,
     bytes_by_kind,
     encode_manifest,
-    read_held_manifest,
+    hold_manifest,
     read_manifest,
     signature_name,
 )
@@ -41,8 +43,8 @@ from refrag_core.models import fingerprint_model, remembered_digest, resolve_mod
 from refrag_core.signing import check_signature, sign
 from refrag_core.storage import FileRecord, Store
 
-SERVING_TABLES = ("passages", "chunks", "embeddings", "scores")
-"""Tables that a runtime reads; a shard's `documents` and `vectors` are the builds' own."""
+BUILD_TABLES = ("documents",)
+"""Tables that no runtime reads."""
 
 _MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _SHOWN_PROBLEMS = 5
@@ -162,9 +164,7 @@ class _Renaming:
         return f"{parent}/{key}"
 
 
-def export_bundle(
-    index: Path, bundle: Path, options: ExportOptions, advance: Callable[[int], object] | None = None
-) -> BundleReport:
+def export_bundle(index: Path, bundle: Path, options: ExportOptions, meter: Meter = SILENT) -> BundleReport:
     """Put one generation of `index` into the folder `bundle`; run again to go on after an interruption.
 
     Every file is checked against its digest on the way. Raises CorruptIndexError for a damaged index,
@@ -173,14 +173,14 @@ def export_bundle(
     """
     started = time.perf_counter()
     store = Store(index)
-    manifest, held = read_held_manifest(store, options.version)
+    manifest, held = hold_manifest(store, options.version)
     _check_source(manifest, index, bundle)
     exported, sources = bundle_manifest(store, manifest, options)
     data = encode_manifest(exported)
     signature = None if options.sign_key is None else sign(data, options.sign_key)
     place = shutil.copyfile if options.copy else link_or_copy
     delivery = Delivery(exported, data, signature, lambda record, path: _place(place, sources[record.name], path))
-    moved = receive(Store(bundle), delivery, jobs=options.jobs, advance=advance)
+    moved = receive(Store(bundle), delivery, jobs=options.jobs, meter=meter)
     held.release()
     signed = Store(bundle).exists(signature_name(exported.version))
     return report_of(exported, data, moved, signed=signed, seconds=time.perf_counter() - started)
@@ -229,7 +229,7 @@ def bundle_manifest(store: Store, manifest: Manifest, options: ExportOptions) ->
 def _exported_shard(shard: Shard, renaming: _Renaming) -> Shard:
     return replace(
         shard,
-        tables={role: renaming.by_digest(name) for role, name in shard.tables.items() if role in SERVING_TABLES},
+        tables={role: renaming.by_digest(name) for role, name in shard.tables.items() if role not in BUILD_TABLES},
     )
 
 
@@ -292,9 +292,7 @@ def check_signed(store: Store, manifest: Manifest, keys: Sequence[Path]) -> bool
     return signature is not None
 
 
-def check_files(
-    store: Store, manifest: Manifest, *, jobs: int = DEFAULT_JOBS, advance: Callable[[int], object] | None = None
-) -> None:
+def check_files(store: Store, manifest: Manifest, *, jobs: int = DEFAULT_JOBS, meter: Meter = SILENT) -> None:
     """Compare every file of a generation with its digest, which also brings it into the page cache.
 
     Raises CorruptIndexError that names what is damaged.
@@ -302,10 +300,10 @@ def check_files(
 
     def check(record: FileRecord) -> str | None:
         whole = is_whole(store.path(record.name), record)
-        if advance is not None:
-            advance(record.bytes)
+        meter.advance(record.bytes)
         return None if whole else record.name
 
+    meter.expect(sum(record.bytes for record in manifest.files.values()))
     damaged = [name for name in in_parallel(check, manifest.files.values(), jobs) if name is not None]
     if damaged:
         shown = ", ".join(damaged[:_SHOWN_PROBLEMS]) + (", …" if len(damaged) > _SHOWN_PROBLEMS else "")
@@ -322,7 +320,7 @@ def open_bundle(
     version: int | None = None,
     verify_keys: Sequence[Path] = (),
     jobs: int = DEFAULT_JOBS,
-    advance: Callable[[int], object] | None = None,
+    meter: Meter = SILENT,
 ) -> OpenReport:
     """Check every byte of a bundle and warm its pages, so that the first question finds them. Writes nothing.
 
@@ -334,7 +332,7 @@ def open_bundle(
     check_bundles(store)
     manifest, signed = read_bundle_manifest(store, version, verify_keys)
     started = time.perf_counter()
-    check_files(store, manifest, jobs=jobs, advance=advance)
+    check_files(store, manifest, jobs=jobs, meter=meter)
     verified = time.perf_counter()
     IndexReader(root, manifest.version).map_all()
     mapped = time.perf_counter()

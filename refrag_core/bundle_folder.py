@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from refrag_core.digests import digest_file
 from refrag_core.errors import CommitConflictError, ConfigError, UsageError
@@ -58,6 +58,29 @@ class Delivery:
     signature: bytes | None
     fetch: Callable[[FileRecord, Path], None]
     """Puts the bytes of a file under a path; called from several threads."""
+
+
+class Meter(Protocol):
+    """Hears how far a transfer is; called from several threads."""
+
+    def expect(self, total: int) -> None:
+        """So many bytes are to be moved or checked."""
+
+    def advance(self, amount: int) -> None:
+        """So many more are done."""
+
+
+class NoMeter:
+    """Tells nobody."""
+
+    def expect(self, total: int) -> None:
+        """Ignore the total."""
+
+    def advance(self, amount: int) -> None:
+        """Ignore progress."""
+
+
+SILENT = NoMeter()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,13 +136,8 @@ def link_or_copy(source: Path, target: Path) -> None:
 # --- arriving ---------------------------------------------------------------------------------------
 
 
-def receive(
-    store: Store, delivery: Delivery, *, jobs: int = DEFAULT_JOBS, advance: Callable[[int], object] | None = None
-) -> Moved:
+def receive(store: Store, delivery: Delivery, *, jobs: int = DEFAULT_JOBS, meter: Meter = SILENT) -> Moved:
     """Bring one generation into the folder: its missing files, each checked, then its manifest.
-
-    Args:
-        advance: is told the bytes of each file that is in place.
 
     Raises CommitConflictError when the folder has another generation of that number, and CorruptIndexError for a
     file that does not arrive as its manifest says; the generations that are there stay as they are.
@@ -132,14 +150,14 @@ def receive(
 
         def bring(record: FileRecord) -> bool:
             moved = _bring(store, record, stage, delivery.fetch, present.get(record.digest))
-            if advance is not None:
-                advance(record.bytes)
+            meter.advance(record.bytes)
             return moved
 
         records = list(manifest.files.values())
+        meter.expect(sum(record.bytes for record in records))
         moved = in_parallel(bring, records, jobs)
         created = _publish(store, delivery)
-    return _sum(records, moved, extra=len(delivery.data) if created else 0)
+    return moved_of(records, moved, extra=len(delivery.data) if created else 0)
 
 
 def _check_free(store: Store, delivery: Delivery) -> None:
@@ -154,7 +172,8 @@ def _check_free(store: Store, delivery: Delivery) -> None:
         )
 
 
-def _sum(records: Sequence[FileRecord], moved: Sequence[bool], extra: int) -> Moved:
+def moved_of(records: Sequence[FileRecord], moved: Sequence[bool], extra: int) -> Moved:
+    """The sums over `records`, each moved or spared, and `extra` bytes of a manifest that moved."""
     went = [record.bytes for record, yes in zip(records, moved, strict=True) if yes]
     total = sum(record.bytes for record in records)
     return Moved(len(went), sum(went) + extra, len(records) - len(went), total - sum(went))

@@ -17,6 +17,7 @@ __all__ = [
     "MissingExtraError",
     "MissingScoresError",
     "ModelNotFoundError",
+    "ObjectStoreError",
     "RecallGateError",
     "RefragError",
     "SignatureError",
@@ -78,6 +79,10 @@ class IndexNotFoundError(RefragError):
 
 class CorruptIndexError(RefragError):
     """A file of the index is missing, truncated, altered or not of this format."""
+
+
+class ObjectStoreError(RefragError):
+    """An object store cannot be reached, refuses the request, or keeps failing."""
 
 
 class SignatureError(CorruptIndexError):

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from refrag_core.errors import CorruptIndexError
-from refrag_core.manifest import Manifest, Shard, read_held_manifest, read_tombstones
+from refrag_core.manifest import Manifest, Shard, hold_manifest, read_tombstones
 from refrag_core.storage import FileRecord, Store
 from refrag_core.tables import MappedColumn, open_table
 from refrag_core.vector_index import VectorIndex
@@ -130,7 +130,7 @@ class IndexReader:
     def __init__(self, root: Path, version: int | None = None) -> None:
         self.store = Store(root)
         self.manifest: Manifest
-        self.manifest, self._hold = read_held_manifest(self.store, version)
+        self.manifest, self._hold = hold_manifest(self.store, version)
         check_sizes(self.store, self.manifest.files.values())
         self._shards: dict[int, OpenShard] = {}
         numbers = {shard.name: number for number, shard in enumerate(self.manifest.shards)}

@@ -25,7 +25,7 @@ from refrag_core.tables import iterate_rows
 
 VERSIONS = "versions"
 CURRENT = "CURRENT"
-_VERSION_NAME = re.compile(r"^[1-9][0-9]*\.json$")
+VERSION_NAME = re.compile(r"^[1-9][0-9]*\.json$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,7 +324,7 @@ def list_versions(store: Store) -> list[int]:
     folder = store.path(VERSIONS)
     if not folder.is_dir():
         return []
-    return sorted(int(path.stem) for path in folder.iterdir() if _VERSION_NAME.match(path.name))
+    return sorted(int(path.stem) for path in folder.iterdir() if VERSION_NAME.match(path.name))
 
 
 def read_manifest(store: Store, version: int | None = None) -> Manifest:
@@ -349,7 +349,7 @@ def read_manifest(store: Store, version: int | None = None) -> Manifest:
 _TRIES = 5
 
 
-def read_held_manifest(store: Store, version: int | None = None) -> tuple[Manifest, Hold]:
+def hold_manifest(store: Store, version: int | None = None) -> tuple[Manifest, Hold]:
     """As `read_manifest`, and held: what collects old generations spares this one until the hold is gone."""
     for _ in range(_TRIES):
         manifest = read_manifest(store, version)
