@@ -470,11 +470,23 @@ def index_inspect(
         bool, typer.Option("--quarantine", help="List the records that are not in the index.")
     ] = False,
     version: Annotated[int | None, typer.Option(help="Generation; default: the newest.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write all of it, with drawings, as one page for a browser into this file.")
+    ] = None,
+    retriever: Retriever = None,
+    device: Device = "auto",
     as_json: JsonFlag = False,
 ) -> None:
-    """Show what an index holds, one passage with its chunks, or the quarantine."""
+    """Show what an index holds, one passage with its chunks, the quarantine, or a page for a browser."""
     from refrag_core import inspection
 
+    if html is not None:
+        from refrag_core.devices import resolve_device
+        from refrag_core.index_report import write_report
+
+        write_report(index, html, version, retriever=retriever, device=resolve_device(device))
+        _print_json({"html": str(html)}) if as_json else print(f"wrote {html}")
+        return
     if passage is not None:
         shown = inspection.inspect_passage(index, passage, version)
         _print_json(shown) if as_json else _print_passage(shown)

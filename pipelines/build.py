@@ -6,7 +6,8 @@ import shutil
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from refrag.pipelines import assembly
@@ -31,6 +32,7 @@ from refrag_core.manifest import (
     live_documents,
     refuse_bundle,
 )
+from refrag_core.run_record import RunRecord, StageRecord, write_run_record
 from refrag_core.storage import WORK, Store
 
 
@@ -150,6 +152,15 @@ def lock_and_clear(store: Store) -> Iterator[None]:
         yield
 
 
+_UNITS = {
+    "tokenize": ("chunks", "chunks"),
+    "embeddings": ("chunks", "embeddings"),
+    "vectors": ("passages", "vectors"),
+    "scores": ("chunks", "scores"),
+}
+"""Of each stage: what its rate counts, and the table whose rows those are."""
+
+
 class _Build:
     """One execution of the job."""
 
@@ -180,7 +191,42 @@ class _Build:
             finish_commit(self.store, latest)
         self._remove_work()
         standing = manifest if committed or latest is None else latest
-        return self._report(standing, committed, scan, plan, outcome, dispositions, time.perf_counter() - started)
+        report = self._report(standing, committed, scan, plan, outcome, dispositions, time.perf_counter() - started)
+        if committed:
+            write_run_record(self.store, report.version, self._record(report, models, outcome))
+        return report
+
+    def _record(self, report: BuildReport, models: Models, outcome: _Outcome) -> RunRecord:
+        """What this run took, to be shown by `refrag index inspect --html`."""
+        started = datetime.now(UTC) - timedelta(seconds=report.seconds)
+        return RunRecord(
+            build_id=report.build_id,
+            started=started.isoformat(timespec="seconds"),
+            seconds=report.seconds,
+            device=models.device,
+            cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+            documents_in=report.documents_in,
+            new=report.new,
+            changed=report.changed,
+            unchanged=report.unchanged,
+            deleted=report.deleted,
+            missing=report.missing,
+            filtered=report.filtered,
+            quarantined=report.quarantined,
+            truncated_passages=report.truncated_passages,
+            stages=self._stage_records(report, outcome),
+        )
+
+    def _stage_records(self, report: BuildReport, outcome: _Outcome) -> dict[str, StageRecord]:
+        whole = {"scan": ("documents", report.documents_in), "index": ("passages", report.passages)}
+        records = {step: StageRecord(round(self.steps[step], 3), done, 0, unit) for step, (unit, done) in whole.items()}
+        for receipt in outcome.receipts:
+            unit, table = _UNITS[receipt.stage]
+            before = records.get(receipt.stage, StageRecord(round(self.steps[receipt.stage], 3), 0, 0, unit))
+            rows = receipt.rows.get(table, 0)
+            done, reused = (0, rows) if receipt.reused else (rows, 0)
+            records[receipt.stage] = replace(before, done=before.done + done, reused=before.reused + reused)
+        return records
 
     def _remove_work(self) -> None:
         """This run's files, and the receipts unless another run is under way without a lock that works."""

@@ -207,12 +207,12 @@ def _names_by_digest(store: Store) -> dict[str, str]:
 def _publish(store: Store, delivery: Delivery) -> bool:
     """Create the manifest, its signature before it; False when the generation was there already."""
     version = delivery.manifest.version
-    _check_free(store, delivery)
-    if delivery.signature is not None:
-        store.replace(signature_name(version), delivery.signature)
-    created = store.create(version_name(version), delivery.data)
-    _check_free(store, delivery)  # another process may have been first with another generation of that number
-    store.replace(CURRENT, f"{list_versions(store)[-1]}\n".encode())
+    with folder_lock(store.root):
+        _check_free(store, delivery)  # another process may have been first with another generation of that number
+        if delivery.signature is not None:
+            store.replace(signature_name(version), delivery.signature)
+        created = store.create(version_name(version), delivery.data)
+        store.replace(CURRENT, f"{list_versions(store)[-1]}\n".encode())
     return created
 
 
@@ -240,7 +240,11 @@ def _stages(store: Store) -> list[Path]:
 
 
 def _drop_abandoned(store: Store) -> list[Manifest]:
-    """Remove what killed transfers left half-written; the manifests of those that are under way."""
+    """Remove what killed transfers left half-written; the manifests of those that are under way.
+
+    Only with the folder's lock, under which alone small files are written.
+    """
+    shutil.rmtree(store.path(f"{WORK}/tmp"), ignore_errors=True)
     arriving = []
     for stage in _stages(store):
         with unheld(stage / _STAGED) as free:
@@ -278,6 +282,7 @@ def collect(root: Path, *, keep: int = 2, grace_seconds: float = DEFAULT_GRACE_S
     check_bundles(store)
     with folder_lock(root):
         arriving = _drop_abandoned(store)
+        _remove_empty(store.path(WORK))
         versions = list_versions(store)
         for version in versions:
             read_manifest(store, version)

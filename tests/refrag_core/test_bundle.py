@@ -44,14 +44,23 @@ def _cache(own_cache: Path) -> None:
     """Opening remembers the models' fingerprints."""
 
 
+def long_one(beginning: str = "A beginning.") -> dict[str, Any]:
+    """A document that fills a shard of its own."""
+    return {"id": "doc-0000", "text": f"{beginning} {documents(30, seed=3)[7]['text'] * 12}"}
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> SmallIndex:
-    """An index of two small generations, in few files: doc-0001 is edited in the second. Not to be written to."""
+    """An index of two small generations, in few files; the second has a shard that the first lacks, and the other
+    way round. Not to be written to.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REFRAG_CACHE", str(tmp_path_factory.mktemp("cache")))
-        small = SmallIndex(tmp_path_factory.mktemp("two"), ["{broken", *documents(6)], shard_bytes=100_000)
+        small = SmallIndex(
+            tmp_path_factory.mktemp("two"), ["{broken", long_one(), *documents(6)[1:]], shard_bytes=2_000
+        )
         small.build()
-        small.write([*documents(1), {"id": "doc-0001", "text": "An edited letter."}, *documents(6)[2:]])
+        small.write([long_one("An edited beginning."), *documents(6)[1:]])
         small.build()
     return small
 
@@ -320,8 +329,8 @@ def test_a_file_that_rotted_on_the_host_is_fetched_again(two: SmallIndex, tmp_pa
 def test_a_manifest_with_an_unsafe_name_is_refused_before_any_file(two: SmallIndex, tmp_path: Path) -> None:
     source, host = tmp_path / "source", tmp_path / "host"
     export_bundle(two.path, source, PLAIN)
+    manifest = read_manifest(Store(source))
     for name in ("../outside", "/etc/outside", "files/../../outside", "files\\outside"):
-        manifest = read_manifest(Store(source))
         record = next(iter(manifest.files.values()))
         evil = replace(manifest, version=9, files={**manifest.files, name: replace(record, name=name)})
         (source / "versions/9.json").write_bytes(encode_manifest(evil))
