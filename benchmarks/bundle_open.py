@@ -9,7 +9,6 @@ work whatever the numbers mean. "Cold" is after the kernel was told to drop the 
 import argparse
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -239,56 +238,62 @@ def microseconds(call: Callable[[Any], object], inputs: Sequence[Any]) -> dict[s
     return quantiles(taken[50:], unit=1e-6)
 
 
+def write_raw(reader: IndexReader, path: Path) -> npt.NDArray[np.float16]:
+    """All chunk embeddings in one bare file, mapped: what gathers are compared with."""
+    with path.open("wb") as stream:
+        for number, shard in enumerate(reader.manifest.shards):
+            stream.write(reader.shard(number).embeddings.slice(0, shard.chunks).tobytes())
+    # as a plain array: slicing numpy's own memmap class costs microseconds each time
+    return np.asarray(np.memmap(path, np.float16, "r").reshape(-1, DIM))
+
+
 def gathers(root: Path, raw: Path) -> dict[str, Any]:
-    """64 random chunk rows and 8 random passages of 8 chunks, out of the mapped Parquet files and of one bare map."""
+    """64 random chunk rows, and 8 random passages of 8 chunks, from the mapped Parquet files and from one bare map."""
     reader = IndexReader(root)
     reader.map_all()
-    sizes = [shard.chunks for shard in reader.manifest.shards]
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    with raw.open("wb") as stream:
-        for number in range(len(sizes)):
-            stream.write(reader.shard(number).embeddings.slice(0, sizes[number]).tobytes())
-    bare = np.memmap(raw, np.float16, "r", shape=(int(starts[-1]), DIM))
-    generator = random.Random(0)
-    columns = [reader.shard(number).embeddings for number in range(len(sizes))]
+    bare, shards = write_raw(reader, raw), reader.manifest.shards
+    views = [reader.shard(number).embeddings.slice(0, shard.chunks) for number, shard in enumerate(shards)]
+    starts = np.concatenate([[0], np.cumsum([shard.chunks for shard in shards])])
+    generator = np.random.default_rng(0)
+    rows = [np.sort(generator.choice(len(bare), GATHERED, replace=False)) for _ in range(_ROUNDS)]
+    near = [np.sort(generator.choice(shards[0].chunks, GATHERED, replace=False)) for _ in range(_ROUNDS)]
+    passages = [some[:: GATHERED // 8] // CHUNKS_A_PASSAGE for some in rows]
+    refs = [[_ref(int(passage) * CHUNKS_A_PASSAGE, starts) for passage in some] for some in passages]
 
-    def place(row: int) -> tuple[int, int]:
-        shard = int(np.searchsorted(starts, row, "right")) - 1
-        return shard, row - int(starts[shard])
+    def from_shards(some: npt.NDArray[np.int64]) -> npt.NDArray[np.float16]:
+        made, bounds = np.empty((len(some), DIM), np.float16), np.searchsorted(some, starts)
+        for view, start, first, stop in zip(views, starts.tolist(), bounds.tolist(), bounds[1:].tolist(), strict=False):
+            if first < stop:
+                made[first:stop] = view[some[first:stop] - start]
+        return made
 
-    rows = [sorted(generator.sample(range(int(starts[-1])), GATHERED)) for _ in range(_ROUNDS)]
-    places = [[place(row) for row in some] for some in rows]
-    passages = [[place(row - row % CHUNKS_A_PASSAGE) for row in some[:: GATHERED // 8]] for some in rows]
-    refs = [[PassageRef(shard, row // CHUNKS_A_PASSAGE) for shard, row in some] for some in passages]
-    firsts = [[int(starts[shard]) + row for shard, row in some] for some in passages]
-
-    def parquet_rows(some: Sequence[tuple[int, int]]) -> object:
-        return np.concatenate([columns[shard].slice(row, row + 1) for shard, row in some])
-
-    def bare_rows(some: Sequence[int]) -> object:
-        return np.concatenate([bare[row : row + 1] for row in some])
-
-    def parquet_passages(some: Sequence[PassageRef]) -> object:
+    def fetched(some: Sequence[PassageRef]) -> npt.NDArray[np.float16]:
         return np.concatenate([passage.embeddings for passage in reader.fetch(some)])
 
-    def bare_passages(some: Sequence[int]) -> object:
-        return np.concatenate([bare[row : row + CHUNKS_A_PASSAGE] for row in some])
+    def sliced(some: npt.NDArray[np.int64]) -> npt.NDArray[np.float16]:
+        return np.concatenate([bare[at : at + CHUNKS_A_PASSAGE] for at in (some * CHUNKS_A_PASSAGE).tolist()])
 
-    assert np.array_equal(parquet_rows(places[0]), bare_rows(rows[0]))  # type: ignore[arg-type]
-    assert np.array_equal(parquet_passages(refs[0]), bare_passages(firsts[0]))  # type: ignore[arg-type]
+    assert np.array_equal(from_shards(rows[0]), bare[rows[0]])
+    assert np.array_equal(fetched(refs[0]), sliced(passages[0]))
     found = {
-        "parquet_64_rows": microseconds(parquet_rows, places),
-        "bare_map_64_rows": microseconds(bare_rows, rows),
-        "bare_map_64_rows_one_call": microseconds(lambda some: bare[some], rows),
-        "parquet_8_passages_of_8": microseconds(parquet_passages, refs),
-        "bare_map_8_passages_of_8": microseconds(bare_passages, firsts),
+        "parquet_64_rows_of_one_shard": microseconds(lambda some: views[0][some], near),
+        "bare_map_64_rows_of_one_shard": microseconds(lambda some: bare[some], near),
+        "parquet_64_rows_of_all_shards": microseconds(from_shards, rows),
+        "bare_map_64_rows": microseconds(lambda some: bare[some], rows),
+        "fetch_8_passages_of_8": microseconds(fetched, refs),
+        "bare_map_8_passages_of_8": microseconds(sliced, passages),
     }
+    pairs = list(found)
     ratios = {
-        "64_rows": found["parquet_64_rows"]["p50"] / found["bare_map_64_rows"]["p50"],
-        "64_rows_over_one_call": found["parquet_64_rows"]["p50"] / found["bare_map_64_rows_one_call"]["p50"],
-        "8_passages_of_8": found["parquet_8_passages_of_8"]["p50"] / found["bare_map_8_passages_of_8"]["p50"],
+        one: round(found[one]["p50"] / found[other]["p50"], 2) for one, other in zip(*[iter(pairs)] * 2, strict=True)
     }
-    return {"microseconds": found, "ratio_of_medians": {name: round(value, 2) for name, value in ratios.items()}}
+    return {"microseconds": found, "ratio_to_bare_map_of_medians": ratios}
+
+
+def _ref(chunk: int, starts: npt.NDArray[np.int64]) -> PassageRef:
+    """The passage that begins with this chunk of all shards together."""
+    shard = int(np.searchsorted(starts, chunk, "right")) - 1
+    return PassageRef(shard, (chunk - int(starts[shard])) // CHUNKS_A_PASSAGE)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,6 +5,7 @@ Every text from the index is escaped.
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -78,6 +79,7 @@ class Sweep:
     points: Sequence[SweepPoint]
     queries: int
     lowest_recall: float
+    fastest_ms: float
     slowest_ms: float
     note: str
 
@@ -154,7 +156,7 @@ def measure_sweep(reader: IndexReader, retriever: str | None, device: str) -> Sw
     try:
         embedder = matching_retriever(reader, retriever, device)
     except RefragError as error:
-        return Sweep((), 0, 0.0, 0.0, f"Not measured: {error}")
+        return Sweep((), 0, 0.0, 0.0, 0.0, f"Not measured: {error}")
     texts = list(_sample_texts(reader))
     queries = np.asarray(embedder.embed_queries(texts), np.float32)
     blocks = [[block for number in shards for block in _vectors(reader, number)] for shards in _segment_shards(reader)]
@@ -186,12 +188,13 @@ def _vectors(reader: IndexReader, number: int) -> Iterator[npt.NDArray[Any]]:
 
 
 def draw_sweep(rows: Sequence[NprobeMeasurement], queries: int, chosen: int) -> Sweep:
-    """Points from left (fast) to right (slow), recall from the lowest measured at the bottom to 1 at the top."""
-    slowest = max(row.milliseconds for row in rows)
+    """Points from left (fast) to right (slow, logarithmic), recall from the lowest at the bottom to 1 at the top."""
+    fastest, slowest = min(row.milliseconds for row in rows), max(row.milliseconds for row in rows)
+    decades = math.log(slowest / fastest) or 1.0
     lowest = min(0.9, min(row.recall for row in rows))
     points = [
         SweepPoint(
-            x=round(WIDTH * row.milliseconds / slowest, 2),
+            x=round(WIDTH * math.log(row.milliseconds / fastest) / decades, 2),
             y=round(HEIGHT * (1 - row.recall) / (1 - lowest), 2),
             nprobe=row.nprobe,
             recall=row.recall,
@@ -200,7 +203,7 @@ def draw_sweep(rows: Sequence[NprobeMeasurement], queries: int, chosen: int) -> 
         )
         for row in rows
     ]
-    return Sweep(points, queries, lowest, slowest, "")
+    return Sweep(points, queries, lowest, fastest, slowest, "")
 
 
 # --- the page ---------------------------------------------------------------------------------------
@@ -245,7 +248,7 @@ def render(values: Mapping[str, Any]) -> str:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"size": _size, "number": "{:,}".format, "rate": _rate}
+    environment.filters |= {"size": _size, "number": "{:,}".format, "compact": _compact, "rate": _rate}
     source = resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
     return environment.from_string(source).render(values)
 
@@ -257,6 +260,14 @@ def _size(count: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
+
+
+def _compact(count: int) -> str:
+    """A number for a card: all its digits as long as they fit."""
+    for size, unit in ((10**10, "G"), (10**7, "M")):
+        if count >= size:
+            return f"{count / (size // 10):,.1f} {unit}"
+    return f"{count:,}"
 
 
 def _rate(value: float) -> str:

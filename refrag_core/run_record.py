@@ -48,6 +48,13 @@ class RunRecord:
     stages: Mapping[str, StageRecord]
 
 
+_ORDER = ("scan", "tokenize", "embeddings", "vectors", "scores", "index")
+
+
+def _in_order(stage: tuple[str, Any]) -> int:
+    return _ORDER.index(stage[0]) if stage[0] in _ORDER else len(_ORDER)
+
+
 def write_run_record(store: Store, version: int, record: RunRecord) -> None:
     """Keep the record beside generation `version`."""
     text = json.dumps(asdict(record), indent=2, sort_keys=True)
@@ -59,7 +66,7 @@ def read_run_record(store: Store, version: int, build_id: str) -> RunRecord | No
     path = store.path(run_record_name(version))
     try:
         body: dict[str, Any] = json.loads(path.read_bytes())
-        stages = {name: StageRecord(**stage) for name, stage in body.pop("stages").items()}
+        stages = {name: StageRecord(**stage) for name, stage in sorted(body.pop("stages").items(), key=_in_order)}
         record = RunRecord(**body, stages=stages)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None  # it decides nothing: a page without rates is better than none
