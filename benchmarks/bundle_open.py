@@ -258,13 +258,15 @@ def gathers(root: Path, raw: Path) -> dict[str, Any]:
     rows = [np.sort(generator.choice(len(bare), GATHERED, replace=False)) for _ in range(_ROUNDS)]
     near = [np.sort(generator.choice(shards[0].chunks, GATHERED, replace=False)) for _ in range(_ROUNDS)]
     passages = [some[:: GATHERED // 8] // CHUNKS_A_PASSAGE for some in rows]
+    spots = [[_spot(int(row), starts) for row in some] for some in rows]
+    placed = [[(views[shard], row) for shard, row in some] for some in spots]
+    bare_placed = [[(bare, int(row)) for row in some] for some in rows]
     refs = [[_ref(int(passage) * CHUNKS_A_PASSAGE, starts) for passage in some] for some in passages]
 
-    def from_shards(some: npt.NDArray[np.int64]) -> npt.NDArray[np.float16]:
-        made, bounds = np.empty((len(some), DIM), np.float16), np.searchsorted(some, starts)
-        for view, start, first, stop in zip(views, starts.tolist(), bounds.tolist(), bounds[1:].tolist(), strict=False):
-            if first < stop:
-                made[first:stop] = view[some[first:stop] - start]
+    def row_by_row(some: Sequence[tuple[npt.NDArray[np.float16], int]]) -> npt.NDArray[np.float16]:
+        made = np.empty((len(some), DIM), np.float16)
+        for at, (view, row) in enumerate(some):
+            made[at] = view[row]
         return made
 
     def fetched(some: Sequence[PassageRef]) -> npt.NDArray[np.float16]:
@@ -273,13 +275,15 @@ def gathers(root: Path, raw: Path) -> dict[str, Any]:
     def sliced(some: npt.NDArray[np.int64]) -> npt.NDArray[np.float16]:
         return np.concatenate([bare[at : at + CHUNKS_A_PASSAGE] for at in (some * CHUNKS_A_PASSAGE).tolist()])
 
-    assert np.array_equal(from_shards(rows[0]), bare[rows[0]])
+    assert np.array_equal(row_by_row(placed[0]), bare[rows[0]])
     assert np.array_equal(fetched(refs[0]), sliced(passages[0]))
     found = {
         "parquet_64_rows_of_one_shard": microseconds(lambda some: views[0][some], near),
         "bare_map_64_rows_of_one_shard": microseconds(lambda some: bare[some], near),
-        "parquet_64_rows_of_all_shards": microseconds(from_shards, rows),
-        "bare_map_64_rows": microseconds(lambda some: bare[some], rows),
+        "parquet_64_rows_of_all_shards": microseconds(row_by_row, placed),
+        "bare_map_64_rows_one_by_one": microseconds(row_by_row, bare_placed),
+        "parquet_64_rows_of_all_shards_again": microseconds(row_by_row, placed),
+        "bare_map_64_rows_in_one_call": microseconds(lambda some: bare[some], rows),
         "fetch_8_passages_of_8": microseconds(fetched, refs),
         "bare_map_8_passages_of_8": microseconds(sliced, passages),
     }
@@ -290,10 +294,16 @@ def gathers(root: Path, raw: Path) -> dict[str, Any]:
     return {"microseconds": found, "ratio_to_bare_map_of_medians": ratios}
 
 
-def _ref(chunk: int, starts: npt.NDArray[np.int64]) -> PassageRef:
-    """The passage that begins with this chunk of all shards together."""
+def _spot(chunk: int, starts: npt.NDArray[np.int64]) -> tuple[int, int]:
+    """Shard and row of a chunk of all shards together."""
     shard = int(np.searchsorted(starts, chunk, "right")) - 1
-    return PassageRef(shard, (chunk - int(starts[shard])) // CHUNKS_A_PASSAGE)
+    return shard, chunk - int(starts[shard])
+
+
+def _ref(chunk: int, starts: npt.NDArray[np.int64]) -> PassageRef:
+    """The passage that begins with this chunk."""
+    shard, row = _spot(chunk, starts)
+    return PassageRef(shard, row // CHUNKS_A_PASSAGE)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
