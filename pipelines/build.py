@@ -1,13 +1,10 @@
 """The whole job on one page: scan → plan → tokenize, encode, embed, score → index → commit."""
 
 import contextlib
-import os
-import shutil
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 from refrag.pipelines import assembly
 from refrag.pipelines.components import ModelOptions, Models, resolve_models
@@ -30,7 +27,7 @@ from refrag_core.manifest import (
     latest_manifest,
     live_documents,
 )
-from refrag_core.storage import WORK, Store
+from refrag_core.storage import IndexLocation, Store, open_store
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +35,7 @@ class BuildOptions:
     """Everything that `refrag index build` can be told, but the engine."""
 
     corpus: CorpusOptions
-    output: Path
+    output: IndexLocation
     models: ModelOptions = field(default_factory=ModelOptions)
     score: bool = False
     """Add the per-chunk perplexity column."""
@@ -105,7 +102,7 @@ def build_index(options: BuildOptions, engine: Engine, progress: Progress | None
 
     Raises a RefragError: nothing is committed then, and what was finished is kept for the next run.
     """
-    store = Store(options.output)
+    store = open_store(options.output)
     with lock_and_clear(store):
         models = resolve_models(store, options.models)
         latest = latest_manifest(store)
@@ -138,10 +135,7 @@ def build_from(
 def lock_and_clear(store: Store) -> Iterator[None]:
     """Hold the index's lock, and remove what killed executions left but for their receipts."""
     with store.lock():
-        work = store.path(WORK)
-        for folder in work.iterdir():
-            if folder.name.startswith("run-") or folder.name == "tmp":
-                store.remove(f"{WORK}/{folder.name}")
+        store.clear_runs()
         yield
 
 
@@ -156,7 +150,7 @@ class _Build:
         self.steps: defaultdict[str, float] = defaultdict(float)
         self.duplicates: str | None = None
         # Intermediate files of this execution alone; receipts lie beside it and outlive it.
-        self.work = store.path(f"{WORK}/run-{os.uname().nodename}-{os.getpid()}")
+        self.work = store.run_folder()
 
     def run(self, models: Models, latest: Manifest | None, parent: Manifest | None) -> BuildReport:
         """The job, step by step."""
@@ -173,15 +167,9 @@ class _Build:
             commit(self.store, manifest)
         elif latest is not None:
             finish_commit(self.store, latest)
-        self._remove_work()
+        self.store.finish_work()
         standing = manifest if committed or latest is None else latest
         return self._report(standing, committed, scan, plan, outcome, dispositions, time.perf_counter() - started)
-
-    def _remove_work(self) -> None:
-        """This run's files, and the receipts unless another run is under way without a lock that works."""
-        shutil.rmtree(self.work, ignore_errors=True)
-        if not any(path.name.startswith("run-") for path in self.store.path(WORK).iterdir()):
-            self.store.remove(WORK)
 
     def _scan(self, models: Models) -> ScanResult:
         self.progress.start("scan", None, "documents")
@@ -374,8 +362,8 @@ def _base(store: Store, latest: Manifest | None, models: Models, *, rebuild: boo
     changes = [] if latest is None else differences(latest, models)
     if changes and not rebuild:
         raise FingerprintMismatchError(
-            f"{store.root} was built with other settings: {'; '.join(changes)}. Expected the same: give them again, or "
-            "pass --rebuild to encode the whole corpus anew"
+            f"{store.location} was built with other settings: {'; '.join(changes)}. Expected the same: give them "
+            "again, or pass --rebuild to encode the whole corpus anew"
         )
     return None if changes else latest
 

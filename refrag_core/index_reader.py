@@ -2,7 +2,7 @@
 
 import json
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from refrag_core.errors import CorruptIndexError
 from refrag_core.manifest import Manifest, Shard, read_manifest, read_tombstones
-from refrag_core.storage import FileRecord, Store
+from refrag_core.storage import FileRecord, IndexLocation, Store, open_store
 from refrag_core.tables import MappedColumn, open_table
 from refrag_core.vector_index import VectorIndex
 
@@ -120,15 +120,15 @@ class IndexReader:
     """One generation of an index. Shards are mapped on first use.
 
     Args:
-        root: the index's folder.
+        location: the index's folder or URI.
         version: the generation; the newest by default.
 
     Raises IndexNotFoundError, and CorruptIndexError for an altered manifest or a missing or cut file (digests of
     whole files are the business of `refrag index verify`).
     """
 
-    def __init__(self, root: Path, version: int | None = None) -> None:
-        self.store = Store(root)
+    def __init__(self, location: IndexLocation, version: int | None = None) -> None:
+        self.store: Store = open_store(location)
         self.manifest: Manifest = read_manifest(self.store, version)
         check_sizes(self.store, self.manifest.files.values())
         self._shards: dict[int, OpenShard] = {}
@@ -196,13 +196,14 @@ class IndexReader:
         return self.shard(ref.shard).describe(ref.row)
 
 
-def check_sizes(store: Store, files: Sequence[FileRecord] | Any) -> None:
+def check_sizes(store: Store, files: Collection[FileRecord]) -> None:
     """Raise CorruptIndexError for the first file that is missing or not as long as it was when published."""
+    sizes = store.sizes([record.name for record in files])
     for record in files:
-        path = store.path(record.name)
-        found = path.stat().st_size if path.is_file() else None
+        found = sizes.get(record.name)
         if found != record.bytes:
             state = "is missing" if found is None else f"has {found} bytes"
             raise CorruptIndexError(
-                f"{path} {state}, expected {record.bytes} bytes: run `refrag index verify`, then `refrag index repair`"
+                f"{store.location}/{record.name} {state}, expected {record.bytes} bytes: run "
+                "`refrag index verify`, then `refrag index repair`"
             )

@@ -288,10 +288,8 @@ def _from_json(body: Mapping[str, Any]) -> Manifest:
 
 def list_versions(store: Store) -> list[int]:
     """Numbers of the committed generations, ascending."""
-    folder = store.path(VERSIONS)
-    if not folder.is_dir():
-        return []
-    return sorted(int(path.stem) for path in folder.iterdir() if _VERSION_NAME.match(path.name))
+    names = store.list(VERSIONS)
+    return sorted(int(name.removesuffix(".json")) for name in names if _VERSION_NAME.match(name))
 
 
 def read_manifest(store: Store, version: int | None = None) -> Manifest:
@@ -303,13 +301,15 @@ def read_manifest(store: Store, version: int | None = None) -> Manifest:
     if not versions or (version is not None and version not in versions):
         wanted = "a committed generation" if version is None else f"generation {version}"
         raise IndexNotFoundError(
-            f"{store.root} holds no {wanted.removeprefix('a ')}: expected {wanted} under {VERSIONS}/; "
-            f"build one with `refrag index build CORPUS -o {store.root}`"
+            f"{store.location} holds no {wanted.removeprefix('a ')}: expected {wanted} under {VERSIONS}/; "
+            f"build one with `refrag index build CORPUS -o {store.location}`"
         )
     name = version_name(version or versions[-1])
-    manifest = decode_manifest(store.path(name).read_bytes(), where=str(store.root / name))
+    where = f"{store.location}/{name}"
+    manifest = decode_manifest(store.read(name), where=where)
     if manifest.name != name:
-        raise CorruptIndexError(f"{store.root / name} is the manifest of version {manifest.version}. {_REFETCH}")
+        raise CorruptIndexError(f"{where} is the manifest of version {manifest.version}. {_REFETCH}")
+    store.expect(manifest.files.values())
     return manifest
 
 
@@ -325,7 +325,7 @@ def commit(store: Store, manifest: Manifest) -> None:
     """
     if not store.create(manifest.name, encode_manifest(manifest)):
         raise CommitConflictError(
-            f"another build committed version {manifest.version} of {store.root} while this one ran: "
+            f"another build committed version {manifest.version} of {store.location} while this one ran: "
             "nothing of this one was committed; run the command again, what is already encoded is reused"
         )
     store.replace(CURRENT, _hint(manifest.version))
@@ -333,8 +333,7 @@ def commit(store: Store, manifest: Manifest) -> None:
 
 def finish_commit(store: Store, newest: Manifest) -> None:
     """Let CURRENT name the newest generation where the builder that committed it died before it could."""
-    path = store.path(CURRENT)
-    if not path.is_file() or path.read_bytes() == _hint(newest.version - 1):
+    if not store.exists(CURRENT) or store.read(CURRENT) == _hint(newest.version - 1):
         store.replace(CURRENT, _hint(newest.version))
 
 

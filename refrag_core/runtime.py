@@ -27,6 +27,7 @@ from refrag_core.index_reader import FetchedPassage, IndexReader, PassageRef
 from refrag_core.models import fingerprint_tokenizer, resolve_model
 from refrag_core.policy import PolicyName, policy_logits, select
 from refrag_core.retrieval import Searcher, matching_retriever
+from refrag_core.storage import IndexLocation
 
 Mask = npt.NDArray[np.bool_]
 
@@ -166,7 +167,7 @@ class Runtime:
     @classmethod
     def open(
         cls,
-        root: Path,
+        location: IndexLocation,
         *,
         version: int | None = None,
         decoder: str | None = None,
@@ -175,7 +176,7 @@ class Runtime:
         chunk_cache: Path | None = None,
         device: str = "auto",
     ) -> "Runtime":
-        """Open a generation of the index at `root`: verify its manifest, map its tables, load the models.
+        """Open a generation of the index at `location`: verify its manifest, map its tables, load the models.
 
         Args:
             decoder, retriever, checkpoint: references in place of those that the index names.
@@ -185,8 +186,8 @@ class Runtime:
         the index was made for.
         """
         device = resolve_device(device)
-        reader = IndexReader(root, version)
-        opened = load_checkpoint(checkpoint or str(reader.store.path(reader.manifest.checkpoint.folder)))
+        reader = IndexReader(location, version)
+        opened = load_checkpoint(checkpoint or str(reader.store.folder(reader.manifest.checkpoint.folder)))
         _check_encode_fingerprint(opened, reader)
         folder = resolve_model(decoder) if decoder else opened.decoder_folder()
         _check_tokenizer(folder, reader)
