@@ -17,6 +17,7 @@ __all__ = [
     "MissingExtraError",
     "MissingScoresError",
     "ModelNotFoundError",
+    "ObjectStoreError",
     "RecallGateError",
     "RefragError",
     "StageError",
@@ -85,6 +86,10 @@ class IndexLockedError(RefragError):
 
 class CommitConflictError(RefragError):
     """Another builder committed the version that this run was going to commit."""
+
+
+class ObjectStoreError(RefragError):
+    """An object store cannot be reached, refuses the request, or keeps failing."""
 
 
 class StageError(RefragError):

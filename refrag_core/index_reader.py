@@ -18,6 +18,8 @@ from refrag_core.storage import FileRecord, IndexLocation, Store, open_store
 from refrag_core.tables import MappedColumn, open_table
 from refrag_core.vector_index import VectorIndex
 
+_FETCHED = ("passages", "chunks", "embeddings", "scores")
+
 
 @dataclass(frozen=True, slots=True)
 class PassageRef:
@@ -149,7 +151,9 @@ class IndexReader:
     @cached_property
     def vectors(self) -> VectorIndex:
         """The FAISS segments, mapped."""
-        paths = [self.store.path(segment.file) for segment in self.manifest.segments]
+        names = [segment.file for segment in self.manifest.segments]
+        self.store.fetch(names)
+        paths = [self.store.path(name) for name in names]
         return VectorIndex.open(paths, nprobe=self.manifest.vector_index.nprobe)
 
     @cached_property
@@ -189,6 +193,9 @@ class IndexReader:
 
     def fetch(self, refs: Sequence[PassageRef]) -> list[FetchedPassage]:
         """Tokens and embeddings of passages, from the maps."""
+        numbers = {ref.shard for ref in refs} - self._shards.keys()
+        tables = [self.manifest.shards[number].tables for number in sorted(numbers)]
+        self.store.fetch(each[table] for each in tables for table in _FETCHED if table in each)
         return [self.shard(ref.shard).fetch(ref.row) for ref in refs]
 
     def describe(self, ref: PassageRef) -> PassageDescription:

@@ -390,6 +390,7 @@ def document_key(document_id: str) -> bytes:
 def live_documents(store: Store, manifest: Manifest) -> Iterator[LiveDocument]:
     """All live documents ordered by id; a shard's table is open only while its range of ids is passed."""
     removed = read_tombstones(store, manifest)
+    store.fetch(shard.tables["documents"] for shard in manifest.shards)
     heap: list[tuple[bytes, int, LiveDocument | None, Iterator[LiveDocument]]] = []
     for number, shard in enumerate(manifest.shards):
         rows = _shard_documents(store, shard, (entry[0] for entry in removed.get(shard.name, ())))

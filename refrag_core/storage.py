@@ -7,9 +7,7 @@ takes it over.
 """
 
 import contextlib
-import errno
 import fcntl
-import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,7 +17,8 @@ from typing import Protocol, TypeAlias
 from urllib.parse import unquote, urlsplit
 
 from refrag_core.digests import digest_file
-from refrag_core.errors import CorruptIndexError, IndexLockedError, UsageError
+from refrag_core.errors import CorruptIndexError, IndexLockedError
+from refrag_core.object_store import FolderObjects
 
 IndexLocation: TypeAlias = Path | str
 """Where an index is: a folder, or a URI like s3://bucket/prefix."""
@@ -29,7 +28,6 @@ RUNS = "run-"
 """Prefix of the folders that hold one execution's own files."""
 
 _TEMPORARY = f"{WORK}/tmp"
-_counter = itertools.count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,47 +54,6 @@ def check_name(name: str) -> str:
             "do not use this index, fetch it again from where it was built"
         )
     return name
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _make_folder(folder: Path) -> None:
-    """Create a folder and those above it so that their names outlive a power cut."""
-    if not folder.is_dir():
-        _make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        _sync_folder(folder.parent)
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-
-
-def _link_if_absent(temporary: Path, final: Path) -> bool:
-    """Give `temporary` the name `final` unless that is taken; False when it was."""
-    try:
-        os.link(temporary, final)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
-            raise
-        # A file system without hard links: exclusive creation decides the winner, the rename fills it. An empty
-        # file is what a writer left that was killed between the two: the name is still free.
-        try:
-            os.close(os.open(final, os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            if final.stat().st_size > 0:
-                return False
-        os.replace(temporary, final)
-    return True
 
 
 class Store(Protocol):
@@ -172,6 +129,7 @@ class FolderStore:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._objects = FolderObjects(root, _TEMPORARY)
 
     @property
     def location(self) -> str:
@@ -214,50 +172,18 @@ class FolderStore:
         path = self.path(name)
         return FileRecord(name, path.stat().st_size, digest_file(path))
 
-    @contextlib.contextmanager
-    def _temporary(self) -> Iterator[Path]:
-        folder = self.root / _TEMPORARY
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{os.uname().nodename}-{os.getpid()}-{next(_counter)}"
-        try:
-            yield path
-        finally:
-            path.unlink(missing_ok=True)
-
     def publish(self, name: str, write: Callable[[Path], None]) -> FileRecord:
-        """Write a file under a temporary name and give it its final name if that is free.
-
-        When another writer was first, its file stands and is the one described by the result.
-        """
-        final = self.path(name)
-        with self._temporary() as temporary:
-            write(temporary)
-            _sync_file(temporary)
-            _make_folder(final.parent)
-            _link_if_absent(temporary, final)
-        _sync_folder(final.parent)
+        """See Store: written under a temporary name, synced, and linked to the final one."""
+        self._objects.write(check_name(name), write, overwrite=False)
         return self.record(name)
 
     def create(self, name: str, data: bytes) -> bool:
         """See Store."""
-        final = self.path(name)
-        with self._temporary() as temporary:
-            temporary.write_bytes(data)
-            _sync_file(temporary)
-            _make_folder(final.parent)
-            created = _link_if_absent(temporary, final)
-        _sync_folder(final.parent)
-        return created
+        return self._objects.create(check_name(name), data)
 
     def replace(self, name: str, data: bytes) -> None:
         """See Store."""
-        final = self.path(name)
-        with self._temporary() as temporary:
-            temporary.write_bytes(data)
-            _sync_file(temporary)
-            _make_folder(final.parent)
-            os.replace(temporary, final)
-        _sync_folder(final.parent)
+        self._objects.put(check_name(name), data)
 
     def remove(self, name: str) -> None:
         """See Store."""
@@ -344,4 +270,6 @@ def open_store(location: IndexLocation) -> Store:
     parts = urlsplit(str(location))
     if parts.scheme == "file":
         return FolderStore(Path(unquote(parts.path)))
-    raise UsageError(f"{location}: an index cannot lie at {parts.scheme}://, expected a folder: give another location")
+    from refrag_core.remote_store import RemoteStore
+
+    return RemoteStore(str(location))

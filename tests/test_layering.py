@@ -12,10 +12,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = ("refrag.schemas", "refrag_core", "refrag.pipelines", "refrag.cli")
 FOLDERS = {"schemas": "refrag.schemas", "refrag_core": "refrag_core", "pipelines": "refrag.pipelines"}
-HEAVY = {"torch", "transformers", "faiss", "ray", "apache_beam", "pyarrow.dataset", "tokenizers", "lancedb"}
+HEAVY = {"torch", "transformers", "faiss", "ray", "apache_beam", "pyarrow.dataset", "tokenizers", "lancedb", "obstore"}
 ONLY_IN = {
     "faiss": {"refrag_core/vector_index.py"},
     "typer": {"cli.py"},
+    "obstore": {"refrag_core/object_store.py"},
     "ray": {"pipelines/engines/ray.py"},
     "apache_beam": {"pipelines/engines/beam.py"},
 }
