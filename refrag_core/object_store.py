@@ -9,6 +9,7 @@ and endpoints come from the environment (AWS_*, GOOGLE_*, AZURE_*) and go nowher
 import contextlib
 import errno
 import importlib.util
+import io
 import itertools
 import os
 import re
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 from refrag_core.errors import MissingExtraError, ObjectStoreError, UsageError
@@ -68,6 +69,10 @@ class ObjectInfo:
     """By the store's clock."""
 
 
+FolderListing: TypeAlias = tuple[list[str], list[ObjectInfo]]
+"""Names of the folders directly below one, and the objects."""
+
+
 class ObjectStore(Protocol):
     """Where objects lie. Names are relative POSIX paths."""
 
@@ -100,6 +105,11 @@ class ObjectStore(Protocol):
 def is_object_store(location: str) -> bool:
     """True for a URI of a scheme that `open_objects` knows."""
     return urlsplit(location).scheme in SCHEMES
+
+
+def has_client() -> bool:
+    """Whether the library behind object stores (the extra `s3`) is installed."""
+    return importlib.util.find_spec("obstore") is not None
 
 
 def open_objects(location: str | Path) -> ObjectStore:
@@ -308,7 +318,7 @@ class RemoteObjects:
                 f"{location}: expected a folder, or a bucket and a path like s3://bucket/path (also "
                 f"{', '.join(f'{scheme}://' for scheme in SCHEMES[1:])}): give another location"
             )
-        if importlib.util.find_spec("obstore") is None:
+        if not has_client():
             raise MissingExtraError(
                 f"{location} is an object store, which needs the extra `s3`: run `pip install 'refrag[s3]'`"
             )
@@ -486,6 +496,16 @@ class RemoteObjects:
         batches = self._run(prefix, lambda: list(obstore.list(self._client, prefix or None)))
         yield from sorted((_info(found) for batch in batches for found in batch), key=lambda info: info.name)
 
+    def list_folder(self, folder: str) -> FolderListing:
+        """What lies directly below `folder`; "" is the whole store's."""
+        import obstore
+
+        found = self._run(folder, lambda: obstore.list_with_delimiter(self._client, folder or None))
+        folders = [name.rstrip("/") for name in found["common_prefixes"]]
+        objects = [_info(each) for each in found["objects"]]
+        # An object that only marks a folder has the folder's name.
+        return folders, [info for info in objects if info.name != folder and info.name not in folders]
+
     def delete(self, name: str) -> None:
         """See ObjectStore."""
         import obstore
@@ -496,3 +516,48 @@ class RemoteObjects:
 
 def _info(found: Any) -> ObjectInfo:
     return ObjectInfo(found["path"], found["size"], found["e_tag"], found["last_modified"])
+
+
+class ObjectFile(io.RawIOBase):
+    """An object read as a file that can be sought: each read is a request, so put a buffer before it.
+
+    Raises FileNotFoundError when it is opened, and ObjectStoreError.
+    """
+
+    def __init__(self, objects: RemoteObjects, name: str) -> None:
+        super().__init__()
+        found = objects.head(name)
+        if found is None:
+            raise FileNotFoundError(errno.ENOENT, "no such object", f"{objects.location}/{name}")
+        self._objects = objects
+        self._info = found
+        self._at = 0
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def seekable(self) -> bool:
+        """True."""
+        return True
+
+    def tell(self) -> int:
+        """Offset of the next byte."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move to an offset from the start, from here, or from the end."""
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._info.bytes}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` as far as the object goes; bytes read."""
+        view = memoryview(buffer).cast("B")
+        length = min(len(view), self._info.bytes - self._at)
+        if length <= 0:
+            return 0
+        data = self._objects.get_range(self._info.name, self._at, length)
+        view[: len(data)] = data
+        self._at += len(data)
+        return len(data)

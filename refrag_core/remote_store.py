@@ -237,11 +237,11 @@ class RemoteStore:
 
     def remove(self, name: str) -> None:
         """See Store."""
-        check_name(name)
-        names = [name, *(info.name for info in self._objects.list(name))]
+        below = [info.name for info in self._objects.list(check_name(name))]
+        gone = below or [name]
         with ThreadPoolExecutor(PARALLEL_FILES) as pool:
-            list(pool.map(self._objects.delete, names))
-        for each in names:
+            list(pool.map(self._objects.delete, gone))
+        for each in gone:
             self._forget(each)
             self._known.pop(each, None)
 
