@@ -50,7 +50,7 @@ RETRY_SECONDS = 60.0
 """How long the client repeats a request within one round."""
 
 _PARALLEL_PARTS = 4
-_WRITER = "refrag-writer"
+_WRITER = "refragwriter"  # Azure takes no hyphens
 _counter = itertools.count()
 
 Result = TypeVar("Result")

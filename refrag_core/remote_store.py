@@ -97,8 +97,7 @@ class RemoteStore:
             return False
         if known := self._known.get(name):
             return bool(seal["digest"] == known.digest)
-        found = self._objects.head(name)
-        return found is not None and found.e_tag is not None and found.e_tag == seal["e_tag"]
+        return seal["e_tag"] is not None and self._e_tag(name) == seal["e_tag"]
 
     @contextlib.contextmanager
     def _temporary(self) -> Iterator[Path]:
@@ -216,12 +215,20 @@ class RemoteStore:
         with self._temporary() as temporary:
             write(temporary)
             self._known.pop(check_name(name), None)
-            if self._objects.create(name, temporary):
+            # Asked first, because a refused request has sent the whole file.
+            if not self.exists(name) and self._objects.create(name, temporary):
                 record = self._keep(temporary, name, digest_file(temporary), self._e_tag(name))
             else:
-                record = self._download(name)
+                record = self._standing(name)
         self.expect([record])
         return record
+
+    def _standing(self, name: str) -> FileRecord:
+        """The record of the file that has the name in the store; its bytes move only if there is no copy of them."""
+        seal = self._seal(name)
+        if seal is not None and seal["e_tag"] is not None and seal["e_tag"] == self._e_tag(name):
+            return FileRecord(name, seal["bytes"], seal["digest"])
+        return self._download(name)
 
     def _e_tag(self, name: str) -> str | None:
         found = self._objects.head(name)

@@ -82,9 +82,15 @@ class Fault:
 
 
 class FaultyServer:
-    """A proxy before a server. `faults` are taken in order; `seen` lists the requests that came."""
+    """A proxy before a server. `faults` are taken in order; `seen` lists the requests that came.
 
-    def __init__(self, target: str) -> None:
+    Args:
+        target: the server's endpoint.
+        delay: seconds that every request takes longer, as over a network.
+    """
+
+    def __init__(self, target: str, delay: float = 0.0) -> None:
+        self.delay = delay
         self.target = urlsplit(target).netloc
         self.faults: list[Fault] = []
         self.seen: list[tuple[str, str]] = []
@@ -128,6 +134,8 @@ def _handler(proxy: FaultyServer) -> type[BaseHTTPRequestHandler]:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             fault = proxy.fault_of(self.command, self.path)
             kind = fault.kind if fault is not None else ""
+            if proxy.delay:
+                time.sleep(proxy.delay)
             if kind == "error":
                 self.send_response(500)
                 self.send_header("Content-Length", "0")

@@ -153,20 +153,21 @@ def test_a_build_killed_in_an_upload_goes_on_elsewhere(
 # --- several writers
 
 COMMIT = """
-import sys, time
+import sys
 from dataclasses import replace
 from refrag_core.errors import CommitConflictError
 from refrag_core.manifest import ParentInfo, commit, read_manifest
 from refrag_core.remote_store import RemoteStore
 from pathlib import Path
 
-uri, cache, start, name = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
+uri, cache, name = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
 store = RemoteStore(uri, cache)
 now = read_manifest(store)
 mine = replace(
     now, version=now.version + 1, parent=ParentInfo(now.version, now.build_id), content_id=name * 64,
 )
-time.sleep(max(0.0, start - time.time()))
+print("ready", flush=True)
+sys.stdin.readline()
 try:
     commit(store, mine)
 except CommitConflictError:
@@ -177,15 +178,23 @@ else:
 
 
 def test_one_of_several_processes_commits(built: str, tmp_path: Path) -> None:
-    uri, start_at = built, time.time() + 4
+    uri = built
     writers = [
         subprocess.Popen(
-            [sys.executable, "-c", COMMIT, uri, tmp_path / name, str(start_at), name],
+            [sys.executable, "-c", COMMIT, uri, tmp_path / name, name],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
         for name in "abc"
     ]
+    for writer in writers:  # all have read the same parent before any goes on
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        assert writer.stdin is not None
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
     said = [writer.communicate()[0].strip() for writer in writers]
     assert sorted(said) == ["lost", "lost", "won"]
     newest = read_manifest(open_store(uri))

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from refrag_core import object_store
-from refrag_core.errors import ObjectStoreError, UsageError
+from refrag_core.errors import MissingExtraError, ObjectStoreError, UsageError
 from refrag_core.object_store import FolderObjects, ObjectStore, RemoteObjects, open_objects
+from refrag_core.storage import open_store
 from tests.object_server import Fault, FaultyServer
 
 BIG = os.urandom(11 << 20)
@@ -179,6 +180,15 @@ def test_a_store_that_only_fails(bucket: str, faulty: FaultyServer, monkeypatch:
 
 
 # --- what is wrong from the start
+
+
+def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_store, "has_client", lambda: False)
+    with pytest.raises(MissingExtraError) as caught:
+        open_store("s3://bucket/index")
+    assert str(caught.value) == (
+        "s3://bucket/index is an object store, which needs the extra `s3`: run `pip install 'refrag[s3]'`"
+    )
 
 
 def test_a_bucket_that_does_not_exist(bucket: str) -> None:
