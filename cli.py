@@ -67,8 +67,8 @@ class PolicyName(StrEnum):
 
 # --- options that several commands share -------------------------------------------------------------
 
-IndexArgument = Annotated[Path, typer.Argument(help="Folder of the index.", show_default=False)]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the index.")]
+IndexArgument = Annotated[str, typer.Argument(help="Folder of the index, or its URI: s3://…", show_default=False)]
+Output = Annotated[str, typer.Option("--output", "-o", help="Folder of the index, or its URI: s3://…")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Corpus = Annotated[
     list[str],
@@ -178,7 +178,7 @@ def _progress() -> "Progress":
 def _build_options(
     *,
     corpus: list[str],
-    output: Path,
+    output: str,
     id_field: str,
     text_field: str,
     metadata_fields: str | None,
@@ -197,6 +197,7 @@ def _build_options(
     from refrag.pipelines.build import BuildOptions
     from refrag.pipelines.components import ModelOptions
     from refrag_core.corpus.sources import CorpusOptions
+    from refrag_core.storage import absolute
 
     return BuildOptions(
         corpus=CorpusOptions(
@@ -205,7 +206,7 @@ def _build_options(
             text_field=text_field,
             metadata_fields=None if metadata_fields is None else tuple(filter(None, metadata_fields.split(","))),
             chunk_size_field=chunk_size_field,
-            excluded_folder=str(output.absolute()),
+            excluded_folder=absolute(output),
             max_line_bytes=max_line_bytes,
             max_document_bytes=max_document_bytes,
         ),
@@ -237,7 +238,7 @@ def _engine(name: EngineName, workers: int | None) -> "LocalEngine":
 @index_app.command("build")
 def index_build(
     corpus: Corpus,
-    output: Output = Path("refrag-index"),
+    output: Output = "refrag-index",
     engine: Annotated[EngineName, typer.Option(help="What drives the build.")] = EngineName.LOCAL,
     checkpoint: Checkpoint = None,
     encoder: Encoder = None,
@@ -300,7 +301,7 @@ def index_build(
         raise typer.Exit(QUARANTINED)
 
 
-def _print_build(report: "BuildReport", output: Path) -> None:
+def _print_build(report: "BuildReport", output: str) -> None:
     state = "committed" if report.committed else "already up to date"
     changes = (
         f"{report.new:,} new, {report.changed:,} changed, {report.unchanged:,} unchanged, {report.deleted:,} deleted"
@@ -334,7 +335,7 @@ def _print_build(report: "BuildReport", output: Path) -> None:
 @index_app.command("plan")
 def index_plan(
     corpus: Corpus,
-    output: Output = Path("refrag-index"),
+    output: Output = "refrag-index",
     checkpoint: Checkpoint = None,
     encoder: Encoder = None,
     decoder: Decoder = None,
@@ -407,10 +408,10 @@ def index_plan(
 @index_app.command("verify")
 def index_verify(index: IndexArgument, as_json: JsonFlag = False) -> None:
     """Check every file of an index against its digest, and the tables against each other."""
-    from refrag_core.storage import Store
+    from refrag_core.storage import open_store
     from refrag_core.verification import verify_index
 
-    result = verify_index(Store(index))
+    result = verify_index(open_store(index))
     if as_json:
         _print_json(result)
     else:
@@ -442,11 +443,12 @@ def index_repair(
     """Make the files again that `verify` condemns, by running their shards' stages again."""
     from refrag.pipelines.repair import RepairOptions, repair_index
     from refrag_core.corpus.sources import CorpusOptions
+    from refrag_core.storage import absolute
 
     fields = None if metadata_fields is None else tuple(filter(None, metadata_fields.split(",")))
     source = None
     if corpus:
-        source = CorpusOptions(tuple(corpus), id_field, text_field, fields, excluded_folder=str(index.absolute()))
+        source = CorpusOptions(tuple(corpus), id_field, text_field, fields, excluded_folder=absolute(index))
     options = RepairOptions(index=index, corpus=source, checkpoint=checkpoint, device=device)
     with _engine(EngineName.LOCAL, workers) as running:
         report = repair_index(options, running, _progress())
@@ -743,7 +745,7 @@ def _read_text(path: Path) -> str:
 
 
 def _open_runtime(
-    index: Path,
+    index: str,
     decoder: str | None,
     retriever: str | None,
     checkpoint: str | None,

@@ -103,9 +103,9 @@ def options_for(corpus: Path, output: Path, arguments: argparse.Namespace) -> "B
 def preload(options: "BuildOptions") -> "Models":
     """Resolve the models and load their weights as this build will find them."""
     from refrag.pipelines.components import resolve_models
-    from refrag_core.storage import Store
+    from refrag_core.storage import FolderStore
 
-    models = resolve_models(Store(options.output), options.models)
+    models = resolve_models(FolderStore(options.output), options.models)
     models.encode_stage().load()
     models.embed_stage().load()
     return models

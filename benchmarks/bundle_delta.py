@@ -23,7 +23,7 @@ from benchmarks.memory import build, write_corpus, write_models
 from refrag_core.bundle import ExportOptions, export_bundle, open_bundle
 from refrag_core.bundle_transfer import pull_bundle
 from refrag_core.manifest import list_versions
-from refrag_core.storage import Store
+from refrag_core.storage import FolderStore
 
 PASSAGE_TOKENS = 96
 WIDTH = 64
@@ -46,12 +46,12 @@ def build_generations(root: Path, passages: int, share: float) -> dict[str, Any]
         write_models(models, WIDTH)
     extra = ["--max-passage-tokens", str(PASSAGE_TOKENS)]
     reports = {}
-    if not list_versions(Store(index)):
+    if not list_versions(FolderStore(index)):
         if not corpus.is_dir():
             write_corpus(corpus, passages * _BYTES_A_PASSAGE, "jsonl")
         say("building the index")
         reports["first_build"] = build(corpus, index, decoder, encoder, extra)
-    if len(list_versions(Store(index))) == 1:
+    if len(list_versions(FolderStore(index))) == 1:
         file = corpus / "documents.jsonl"
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
         file.write_text("".join(rewritten(lines, share)), encoding="utf-8")
@@ -66,7 +66,7 @@ def measure(root: Path) -> dict[str, Any]:
     for folder in (exported, host):
         shutil.rmtree(folder, ignore_errors=True)
     pulls = []
-    for version in list_versions(Store(index))[:2]:
+    for version in list_versions(FolderStore(index))[:2]:
         say(f"exporting and pulling generation {version}")
         export_bundle(index, exported, ExportOptions(version=version))
         pulls.append(asdict(pull_bundle(str(exported), host, version=version)))

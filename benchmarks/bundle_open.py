@@ -40,7 +40,7 @@ from refrag_core.manifest import (
     VectorIndexInfo,
     commit,
 )
-from refrag_core.storage import FileRecord, Store
+from refrag_core.storage import FileRecord, FolderStore
 from refrag_core.tables import fixed_binary, write_table
 from refrag_core.vector_index import IndexSpec, build_segment, train_quantizer
 
@@ -95,7 +95,7 @@ def shard_tables(generator: np.random.Generator, number: int, passages: int) -> 
 
 def make_bundle(root: Path, chunks: int) -> None:
     """Write a bundle of about `chunks` chunks whose FAISS segment is exhaustive."""
-    store, generator = Store(root), np.random.default_rng(0)
+    store, generator = FolderStore(root), np.random.default_rng(0)
     files: dict[str, FileRecord] = {}
     shards: list[Shard] = []
     left = chunks // CHUNKS_A_PASSAGE
@@ -107,14 +107,14 @@ def make_bundle(root: Path, chunks: int) -> None:
     shutil.rmtree(root / "work", ignore_errors=True)
 
 
-def publish(store: Store, files: dict[str, FileRecord], name: str, write: Callable[[Path], None]) -> str:
+def publish(store: FolderStore, files: dict[str, FileRecord], name: str, write: Callable[[Path], None]) -> str:
     """Write one file and list it."""
     files[name] = store.publish(name, write)
     return name
 
 
 def write_shard(
-    store: Store, files: dict[str, FileRecord], number: int, passages: int, generator: np.random.Generator
+    store: FolderStore, files: dict[str, FileRecord], number: int, passages: int, generator: np.random.Generator
 ) -> Shard:
     """One shard's files."""
     key = f"{number:032x}"
@@ -129,7 +129,7 @@ def write_shard(
 
 
 def write_segment(
-    store: Store, files: dict[str, FileRecord], shards: Sequence[Shard], generator: np.random.Generator
+    store: FolderStore, files: dict[str, FileRecord], shards: Sequence[Shard], generator: np.random.Generator
 ) -> Segment:
     """One exhaustive segment over vectors of unit length."""
     quantizer = train_quantizer(np.zeros((1, DIM), np.float32), IndexSpec(kind="flat", dim=DIM, nlist=0))

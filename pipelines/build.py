@@ -1,14 +1,11 @@
 """The whole job on one page: scan → plan → tokenize, encode, embed, score → index → commit."""
 
 import contextlib
-import os
-import shutil
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 from refrag.pipelines import assembly
 from refrag.pipelines.components import ModelOptions, Models, resolve_models
@@ -32,8 +29,8 @@ from refrag_core.manifest import (
     live_documents,
     refuse_bundle,
 )
-from refrag_core.run_record import RunRecord, StageRecord, write_run_record
-from refrag_core.storage import WORK, Store
+from refrag_core.run_record import RunRecord, StageRecord, available_cores, write_run_record
+from refrag_core.storage import IndexLocation, Store, open_store
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +38,7 @@ class BuildOptions:
     """Everything that `refrag index build` can be told, but the engine."""
 
     corpus: CorpusOptions
-    output: Path
+    output: IndexLocation
     models: ModelOptions = field(default_factory=ModelOptions)
     score: bool = False
     """Add the per-chunk perplexity column."""
@@ -108,7 +105,7 @@ def build_index(options: BuildOptions, engine: Engine, progress: Progress | None
 
     Raises a RefragError: nothing is committed then, and what was finished is kept for the next run.
     """
-    store = Store(options.output)
+    store = open_store(options.output)
     with lock_and_clear(store):
         models = resolve_models(store, options.models)
         latest = latest_manifest(store)
@@ -145,10 +142,7 @@ def lock_and_clear(store: Store) -> Iterator[None]:
     """
     refuse_bundle(store)
     with store.lock():
-        work = store.path(WORK)
-        for folder in work.iterdir():
-            if folder.name.startswith("run-") or folder.name == "tmp":
-                store.remove(f"{WORK}/{folder.name}")
+        store.clear_runs()
         yield
 
 
@@ -172,7 +166,7 @@ class _Build:
         self.steps: defaultdict[str, float] = defaultdict(float)
         self.duplicates: str | None = None
         # Intermediate files of this execution alone; receipts lie beside it and outlive it.
-        self.work = store.path(f"{WORK}/run-{os.uname().nodename}-{os.getpid()}")
+        self.work = store.run_folder()
 
     def run(self, models: Models, latest: Manifest | None, parent: Manifest | None) -> BuildReport:
         """The job, step by step."""
@@ -189,7 +183,7 @@ class _Build:
             commit(self.store, manifest)
         elif latest is not None:
             finish_commit(self.store, latest)
-        self._remove_work()
+        self.store.finish_work()
         standing = manifest if committed or latest is None else latest
         report = self._report(standing, committed, scan, plan, outcome, dispositions, time.perf_counter() - started)
         if committed:
@@ -204,7 +198,7 @@ class _Build:
             started=started.isoformat(timespec="seconds"),
             seconds=report.seconds,
             device=models.device,
-            cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+            cores=available_cores(),
             documents_in=report.documents_in,
             new=report.new,
             changed=report.changed,
@@ -227,12 +221,6 @@ class _Build:
             done, reused = (0, rows) if receipt.reused else (rows, 0)
             records[receipt.stage] = replace(before, done=before.done + done, reused=before.reused + reused)
         return records
-
-    def _remove_work(self) -> None:
-        """This run's files, and the receipts unless another run is under way without a lock that works."""
-        shutil.rmtree(self.work, ignore_errors=True)
-        if not any(path.name.startswith("run-") for path in self.store.path(WORK).iterdir()):
-            self.store.remove(WORK)
 
     def _scan(self, models: Models) -> ScanResult:
         self.progress.start("scan", None, "documents")
@@ -425,8 +413,8 @@ def _base(store: Store, latest: Manifest | None, models: Models, *, rebuild: boo
     changes = [] if latest is None else differences(latest, models)
     if changes and not rebuild:
         raise FingerprintMismatchError(
-            f"{store.root} was built with other settings: {'; '.join(changes)}. Expected the same: give them again, or "
-            "pass --rebuild to encode the whole corpus anew"
+            f"{store.location} was built with other settings: {'; '.join(changes)}. Expected the same: give them "
+            "again, or pass --rebuild to encode the whole corpus anew"
         )
     return None if changes else latest
 

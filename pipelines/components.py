@@ -49,7 +49,8 @@ class Models:
     retriever_fingerprint: str
     parameters: Parameters
     device: str
-    root: Path
+    checkpoint_path: Path
+    """Local copy of that folder."""
 
     @property
     def chunk_sizes(self) -> tuple[int, ...]:
@@ -70,7 +71,7 @@ class Models:
 
     def encode_stage(self) -> EncodeStage:
         """The stage that makes chunk embeddings."""
-        return EncodeStage(str(self.root / self.checkpoint_folder), self.checkpoint.encode_fingerprint, self.device)
+        return EncodeStage(str(self.checkpoint_path), self.checkpoint.encode_fingerprint, self.device)
 
     def embed_stage(self) -> EmbedStage:
         """The stage that makes passage embeddings."""
@@ -107,17 +108,18 @@ def resolve_models(store: Store, options: ModelOptions) -> Models:
     checkpoint = _checkpoint(options)
     retriever = resolve_model(options.retriever)
     folder = f"checkpoints/{checkpoint.fingerprint[:32]}"
+    files = _publish_checkpoint(store, checkpoint, folder)
     return Models(
         checkpoint=checkpoint,
         checkpoint_folder=folder,
-        checkpoint_files=_publish_checkpoint(store, checkpoint, folder),
+        checkpoint_files=files,
         decoder=checkpoint.decoder_folder(),
         retriever_reference=options.retriever,
         retriever=retriever,
         retriever_fingerprint=retriever_fingerprint(retriever),
         parameters=_parameters(checkpoint, retriever, options),
         device=resolve_device(options.device),
-        root=store.root.resolve(),
+        checkpoint_path=store.folder(folder).resolve(),
     )
 
 

@@ -16,7 +16,7 @@ from refrag.pipelines.plan import Plan, Row, cut_shards, default_shard_bytes, ma
 from refrag.pipelines.scan import merge_runs, resolve_duplicates, scan_corpus
 from refrag.pipelines.stages import run_device_stages
 from refrag_core.manifest import Manifest, latest_manifest, live_documents
-from refrag_core.storage import Store
+from refrag_core.storage import FolderStore, Store, open_store
 
 SAMPLE_BYTES = 96 << 10
 _WARM_UP_BYTES = 4 << 10
@@ -53,8 +53,8 @@ def estimate_build(options: BuildOptions, engine: Engine) -> PlanReport:
     """Scan the corpus, join it with the index, and time the stages on a sample. Writes nothing to the index."""
     with tempfile.TemporaryDirectory(prefix="refrag-plan-") as temporary:
         work = Path(temporary)
-        models = resolve_models(Store(work / "store"), options.models)
-        store = Store(options.output)
+        models = resolve_models(FolderStore(work / "store"), options.models)
+        store = open_store(options.output)
         latest = latest_manifest(store)
         changes = tuple(differences(latest, models)) if latest else ()
         scan = scan_corpus(
@@ -122,7 +122,7 @@ def _measure_sample(plan: Plan, models: Models, work: Path, *, score: bool) -> _
 
 
 def _run_sample(rows: list[Row], models: Models, work: Path, name: str, *, score: bool) -> _Sample:
-    store, stages = Store(work / "store"), models.stages(score=score)
+    store, stages = FolderStore(work / "store"), models.stages(score=score)
     seconds: dict[str, float] = {}
     totals: dict[str, int] = {"documents": 0, "passages": 0, "chunks": 0, "tokens": 0, "disk": 0}
     for spec in cut_shards(rows, work / name, 1 << 62):

@@ -53,16 +53,14 @@ def write_receipt(store: Store, receipt: Receipt) -> None:
 
 def find_receipt(store: Store, stage: str, key: str) -> Receipt | None:
     """The receipt of an earlier run if all that it lists is still there in full size."""
-    path = store.path(_name(stage, key))
-    if not path.is_file():
+    try:
+        receipt = _decode(json.loads(store.read(_name(stage, key))))
+    except FileNotFoundError:
         return None
-    receipt = _decode(json.loads(path.read_bytes()))
-    whole = all(_present(store, record) for record in receipt.files.values())
-    return replace(receipt, reused=True) if whole else None
-
-
-def _present(store: Store, record: FileRecord) -> bool:
-    return store.exists(record.name) and store.path(record.name).stat().st_size == record.bytes
+    if any(store.size(record.name) != record.bytes for record in receipt.files.values()):
+        return None
+    store.expect(receipt.files.values())
+    return replace(receipt, reused=True)
 
 
 def _decode(body: dict[str, Any]) -> Receipt:

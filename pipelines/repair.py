@@ -7,7 +7,6 @@ ends in a new generation.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from refrag.pipelines.build import BuildOptions, build_from, lock_and_clear
 from refrag.pipelines.components import ModelOptions, Models, resolve_models
@@ -27,7 +26,7 @@ from refrag_core.manifest import (
     list_versions,
     read_manifest,
 )
-from refrag_core.storage import Store
+from refrag_core.storage import IndexLocation, Store, open_store
 from refrag_core.verification import Problem, verify_index
 
 _FROM_CORPUS = ("documents", "passages", "chunks")
@@ -37,7 +36,7 @@ _FROM_CORPUS = ("documents", "passages", "chunks")
 class RepairOptions:
     """What `refrag index repair` can be told."""
 
-    index: Path
+    index: IndexLocation
     corpus: CorpusOptions | None = None
     checkpoint: str | None = None
     device: str = "auto"
@@ -60,7 +59,7 @@ def repair_index(options: RepairOptions, engine: Engine, progress: Progress) -> 
     Raises UsageError when the corpus is needed and was not given, and CorruptIndexError for a damaged manifest,
     which nothing but a copy can bring back.
     """
-    store = Store(options.index)
+    store = open_store(options.index)
     with lock_and_clear(store):
         problems = verify_index(store).problems
         manifest = _newest_intact(store, problems)
@@ -88,8 +87,8 @@ def _newest_intact(store: Store, problems: Sequence[Problem]) -> Manifest:
     broken = sorted(problem.file for problem in problems if problem.file.startswith("versions/"))
     if broken:
         raise CorruptIndexError(
-            f"{store.root / broken[0]} is damaged or missing, and a manifest cannot be made from what it describes: "
-            f"put back a copy of it, or move {store.root} away and build anew"
+            f"{store.location}/{broken[0]} is damaged or missing, and a manifest cannot be made from what it "
+            f"describes: put back a copy of it, or move {store.location} away and build anew"
         )
     return read_manifest(store, list_versions(store)[-1])
 

@@ -41,7 +41,7 @@ from refrag_core.manifest import (
 )
 from refrag_core.models import fingerprint_model, remembered_digest, resolve_model
 from refrag_core.signing import check_signature, sign
-from refrag_core.storage import FileRecord, Store
+from refrag_core.storage import FileRecord, FolderStore, IndexLocation, Store, is_uri, open_store
 
 BUILD_TABLES = ("documents",)
 """Tables that no runtime reads."""
@@ -164,7 +164,7 @@ class _Renaming:
         return f"{parent}/{key}"
 
 
-def export_bundle(index: Path, bundle: Path, options: ExportOptions, meter: Meter = SILENT) -> BundleReport:
+def export_bundle(index: IndexLocation, bundle: Path, options: ExportOptions, meter: Meter = SILENT) -> BundleReport:
     """Put one generation of `index` into the folder `bundle`; run again to go on after an interruption.
 
     Every file is checked against its digest on the way. Raises CorruptIndexError for a damaged index,
@@ -172,7 +172,7 @@ def export_bundle(index: Path, bundle: Path, options: ExportOptions, meter: Mete
     place of an index.
     """
     started = time.perf_counter()
-    store = Store(index)
+    store = open_store(index)
     manifest, held = hold_manifest(store, options.version)
     _check_source(manifest, index, bundle)
     exported, sources = bundle_manifest(store, manifest, options)
@@ -180,9 +180,10 @@ def export_bundle(index: Path, bundle: Path, options: ExportOptions, meter: Mete
     signature = None if options.sign_key is None else sign(data, options.sign_key)
     place = shutil.copyfile if options.copy else link_or_copy
     delivery = Delivery(exported, data, signature, lambda record, path: _place(place, sources[record.name], path))
-    moved = receive(Store(bundle), delivery, jobs=options.jobs, meter=meter)
-    held.release()
-    signed = Store(bundle).exists(signature_name(exported.version))
+    moved = receive(FolderStore(bundle), delivery, jobs=options.jobs, meter=meter)
+    if held is not None:
+        held.release()
+    signed = FolderStore(bundle).exists(signature_name(exported.version))
     return report_of(exported, data, moved, signed=signed, seconds=time.perf_counter() - started)
 
 
@@ -192,13 +193,16 @@ def _place(place: Callable[[Path, Path], object], source: Path, target: Path) ->
     place(source, target)
 
 
-def _check_source(manifest: Manifest, index: Path, bundle: Path) -> None:
+def _check_source(manifest: Manifest, index: IndexLocation, bundle: Path) -> None:
     if manifest.bundle is not None:
         raise UsageError(
             f"{index} is a bundle, expected the index that it was exported from: take a bundle elsewhere with "
             "`refrag bundle push`"
         )
-    if bundle.resolve() == index.resolve() or index.resolve() in bundle.resolve().parents:
+    if is_uri(index):
+        return
+    root = Path(index).resolve()
+    if root == bundle.resolve() or root in bundle.resolve().parents:
         raise ConfigError(f"{bundle} lies in the index that is to be exported; expected a folder outside of {index}")
 
 
@@ -242,7 +246,7 @@ def _checkpoint(store: Store, manifest: Manifest) -> dict[str, tuple[Path, str]]
 def _decoder(store: Store, manifest: Manifest) -> dict[str, tuple[Path, str]]:
     from refrag_core.checkpoint import Checkpoint
 
-    checkpoint = Checkpoint.load(store.path(manifest.checkpoint.folder))
+    checkpoint = Checkpoint.load(store.folder(manifest.checkpoint.folder))
     folder, needed = checkpoint.decoder_folder(), checkpoint.config.decoder
     _check_model("decoder", folder, fingerprint_model(folder), needed.fingerprint)
     return _model_files(folder)
@@ -285,10 +289,10 @@ def read_bundle_manifest(store: Store, version: int | None, keys: Sequence[Path]
 
 def check_signed(store: Store, manifest: Manifest, keys: Sequence[Path]) -> bool:
     """Whether a generation has a signature; with `keys` it must, made with one of them, else SignatureError."""
-    path = store.path(signature_name(manifest.version))
-    signature = path.read_bytes() if path.is_file() else None
+    name = signature_name(manifest.version)
+    signature = store.read(name) if store.exists(name) else None
     if keys:  # a manifest's bytes follow from what it says, so that these are the ones that were read
-        check_signature(encode_manifest(manifest), signature, keys, where=str(store.root / manifest.name))
+        check_signature(encode_manifest(manifest), signature, keys, where=f"{store.location}/{manifest.name}")
     return signature is not None
 
 
@@ -309,8 +313,8 @@ def check_files(store: Store, manifest: Manifest, *, jobs: int = DEFAULT_JOBS, m
         shown = ", ".join(damaged[:_SHOWN_PROBLEMS]) + (", …" if len(damaged) > _SHOWN_PROBLEMS else "")
         remedy = "pull the bundle again" if manifest.bundle is not None else "run `refrag index repair`"
         raise CorruptIndexError(
-            f"{len(damaged)} of {len(manifest.files)} files of {store.root / manifest.name} are missing or do not have "
-            f"the bytes that it lists ({shown}): nothing of it is used; {remedy}"
+            f"{len(damaged)} of {len(manifest.files)} files of {store.location}/{manifest.name} are missing or do not "
+            f"have the bytes that it lists ({shown}): nothing of it is used; {remedy}"
         )
 
 
@@ -328,7 +332,7 @@ def open_bundle(
     """
     from refrag_core.index_reader import IndexReader
 
-    store = Store(root)
+    store = FolderStore(root)
     check_bundles(store)
     manifest, signed = read_bundle_manifest(store, version, verify_keys)
     started = time.perf_counter()

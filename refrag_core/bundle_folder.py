@@ -34,7 +34,7 @@ from refrag_core.manifest import (
     signature_name,
     version_name,
 )
-from refrag_core.storage import WORK, FileRecord, Store
+from refrag_core.storage import WORK, FileRecord, FolderStore
 
 FILES, CHECKPOINTS, MODELS = "files", "checkpoints", "models"
 DEFAULT_JOBS = 8
@@ -136,7 +136,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 # --- arriving ---------------------------------------------------------------------------------------
 
 
-def receive(store: Store, delivery: Delivery, *, jobs: int = DEFAULT_JOBS, meter: Meter = SILENT) -> Moved:
+def receive(store: FolderStore, delivery: Delivery, *, jobs: int = DEFAULT_JOBS, meter: Meter = SILENT) -> Moved:
     """Bring one generation into the folder: its missing files, each checked, then its manifest.
 
     Raises CommitConflictError when the folder has another generation of that number, and CorruptIndexError for a
@@ -160,11 +160,11 @@ def receive(store: Store, delivery: Delivery, *, jobs: int = DEFAULT_JOBS, meter
     return moved_of(records, moved, extra=len(delivery.data) if created else 0)
 
 
-def _check_free(store: Store, delivery: Delivery) -> None:
+def _check_free(store: FolderStore, delivery: Delivery) -> None:
     version = delivery.manifest.version
     if version not in list_versions(store):
         return
-    found = store.path(version_name(version)).read_bytes()
+    found = store.read(version_name(version))
     if found != delivery.data:
         raise CommitConflictError(
             f"{store.root} has another generation {version} (expected build id {delivery.manifest.build_id[:12]}, as "
@@ -180,7 +180,7 @@ def moved_of(records: Sequence[FileRecord], moved: Sequence[bool], extra: int) -
 
 
 def _bring(
-    store: Store, record: FileRecord, stage: Path, fetch: Callable[[FileRecord, Path], None], twin: str | None
+    store: FolderStore, record: FileRecord, stage: Path, fetch: Callable[[FileRecord, Path], None], twin: str | None
 ) -> bool:
     """Put one file into place; False when its bytes were in this folder already."""
     if is_whole(store.path(record.name), record):
@@ -198,13 +198,13 @@ def _bring(
     return True
 
 
-def _names_by_digest(store: Store) -> dict[str, str]:
+def _names_by_digest(store: FolderStore) -> dict[str, str]:
     """A name of each digest that some generation in this folder has."""
     manifests = [read_manifest(store, version) for version in list_versions(store)]
     return {record.digest: record.name for manifest in manifests for record in manifest.files.values()}
 
 
-def _publish(store: Store, delivery: Delivery) -> bool:
+def _publish(store: FolderStore, delivery: Delivery) -> bool:
     """Create the manifest, its signature before it; False when the generation was there already."""
     version = delivery.manifest.version
     with folder_lock(store.root):
@@ -217,7 +217,7 @@ def _publish(store: Store, delivery: Delivery) -> bool:
 
 
 @contextlib.contextmanager
-def _arrival(store: Store, data: bytes) -> Iterator[Path]:
+def _arrival(store: FolderStore, data: bytes) -> Iterator[Path]:
     """A folder for a generation on its way; while it is open, `collect` spares every file that `data` lists."""
     stage = store.path(f"{_ARRIVALS}/{os.uname().nodename}-{os.getpid()}-{next(_counter)}")
     with folder_lock(store.root):
@@ -234,12 +234,12 @@ def _arrival(store: Store, data: bytes) -> Iterator[Path]:
         _remove_empty(store.path(WORK))
 
 
-def _stages(store: Store) -> list[Path]:
+def _stages(store: FolderStore) -> list[Path]:
     folder = store.path(_ARRIVALS)
     return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
-def _drop_abandoned(store: Store) -> list[Manifest]:
+def _drop_abandoned(store: FolderStore) -> list[Manifest]:
     """Remove what killed transfers left half-written; the manifests of those that are under way.
 
     Only with the folder's lock, under which alone small files are written.
@@ -278,7 +278,7 @@ def collect(root: Path, *, keep: int = 2, grace_seconds: float = DEFAULT_GRACE_S
     """
     if keep < 1:
         raise ConfigError(f"{keep} generations are to stay, expected at least 1: a host serves the newest")
-    store = Store(root)
+    store = FolderStore(root)
     check_bundles(store)
     with folder_lock(root):
         arriving = _drop_abandoned(store)
@@ -295,7 +295,7 @@ def collect(root: Path, *, keep: int = 2, grace_seconds: float = DEFAULT_GRACE_S
     return Collected(tuple(removed), tuple(left), tuple(held), on_their_way, files, size, young)
 
 
-def check_bundles(store: Store) -> Manifest:
+def check_bundles(store: FolderStore) -> Manifest:
     """The newest generation of a folder of bundles. Raises UsageError for an index, IndexNotFoundError for neither."""
     manifest = read_manifest(store)
     if manifest.bundle is None:
@@ -305,7 +305,7 @@ def check_bundles(store: Store) -> Manifest:
     return manifest
 
 
-def _retire(store: Store, version: int) -> bool:
+def _retire(store: FolderStore, version: int) -> bool:
     """Remove a generation's manifest unless somebody holds it."""
     manifest, *others = beside(version)
     with unheld(store.path(manifest)) as free:
@@ -315,7 +315,7 @@ def _retire(store: Store, version: int) -> bool:
     return free
 
 
-def _sweep(store: Store, needed: Sequence[Manifest], grace_seconds: float) -> tuple[int, int, int]:
+def _sweep(store: FolderStore, needed: Sequence[Manifest], grace_seconds: float) -> tuple[int, int, int]:
     """Remove files of a bundle's own folders that nobody names: `(files, bytes)` removed, and how many are young."""
     named = {name for manifest in needed for name in manifest.files}
     oldest = time.time() - grace_seconds

@@ -40,7 +40,7 @@ from refrag_core.manifest import (
 )
 from refrag_core.object_store import ObjectStore, is_object_store, open_objects
 from refrag_core.signing import check_signature
-from refrag_core.storage import FileRecord, Store
+from refrag_core.storage import FileRecord, FolderStore
 
 MAX_MANIFEST_BYTES = 1 << 30
 """A longer manifest is refused unread: it is held in memory."""
@@ -63,20 +63,21 @@ def push_bundle(
     bundle, and UsageError for an index.
     """
     started = time.perf_counter()
-    store = Store(bundle)
+    store = FolderStore(bundle)
     check_bundles(store)
     manifest, held = hold_manifest(store, version)
     delivery = _delivery_from(store, manifest)
     if is_object_store(destination):
         moved = _upload(store, delivery, open_objects(destination), jobs, meter)
     else:
-        moved = receive(Store(Path(destination)), delivery, jobs=jobs, meter=meter)
-    held.release()
+        moved = receive(FolderStore(Path(destination)), delivery, jobs=jobs, meter=meter)
+    if held is not None:
+        held.release()
     signed = delivery.signature is not None
     return report_of(manifest, delivery.data, moved, signed=signed, seconds=time.perf_counter() - started)
 
 
-def _delivery_from(store: Store, manifest: Manifest) -> Delivery:
+def _delivery_from(store: FolderStore, manifest: Manifest) -> Delivery:
     path = store.path(signature_name(manifest.version))
     signature = path.read_bytes() if path.is_file() else None
 
@@ -86,7 +87,7 @@ def _delivery_from(store: Store, manifest: Manifest) -> Delivery:
     return Delivery(manifest, encode_manifest(manifest), signature, fetch)
 
 
-def _whole(store: Store, record: FileRecord) -> Path:
+def _whole(store: FolderStore, record: FileRecord) -> Path:
     path = store.path(record.name)
     if not is_whole(path, record):
         raise CorruptIndexError(
@@ -96,7 +97,7 @@ def _whole(store: Store, record: FileRecord) -> Path:
     return path
 
 
-def _upload(store: Store, delivery: Delivery, objects: ObjectStore, jobs: int, meter: Meter) -> Moved:
+def _upload(store: FolderStore, delivery: Delivery, objects: ObjectStore, jobs: int, meter: Meter) -> Moved:
     """Names follow from the bytes, so that an object of that name and size is that file."""
     _check_remote(objects, delivery)
     present = _sizes(objects)
@@ -169,7 +170,7 @@ def pull_bundle(
     number = version or _newest(objects)
     held = _hold_source(objects, source, number)
     delivery = _read_delivery(objects, number, verify_keys)
-    moved = receive(Store(folder), delivery, jobs=jobs, meter=meter)
+    moved = receive(FolderStore(folder), delivery, jobs=jobs, meter=meter)
     if held is not None:
         held.release()
     signed = delivery.signature is not None

@@ -81,10 +81,6 @@ class CorruptIndexError(RefragError):
     """A file of the index is missing, truncated, altered or not of this format."""
 
 
-class ObjectStoreError(RefragError):
-    """An object store cannot be reached, refuses the request, or keeps failing."""
-
-
 class SignatureError(CorruptIndexError):
     """A bundle that must be signed is not, or its signature does not fit its bytes or the key."""
 
@@ -95,6 +91,10 @@ class IndexLockedError(RefragError):
 
 class CommitConflictError(RefragError):
     """Another builder committed the version that this run was going to commit."""
+
+
+class ObjectStoreError(RefragError):
+    """An object store cannot be reached, refuses the request, or keeps failing."""
 
 
 class StageError(RefragError):

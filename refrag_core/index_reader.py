@@ -2,7 +2,7 @@
 
 import json
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -14,9 +14,11 @@ import numpy.typing as npt
 
 from refrag_core.errors import CorruptIndexError
 from refrag_core.manifest import Manifest, Shard, hold_manifest, read_tombstones
-from refrag_core.storage import FileRecord, Store
+from refrag_core.storage import FileRecord, IndexLocation, Store, open_store
 from refrag_core.tables import MappedColumn, open_table
 from refrag_core.vector_index import VectorIndex
+
+_FETCHED = ("passages", "chunks", "embeddings", "scores")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,15 +122,15 @@ class IndexReader:
     """One generation of an index. Shards are mapped on first use.
 
     Args:
-        root: the index's folder.
+        location: the index's folder or URI.
         version: the generation; the newest by default.
 
     Raises IndexNotFoundError, and CorruptIndexError for an altered manifest or a missing or cut file (digests of
     whole files are the business of `refrag index verify`). While the reader lives, its generation is not collected.
     """
 
-    def __init__(self, root: Path, version: int | None = None) -> None:
-        self.store = Store(root)
+    def __init__(self, location: IndexLocation, version: int | None = None) -> None:
+        self.store: Store = open_store(location)
         self.manifest: Manifest
         self.manifest, self._hold = hold_manifest(self.store, version)
         check_sizes(self.store, self.manifest.files.values())
@@ -157,12 +159,14 @@ class IndexReader:
         """Folder of a model that travels in the bundle; None where the host has to have it."""
         info = self.manifest.bundle
         folder = None if info is None else getattr(info, role)
-        return None if folder is None else self.store.path(folder)
+        return None if folder is None else self.store.folder(folder)
 
     @cached_property
     def vectors(self) -> VectorIndex:
         """The FAISS segments, mapped."""
-        paths = [self.store.path(segment.file) for segment in self.manifest.segments]
+        names = [segment.file for segment in self.manifest.segments]
+        self.store.fetch(names)
+        paths = [self.store.path(name) for name in names]
         return VectorIndex.open(paths, nprobe=self.manifest.vector_index.nprobe)
 
     @cached_property
@@ -202,6 +206,9 @@ class IndexReader:
 
     def fetch(self, refs: Sequence[PassageRef]) -> list[FetchedPassage]:
         """Tokens and embeddings of passages, from the maps."""
+        numbers = {ref.shard for ref in refs} - self._shards.keys()
+        tables = [self.manifest.shards[number].tables for number in sorted(numbers)]
+        self.store.fetch(each[table] for each in tables for table in _FETCHED if table in each)
         return [self.shard(ref.shard).fetch(ref.row) for ref in refs]
 
     def describe(self, ref: PassageRef) -> PassageDescription:
@@ -209,14 +216,14 @@ class IndexReader:
         return self.shard(ref.shard).describe(ref.row)
 
 
-def check_sizes(store: Store, files: Sequence[FileRecord] | Any) -> None:
+def check_sizes(store: Store, files: Collection[FileRecord]) -> None:
     """Raise CorruptIndexError for the first file that is missing or not as long as it was when published."""
+    sizes = store.sizes([record.name for record in files])
     for record in files:
-        path = store.path(record.name)
-        found = path.stat().st_size if path.is_file() else None
+        found = sizes.get(record.name)
         if found != record.bytes:
             state = "is missing" if found is None else f"has {found} bytes"
             raise CorruptIndexError(
-                f"{path} {state}, expected {record.bytes} bytes: run `refrag index verify`, then `refrag index repair` "
-                "(a bundle is mended by pulling it again)"
+                f"{store.location}/{record.name} {state}, expected {record.bytes} bytes: run "
+                "`refrag index verify`, then `refrag index repair` (a bundle is mended by pulling it again)"
             )

@@ -21,6 +21,7 @@ from refrag_core.inspection import inspect_index
 from refrag_core.manifest import Manifest, list_versions, read_manifest, signature_name
 from refrag_core.retrieval import matching_retriever
 from refrag_core.run_record import RunRecord, read_run_record
+from refrag_core.storage import IndexLocation, absolute
 from refrag_core.tables import MappedColumn
 from refrag_core.vector_index import NprobeMeasurement, exact_search, sample_rows, sweep_nprobe
 
@@ -145,7 +146,7 @@ def _live_scores(reader: IndexReader, number: int) -> npt.NDArray[np.float32]:
     shard = reader.shard(number)
     assert shard.scores is not None
     live = np.repeat(reader.live_rows(number), shard.num_chunks)
-    return shard.scores.slice(0, shard.scores.num_rows)[live]  # type: ignore[no-any-return]
+    return shard.scores.slice(0, shard.scores.num_rows)[live]
 
 
 # --- recall against speed ---------------------------------------------------------------------------
@@ -210,7 +211,7 @@ def draw_sweep(rows: Sequence[NprobeMeasurement], queries: int, chosen: int) -> 
 
 
 def gather(
-    root: Path, version: int | None = None, *, retriever: str | None = None, device: str = "cpu"
+    root: IndexLocation, version: int | None = None, *, retriever: str | None = None, device: str = "cpu"
 ) -> dict[str, Any]:
     """All that the page shows, as plain values."""
     reader = IndexReader(root, version)
@@ -219,7 +220,7 @@ def gather(
     total = shown["bytes"].pop("total")
     histograms = [chunk_lengths(reader), passage_lengths(reader), perplexities(reader)]
     return {
-        "name": root.resolve().name,
+        "name": absolute(root).rpartition("/")[2],
         "manifest": manifest,
         "kind": "Index" if manifest.bundle is None else "Bundle",
         "signed": reader.store.exists(signature_name(manifest.version)),
@@ -275,7 +276,7 @@ def _rate(value: float) -> str:
 
 
 def write_report(
-    root: Path, output: Path, version: int | None = None, *, retriever: str | None = None, device: str = "cpu"
+    root: IndexLocation, output: Path, version: int | None = None, *, retriever: str | None = None, device: str = "cpu"
 ) -> None:
     """Write the page about one generation to `output`, in place of what is there."""
     page = render(gather(root, version, retriever=retriever, device=device))

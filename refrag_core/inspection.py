@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from refrag_core.digests import JSON
@@ -10,12 +9,13 @@ from refrag_core.errors import UsageError
 from refrag_core.index_reader import IndexReader, PassageRef
 from refrag_core.manifest import bytes_by_kind, list_versions
 from refrag_core.models import load_tokenizer, resolve_model
+from refrag_core.storage import IndexLocation
 from refrag_core.tables import iterate_rows
 
 
-def inspect_index(root: Path, version: int | None = None) -> dict[str, dict[str, Any]]:
+def inspect_index(location: IndexLocation, version: int | None = None) -> dict[str, dict[str, Any]]:
     """Counts, sizes, models and settings of one generation."""
-    reader = IndexReader(root, version)
+    reader = IndexReader(location, version)
     manifest = reader.manifest
     sizes = bytes_by_kind(manifest)
     models = {role: value for role, value in asdict(manifest.components).items() if value is not None}
@@ -36,9 +36,9 @@ def inspect_index(root: Path, version: int | None = None) -> dict[str, dict[str,
     }
 
 
-def inspect_quarantine(root: Path, version: int | None = None) -> list[dict[str, JSON]]:
+def inspect_quarantine(location: IndexLocation, version: int | None = None) -> list[dict[str, JSON]]:
     """Records that are not in the index, with their reasons; raw bytes as far as they are text."""
-    reader = IndexReader(root, version)
+    reader = IndexReader(location, version)
     name = reader.manifest.quarantine.file
     if name is None:
         return []
@@ -53,16 +53,16 @@ def _hex(value: bytes | None) -> str | None:
     return None if value is None else value.hex()
 
 
-def inspect_passage(root: Path, wanted: str, version: int | None = None) -> dict[str, Any]:
+def inspect_passage(location: IndexLocation, wanted: str, version: int | None = None) -> dict[str, Any]:
     """One passage with its chunks; `wanted` is a passage id or `DOCUMENT#ORDINAL`.
 
     Raises UsageError when the index has no such passage.
     """
-    reader = IndexReader(root, version)
+    reader = IndexReader(location, version)
     ref = next(_find(reader, wanted), None)
     if ref is None:
         raise UsageError(
-            f"no passage {wanted!r} in {root}: expected a passage id (32 hexadecimal characters, as `refrag index "
+            f"no passage {wanted!r} in {location}: expected a passage id (32 hexadecimal characters, as `refrag index "
             "search --json` prints it) or DOCUMENT#ORDINAL, like 'guide.txt#0'"
         )
     shown, fetched = reader.describe(ref), reader.fetch([ref])[0]

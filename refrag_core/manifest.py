@@ -20,7 +20,7 @@ from refrag.schemas import FORMAT, FORMAT_VERSION, manifest_schema
 from refrag_core.digests import JSON, canonical_json, digest_json
 from refrag_core.errors import CommitConflictError, CorruptIndexError, IndexNotFoundError, UsageError
 from refrag_core.holds import Hold, hold
-from refrag_core.storage import FileRecord, Store, check_name
+from refrag_core.storage import FileRecord, FolderStore, Store, check_name
 from refrag_core.tables import iterate_rows
 
 VERSIONS = "versions"
@@ -321,10 +321,8 @@ def _from_json(body: Mapping[str, Any]) -> Manifest:
 
 def list_versions(store: Store) -> list[int]:
     """Numbers of the committed generations, ascending."""
-    folder = store.path(VERSIONS)
-    if not folder.is_dir():
-        return []
-    return sorted(int(path.stem) for path in folder.iterdir() if VERSION_NAME.match(path.name))
+    names = store.list(VERSIONS)
+    return sorted(int(name.removesuffix(".json")) for name in names if VERSION_NAME.match(name))
 
 
 def read_manifest(store: Store, version: int | None = None) -> Manifest:
@@ -336,28 +334,35 @@ def read_manifest(store: Store, version: int | None = None) -> Manifest:
     if not versions or (version is not None and version not in versions):
         wanted = "a committed generation" if version is None else f"generation {version}"
         raise IndexNotFoundError(
-            f"{store.root} holds no {wanted.removeprefix('a ')}: expected {wanted} under {VERSIONS}/; "
-            f"build one with `refrag index build CORPUS -o {store.root}`"
+            f"{store.location} holds no {wanted.removeprefix('a ')}: expected {wanted} under {VERSIONS}/; "
+            f"build one with `refrag index build CORPUS -o {store.location}`"
         )
     name = version_name(version or versions[-1])
-    manifest = decode_manifest(store.path(name).read_bytes(), where=str(store.root / name))
+    where = f"{store.location}/{name}"
+    manifest = decode_manifest(store.read(name), where=where)
     if manifest.name != name:
-        raise CorruptIndexError(f"{store.root / name} is the manifest of version {manifest.version}. {_REFETCH}")
+        raise CorruptIndexError(f"{where} is the manifest of version {manifest.version}. {_REFETCH}")
+    store.expect(manifest.files.values())
     return manifest
 
 
 _TRIES = 5
 
 
-def hold_manifest(store: Store, version: int | None = None) -> tuple[Manifest, Hold]:
-    """As `read_manifest`, and held: what collects old generations spares this one until the hold is gone."""
+def hold_manifest(store: Store, version: int | None = None) -> tuple[Manifest, Hold | None]:
+    """As `read_manifest`, and held: what collects old generations spares this one until the hold is gone.
+
+    None where the store is no folder of this host: an object store has no locks that end with a process.
+    """
     for _ in range(_TRIES):
         manifest = read_manifest(store, version)
+        if not isinstance(store, FolderStore):
+            return manifest, None
         held = hold(store.path(manifest.name))
         if held is not None:
             return manifest, held
     raise IndexNotFoundError(
-        f"generation {manifest.version} of {store.root} was collected while it was being opened: open another one"
+        f"generation {manifest.version} of {store.location} was collected while it was being opened: open another one"
     )
 
 
@@ -374,8 +379,8 @@ def refuse_bundle(store: Store) -> None:
         return  # which is for whoever reads it next to say, or to repair
     if latest is not None and latest.bundle is not None:
         raise UsageError(
-            f"{store.root} is a bundle, expected an index: change the index that it was exported from and export it "
-            "again, or pull the bundle again to mend it"
+            f"{store.location} is a bundle, expected an index: change the index that it was exported from and export "
+            "it again, or pull the bundle again to mend it"
         )
 
 
@@ -386,7 +391,7 @@ def commit(store: Store, manifest: Manifest) -> None:
     """
     if not store.create(manifest.name, encode_manifest(manifest)):
         raise CommitConflictError(
-            f"another build committed version {manifest.version} of {store.root} while this one ran: "
+            f"another build committed version {manifest.version} of {store.location} while this one ran: "
             "nothing of this one was committed; run the command again, what is already encoded is reused"
         )
     store.replace(CURRENT, _hint(manifest.version))
@@ -394,8 +399,7 @@ def commit(store: Store, manifest: Manifest) -> None:
 
 def finish_commit(store: Store, newest: Manifest) -> None:
     """Let CURRENT name the newest generation where the builder that committed it died before it could."""
-    path = store.path(CURRENT)
-    if not path.is_file() or path.read_bytes() == _hint(newest.version - 1):
+    if not store.exists(CURRENT) or store.read(CURRENT) == _hint(newest.version - 1):
         store.replace(CURRENT, _hint(newest.version))
 
 
@@ -452,6 +456,7 @@ def document_key(document_id: str) -> bytes:
 def live_documents(store: Store, manifest: Manifest) -> Iterator[LiveDocument]:
     """All live documents ordered by id; a shard's table is open only while its range of ids is passed."""
     removed = read_tombstones(store, manifest)
+    store.fetch(shard.tables["documents"] for shard in manifest.shards)
     heap: list[tuple[bytes, int, LiveDocument | None, Iterator[LiveDocument]]] = []
     for number, shard in enumerate(manifest.shards):
         rows = _shard_documents(store, shard, (entry[0] for entry in removed.get(shard.name, ())))

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from refrag_core.errors import FingerprintMismatchError
 from refrag_core.index_reader import IndexReader, PassageRef
 from refrag_core.models import resolve_model
 from refrag_core.retriever import Retriever, load_retriever, retriever_fingerprint
+from refrag_core.storage import IndexLocation
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +56,13 @@ class Searcher:
 
 
 def open_searcher(
-    root: Path, *, version: int | None = None, retriever: str | None = None, device: str = "auto"
+    location: IndexLocation, *, version: int | None = None, retriever: str | None = None, device: str = "auto"
 ) -> Searcher:
     """Open an index for retrieval alone.
 
     Raises FingerprintMismatchError when the retriever is not the one that embedded the passages.
     """
-    reader = IndexReader(root, version)
+    reader = IndexReader(location, version)
     return Searcher(reader, matching_retriever(reader, retriever, device))
 
 

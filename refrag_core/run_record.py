@@ -5,6 +5,7 @@ and a generation without one is as good. It holds no content of any document.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -55,6 +56,11 @@ def _in_order(stage: tuple[str, Any]) -> int:
     return _ORDER.index(stage[0]) if stage[0] in _ORDER else len(_ORDER)
 
 
+def available_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def write_run_record(store: Store, version: int, record: RunRecord) -> None:
     """Keep the record beside generation `version`."""
     text = json.dumps(asdict(record), indent=2, sort_keys=True)
@@ -63,9 +69,8 @@ def write_run_record(store: Store, version: int, record: RunRecord) -> None:
 
 def read_run_record(store: Store, version: int, build_id: str) -> RunRecord | None:
     """The record of the run that made this generation; None where there is none that can be read."""
-    path = store.path(run_record_name(version))
     try:
-        body: dict[str, Any] = json.loads(path.read_bytes())
+        body: dict[str, Any] = json.loads(store.read(run_record_name(version)))
         stages = {name: StageRecord(**stage) for name, stage in sorted(body.pop("stages").items(), key=_in_order)}
         record = RunRecord(**body, stages=stages)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):

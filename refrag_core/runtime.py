@@ -32,6 +32,7 @@ from refrag_core.policy import PointerPolicy, PolicyName, policy_logits, select
 from refrag_core.projection import Projection
 from refrag_core.retrieval import Searcher, matching_retriever
 from refrag_core.retriever import Retriever
+from refrag_core.storage import IndexLocation
 from refrag_core.template import PromptTemplate
 
 Mask = npt.NDArray[np.bool_]
@@ -157,7 +158,7 @@ class Selection:
 class RuntimeOptions:
     """What a runtime was opened with, and opens every later generation with."""
 
-    root: Path
+    location: IndexLocation
     decoder: str | None = None
     retriever: str | None = None
     checkpoint: str | None = None
@@ -194,7 +195,7 @@ class Runtime:
     @classmethod
     def open(
         cls,
-        root: Path,
+        location: IndexLocation,
         *,
         version: int | None = None,
         decoder: str | None = None,
@@ -204,7 +205,7 @@ class Runtime:
         device: str = "auto",
         verify_keys: Sequence[Path] = (),
     ) -> "Runtime":
-        """Open a generation of the index or bundle at `root`: verify its manifest, map its tables, load the models.
+        """Open a generation of the index or bundle at `location`: verify its manifest, map its tables, load the models.
 
         Args:
             decoder, retriever, checkpoint: references in place of those that the index names.
@@ -215,7 +216,7 @@ class Runtime:
         the one that the index was made for.
         """
         options = RuntimeOptions(
-            root=root,
+            location=location,
             decoder=decoder,
             retriever=retriever,
             checkpoint=checkpoint,
@@ -505,11 +506,11 @@ class Runtime:
 
 def _open_generation(options: RuntimeOptions, version: int | None, current: _Generation | None) -> _Generation:
     """Open one generation; models that `current` has already loaded are shared with it."""
-    reader = IndexReader(options.root, version)
+    reader = IndexReader(options.location, version)
     if options.verify_keys:
         check_signed(reader.store, reader.manifest, options.verify_keys)
         check_files(reader.store, reader.manifest)
-    opened = load_checkpoint(options.checkpoint or str(reader.store.path(reader.manifest.checkpoint.folder)))
+    opened = load_checkpoint(options.checkpoint or str(reader.store.folder(reader.manifest.checkpoint.folder)))
     _check_encode_fingerprint(opened, reader)
     folder = _decoder_folder(options, opened, reader)
     _check_tokenizer(folder, reader)

@@ -1,26 +1,33 @@
-"""The folder that holds an index: safe names, atomic publication, create-if-absent, an advisory lock.
+"""What holds an index: safe names, atomic publication, create-if-absent, an advisory lock.
 
-A file under a final name is complete and never changes: it is written under a temporary name, synced, and
-linked to its final name only if that name is free. Names come from content, so that whoever comes second
-finds the same thing and takes it over.
+`Store` says what the rest of refrag may ask of it; `FolderStore` is a folder of this machine. A file under a
+final name is complete and never changes: it is written under a temporary name, synced, and linked to its final
+name only if that name is free. Names come from content, so that whoever comes second finds the same thing and
+takes it over.
 """
 
 import contextlib
-import errno
 import fcntl
-import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Protocol, TypeAlias
+from urllib.parse import unquote, urlsplit
 
 from refrag_core.digests import digest_file
 from refrag_core.errors import CorruptIndexError, IndexLockedError
+from refrag_core.object_store import FolderObjects, make_folder, sync_file, sync_folder
+
+IndexLocation: TypeAlias = Path | str
+"""Where an index is: a folder, or a URI like s3://bucket/prefix."""
 
 WORK = "work"
+RUNS = "run-"
+"""Prefix of the folders that hold one execution's own files."""
+
 _TEMPORARY = f"{WORK}/tmp"
-_counter = itertools.count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,110 +56,134 @@ def check_name(name: str) -> str:
     return name
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+class Store(Protocol):
+    """What an index lies in. Names are POSIX paths below it; all methods raise CorruptIndexError for an unsafe one.
+
+    Readers get local paths: of the files themselves, or of verified copies of them.
+    """
+
+    @property
+    def location(self) -> str:
+        """Path or URI, for messages and for opening it again."""
+
+    def path(self, name: str) -> Path:
+        """Local path of a published file, which never changes. It may not exist where the store has no such file."""
+
+    def folder(self, name: str) -> Path:
+        """Local path of a published folder with all its files."""
+
+    def fetch(self, names: Iterable[str]) -> None:
+        """Make `path` quick for these files, many at a time."""
+
+    def expect(self, records: Iterable[FileRecord]) -> None:
+        """Learn what a manifest or a receipt says of files: `path` gives no others under their names."""
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a small file as it is now. Raises FileNotFoundError."""
+
+    def exists(self, name: str) -> bool:
+        """True when the file is there under its final name."""
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file as it is now, None where there is none."""
+
+    def sizes(self, names: Iterable[str]) -> Mapping[str, int]:
+        """Bytes of those of the files that are there."""
+
+    def record(self, name: str) -> FileRecord:
+        """Size and digest of a published file, read anew from where it lies. Raises FileNotFoundError."""
+
+    def publish(self, name: str, write: Callable[[Path], None]) -> FileRecord:
+        """Write a file and give it its final name if that is free; the record of the one that has the name then."""
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Create a file with `data` if no file has that name; False, and nothing done, when one has."""
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Write `data` over whatever the name holds, atomically (hints and receipts, never tables)."""
+
+    def remove(self, name: str) -> None:
+        """Remove a file or a folder, if it is there."""
+
+    def list(self, folder: str) -> list[str]:
+        """Names of the files directly in `folder`, sorted; none where there is no such folder."""
+
+    def files(self) -> Iterator[str]:
+        """Names of all files but those of work in progress, sorted."""
+
+    def lock(self) -> contextlib.AbstractContextManager[None]:
+        """Hold the advisory lock. Raises IndexLockedError while another live builder holds it."""
+
+    def run_folder(self) -> Path:
+        """Local folder for the intermediate files of this process."""
+
+    def clear_runs(self) -> None:
+        """Remove what ended executions left on this machine, but not their receipts. Only with the lock held."""
+
+    def finish_work(self) -> None:
+        """Remove this process's intermediate files, and the receipts unless another run is under way."""
 
 
-def _make_folder(folder: Path) -> None:
-    """Create a folder and those above it so that their names outlive a power cut."""
-    if not folder.is_dir():
-        _make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        _sync_folder(folder.parent)
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-
-
-def _link_if_absent(temporary: Path, final: Path) -> bool:
-    """Give `temporary` the name `final` unless that is taken; False when it was."""
-    try:
-        os.link(temporary, final)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
-            raise
-        # A file system without hard links: exclusive creation decides the winner, the rename fills it. An empty
-        # file is what a writer left that was killed between the two: the name is still free.
-        try:
-            os.close(os.open(final, os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            if final.stat().st_size > 0:
-                return False
-        os.replace(temporary, final)
-    return True
-
-
-class Store:
+class FolderStore:
     """An index's folder on a POSIX file system."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._objects = FolderObjects(root, _TEMPORARY)
+
+    @property
+    def location(self) -> str:
+        """The folder."""
+        return str(self.root)
 
     def path(self, name: str) -> Path:
-        """Path of a file below the root. Raises CorruptIndexError for an unsafe name."""
+        """See Store: the file itself."""
         return self.root / check_name(name)
 
+    def folder(self, name: str) -> Path:
+        """See Store."""
+        return self.path(name)
+
+    def fetch(self, names: Iterable[str]) -> None:
+        """See Store: nothing to do."""
+
+    def expect(self, records: Iterable[FileRecord]) -> None:
+        """See Store: a file on the disk is what it is; `refrag index verify` checks it."""
+
+    def read(self, name: str) -> bytes:
+        """See Store."""
+        return self.path(name).read_bytes()
+
     def exists(self, name: str) -> bool:
-        """True when the file is there under its final name."""
+        """See Store."""
         return self.path(name).is_file()
 
+    def size(self, name: str) -> int | None:
+        """See Store."""
+        path = self.path(name)
+        return path.stat().st_size if path.is_file() else None
+
+    def sizes(self, names: Iterable[str]) -> Mapping[str, int]:
+        """See Store."""
+        return {name: size for name in names if (size := self.size(name)) is not None}
+
     def record(self, name: str) -> FileRecord:
-        """Size and digest of a published file, read from the disk."""
+        """See Store."""
         path = self.path(name)
         return FileRecord(name, path.stat().st_size, digest_file(path))
 
-    @contextlib.contextmanager
-    def _temporary(self) -> Iterator[Path]:
-        folder = self.root / _TEMPORARY
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{os.uname().nodename}-{os.getpid()}-{next(_counter)}"
-        try:
-            yield path
-        finally:
-            path.unlink(missing_ok=True)
-
     def publish(self, name: str, write: Callable[[Path], None]) -> FileRecord:
-        """Write a file under a temporary name and give it its final name if that is free.
-
-        When another writer was first, its file stands and is the one described by the result.
-        """
-        final = self.path(name)
-        with self._temporary() as temporary:
-            write(temporary)
-            _sync_file(temporary)
-            _make_folder(final.parent)
-            _link_if_absent(temporary, final)
-        _sync_folder(final.parent)
+        """See Store: written under a temporary name, synced, and linked to the final one."""
+        self._objects.write(check_name(name), write, overwrite=False)
         return self.record(name)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Create a file with `data` if no file has that name; False, and nothing done, when one has."""
-        final = self.path(name)
-        with self._temporary() as temporary:
-            temporary.write_bytes(data)
-            _sync_file(temporary)
-            _make_folder(final.parent)
-            created = _link_if_absent(temporary, final)
-        _sync_folder(final.parent)
-        return created
+        """See Store."""
+        return self._objects.create(check_name(name), data)
 
     def replace(self, name: str, data: bytes) -> None:
-        """Write `data` over whatever the name holds, atomically (hints and receipts, never tables)."""
-        final = self.path(name)
-        with self._temporary() as temporary:
-            temporary.write_bytes(data)
-            _sync_file(temporary)
-            _make_folder(final.parent)
-            os.replace(temporary, final)
-        _sync_folder(final.parent)
+        """See Store."""
+        self._objects.put(check_name(name), data)
 
     def install(self, record: FileRecord, temporary: Path) -> None:
         """Give the file `temporary` (on this file system) its name, over whatever the name holds.
@@ -167,21 +198,26 @@ class Store:
                 f"{record.bytes} and {record.digest[:16]}…: it is damaged where it came from; make it again there"
             )
         final = self.path(record.name)
-        _sync_file(temporary)
-        _make_folder(final.parent)
+        sync_file(temporary)
+        make_folder(final.parent)
         os.replace(temporary, final)
-        _sync_folder(final.parent)
+        sync_folder(final.parent)
 
     def remove(self, name: str) -> None:
-        """Remove a file or a folder below the root, if it is there."""
+        """See Store."""
         path = self.path(name)
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
 
+    def list(self, folder: str) -> list[str]:
+        """See Store."""
+        path = self.path(folder)
+        return sorted(entry.name for entry in path.iterdir() if entry.is_file()) if path.is_dir() else []
+
     def files(self) -> Iterator[str]:
-        """Names of all files below the root but those of work in progress, sorted."""
+        """See Store."""
         for folder, folders, names in os.walk(self.root):
             folders.sort()
             base = Path(folder).relative_to(self.root)
@@ -217,3 +253,41 @@ class Store:
             return self.path(name).read_text()
         except OSError:
             return "holder unknown"
+
+    def run_folder(self) -> Path:
+        """See Store."""
+        return self.root / WORK / f"{RUNS}{os.uname().nodename}-{os.getpid()}"
+
+    def clear_runs(self) -> None:
+        """See Store."""
+        for folder in (self.root / WORK).iterdir():
+            if folder.name.startswith(RUNS) or folder.name == "tmp":
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def finish_work(self) -> None:
+        """See Store."""
+        shutil.rmtree(self.run_folder(), ignore_errors=True)
+        if not any(path.name.startswith(RUNS) for path in (self.root / WORK).iterdir()):
+            self.remove(WORK)
+
+
+def is_uri(location: IndexLocation) -> bool:
+    """True for `scheme://…`; a path never looks so."""
+    return "://" in str(location)
+
+
+def absolute(location: IndexLocation) -> str:
+    """The location independent of the working folder."""
+    return str(location).rstrip("/") if is_uri(location) else os.path.abspath(location)
+
+
+def open_store(location: IndexLocation) -> Store:
+    """The store at a path or URI; nothing is read or made yet. Raises UsageError for a URI of an unknown scheme."""
+    if not is_uri(location):
+        return FolderStore(Path(location))
+    parts = urlsplit(str(location))
+    if parts.scheme == "file":
+        return FolderStore(Path(unquote(parts.path)))
+    from refrag_core.remote_store import RemoteStore
+
+    return RemoteStore(str(location))

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from refrag_core.digests import digest_file
 from refrag_core.errors import CorruptIndexError, IndexNotFoundError
 from refrag_core.manifest import (
     CURRENT,
@@ -78,8 +77,8 @@ def _read_manifests(store: Store) -> tuple[list[Manifest], list[Problem]]:
     versions = list_versions(store)
     if not versions and not store.exists(CURRENT):
         raise IndexNotFoundError(
-            f"{store.root} holds no index: expected {version_name(1)}; build one with "
-            f"`refrag index build CORPUS -o {store.root}`"
+            f"{store.location} holds no index: expected {version_name(1)}; build one with "
+            f"`refrag index build CORPUS -o {store.location}`"
         )
     manifests, problems = [], []
     for version in versions:
@@ -97,7 +96,7 @@ def _read_manifests(store: Store) -> tuple[list[Manifest], list[Problem]]:
 def _check_current(store: Store) -> list[Problem]:
     versions = list_versions(store)
     try:
-        hint = store.path(CURRENT).read_text(encoding="ascii")
+        hint = store.read(CURRENT).decode("ascii")
     except (OSError, ValueError):
         return [Problem(CURRENT, "missing or not readable")]
     if versions and hint == f"{versions[-1]}\n":
@@ -109,13 +108,12 @@ def _check_current(store: Store) -> list[Problem]:
 
 
 def _check_file(store: Store, record: FileRecord) -> list[Problem]:
-    path = store.path(record.name)
-    if not path.is_file():
+    size = store.size(record.name)
+    if size is None:
         return [Problem(record.name, "missing")]
-    size = path.stat().st_size
     if size != record.bytes:
         return [Problem(record.name, f"{size} bytes, expected {record.bytes}")]
-    if digest_file(path) != record.digest:
+    if store.record(record.name).digest != record.digest:
         return [Problem(record.name, f"its bytes changed: SHA-256 is not {record.digest[:16]}…")]
     return []
 

@@ -18,7 +18,7 @@ from refrag_core.checkpoint import load_checkpoint
 from refrag_core.evaluation.questions import Question, question_lines
 from refrag_core.manifest import read_manifest
 from refrag_core.policy import num_expanded
-from refrag_core.storage import Store
+from refrag_core.storage import FolderStore
 from refrag_core.verification import verify_index
 from tests import command_line, tiny_models
 from tests.command_line import Finished, call, without_traceback
@@ -105,7 +105,7 @@ def test_build_accounts_for_every_document(built: Finished, root: Path) -> None:
     assert (report["documents_in"], report["indexed"], report["filtered"], report["quarantined"]) == (27, 24, 1, 2)
     assert report["encoded_chunks"] == report["chunks"] > report["passages"] > 24
     assert report["tokens"] > report["chunks"]
-    manifest = read_manifest(Store(root / "index"))
+    manifest = read_manifest(FolderStore(root / "index"))
     assert (report["content_id"], report["build_id"]) == (manifest.content_id, manifest.build_id)
     assert report["reasons"] == {"empty": 1, "malformed_json": 1, "missing_field": 1}
     assert report["seconds"] > 0
@@ -131,7 +131,7 @@ def test_a_clean_build_exits_0_and_reads_well(tmp_path: Path) -> None:
     lines = dict(line.split(maxsplit=1) for line in done.out.splitlines())
     assert lines["index"] == f"{tmp_path / 'index'} version 1, committed"
     assert lines["indexed"] == "3 (3 new, 0 changed, 0 unchanged, 0 deleted)"
-    assert lines["build"].removeprefix("id").strip() == read_manifest(Store(tmp_path / "index")).build_id
+    assert lines["build"].removeprefix("id").strip() == read_manifest(FolderStore(tmp_path / "index")).build_id
 
 
 def test_plan_writes_nothing(root: Path, index: Path, tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_verify_and_repair(root: Path, copy: Path) -> None:
     assert (whole.code, whole.json["problems"], whole.json["unlisted"]) == (0, [], [])
     assert whole.json["files"] > 10
     assert call("index", "verify", copy).out.endswith("all good\n")
-    manifest = read_manifest(Store(copy))
+    manifest = read_manifest(FolderStore(copy))
     damaged, gone = manifest.shards[0].tables["embeddings"], manifest.shards[1].tables["chunks"]
     (copy / damaged).write_bytes((copy / damaged).read_bytes()[::-1])
     (copy / gone).unlink()
@@ -179,7 +179,7 @@ def test_verify_and_repair(root: Path, copy: Path) -> None:
     assert set(mended.json) == {"version", "build_id", "repaired", "lost"}
     assert set(mended.json["repaired"]) >= {damaged, gone}
     assert mended.json["build_id"] == manifest.build_id
-    assert verify_index(Store(copy)).problems == ()
+    assert verify_index(FolderStore(copy)).problems == ()
 
 
 def test_inspect(index: Path, built: Finished) -> None:
@@ -507,7 +507,7 @@ def test_an_interrupted_build_goes_on_where_it_was(tmp_path: Path, number: signa
     assert not (index / "versions").exists()
     assert list((index / "work" / "tmp").glob("*")) == []
     receipts = command_line.num_receipts(index)
-    assert 4 <= receipts < 3 * len(read_manifest(Store(calm)).shards)
+    assert 4 <= receipts < 3 * len(read_manifest(FolderStore(calm)).shards)
     again = build(corpus, index, "--json")
     assert again.code == 0
     assert (again.json["content_id"], again.json["build_id"]) == (expected["content_id"], expected["build_id"])

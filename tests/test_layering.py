@@ -12,10 +12,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = ("refrag.schemas", "refrag_core", "refrag.pipelines", "refrag.cli")
 FOLDERS = {"schemas": "refrag.schemas", "refrag_core": "refrag_core", "pipelines": "refrag.pipelines"}
-HEAVY = {"torch", "transformers", "faiss", "ray", "apache_beam", "pyarrow.dataset", "tokenizers", "lancedb"}
+HEAVY = {"torch", "transformers", "faiss", "ray", "apache_beam", "pyarrow.dataset", "tokenizers", "lancedb", "obstore"}
 ONLY_IN = {
     "faiss": {"refrag_core/vector_index.py"},
     "typer": {"cli.py"},
+    "obstore": {"refrag_core/object_store.py"},
     "ray": {"pipelines/engines/ray.py"},
     "apache_beam": {"pipelines/engines/beam.py"},
 }
@@ -199,13 +200,13 @@ from refrag.pipelines.scan import merge_runs, scan_corpus
 from refrag.pipelines.plan import cut_shards
 from refrag.pipelines.stages import TokenizeStage
 from refrag_core.corpus.sources import CorpusOptions
-from refrag_core.storage import Store
+from refrag_core.storage import FolderStore
 from pathlib import Path
 
 corpus, tokenizer, work = map(Path, sys.argv[1:])
 scan = scan_corpus(CorpusOptions((str(corpus),)), work / "scan", chunk_sizes=(16,), default_chunk_size=16)
 (spec,) = cut_shards(merge_runs(scan.runs, work=work / "scan"), work / "plan", 1 << 40)
-receipt = TokenizeStage(str(tokenizer), "f" * 64, 64)(Store(work / "index"), spec)
+receipt = TokenizeStage(str(tokenizer), "f" * 64, 64)(FolderStore(work / "index"), spec)
 assert receipt.rows["documents"] == 5 and receipt.rows["chunks"] > 5
 print(json.dumps(sorted(sys.modules)))
 """

@@ -1,15 +1,26 @@
-"""Listing and opening files by path or URL: the local disk directly, all else through fsspec or Arrow."""
+"""Listing and opening files by path or URL.
+
+The local disk directly; buckets through the object layer where the extra `s3` is installed; all else, and buckets
+without it, through fsspec's drivers or Arrow's own clients.
+"""
 
 import errno
+import io
 import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, BinaryIO, Literal, cast
+from urllib.parse import urlsplit
 
 from refrag_core.errors import MissingExtraError
+from refrag_core.object_store import ObjectFile, RemoteObjects, has_client, is_object_store
 
 BLOCK_BYTES = 1 << 20
+
+BUFFER_BYTES = 4 << 20
+"""An object is read in ranges of at least this many bytes."""
 
 Kind = Literal["file", "folder", "other"]
 
@@ -47,6 +58,8 @@ def is_permanent(error: OSError) -> bool:
 
 def lookup(path: str) -> Entry | None:
     """The entry at `path` itself, links followed; None when there is none."""
+    if _is_bucket(path):
+        return _bucket_lookup(path)
     if is_url(path):
         return _remote_lookup(path)
     try:
@@ -58,12 +71,16 @@ def lookup(path: str) -> Entry | None:
 
 def list_folder(path: str) -> list[Entry]:
     """The entries of a folder sorted by name. Raises OSError when it cannot be listed."""
-    entries = _remote_entries(path) if is_url(path) else _local_entries(path)
+    listing = _bucket_entries if _is_bucket(path) else _remote_entries if is_url(path) else _local_entries
+    entries = listing(path)
     return sorted(entries, key=lambda entry: entry.name)
 
 
 def open_binary(path: str) -> BinaryIO:
     """Open for reading; the stream can be sought. Raises OSError."""
+    if _is_bucket(path):
+        objects, name = _bucket(path)
+        return cast(BinaryIO, io.BufferedReader(ObjectFile(objects, name), BUFFER_BYTES))
     if is_url(path):
         filesystem, inner = _remote(path)
         return cast(BinaryIO, filesystem.open(inner, "rb"))
@@ -97,6 +114,55 @@ def _local_entry(entry: "os.DirEntry[str]") -> Entry:
     if kind == "folder" and entry.is_symlink():  # may lead back up: would never end
         kind = "other"
     return Entry(entry.name, entry.path, kind, found.st_size)
+
+
+# --- buckets
+
+
+def _is_bucket(path: str) -> bool:
+    return is_object_store(path) and has_client()
+
+
+@lru_cache(maxsize=16)
+def _client(bucket: str, endpoint: str | None) -> RemoteObjects:
+    del endpoint  # another endpoint is another bucket
+    return RemoteObjects(bucket)
+
+
+def _bucket(path: str) -> tuple[RemoteObjects, str]:
+    """The bucket of a URI, and the object's name in it."""
+    parts = urlsplit(path, allow_fragments=False)
+    bucket, name = f"{parts.scheme}://{parts.netloc}", path.split("://", 1)[1].partition("/")[2]
+    return _client(bucket, os.environ.get("AWS_ENDPOINT_URL")), name.strip("/")
+
+
+def _bucket_lookup(path: str) -> Entry | None:
+    objects, name = _bucket(path)
+    found = objects.head(name) if name else None
+    if found is not None and not path.endswith("/"):
+        return _object_entry(path, found.bytes)
+    folders, below = objects.list_folder(name)
+    if not (folders or below or found or not name):
+        return None
+    return Entry(name.rpartition("/")[2], path.rstrip("/"), "folder", 0)
+
+
+def _bucket_entries(path: str) -> Iterator[Entry]:
+    objects, name = _bucket(path)
+    folders, below = objects.list_folder(name)
+    start = f"{path.rstrip('/')}/"
+    for folder in folders:
+        inner = folder.rpartition("/")[2]
+        yield Entry(inner, start + inner, "folder", 0)
+    for info in below:
+        yield _object_entry(start + info.name.rpartition("/")[2], info.bytes)
+
+
+def _object_entry(path: str, size: int) -> Entry:
+    return Entry(path.rpartition("/")[2], path, "file", size)
+
+
+# --- all other URLs
 
 
 def _remote(path: str) -> tuple[Any, str]:

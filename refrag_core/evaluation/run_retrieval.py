@@ -12,6 +12,7 @@ from refrag_core.evaluation.retrieval import RetrievalScores, score_retrieval
 from refrag_core.index_reader import IndexReader
 from refrag_core.manifest import live_documents
 from refrag_core.retrieval import Searcher, open_searcher
+from refrag_core.storage import IndexLocation
 from refrag_core.tables import iterate_rows
 
 DEPTH = 100
@@ -19,13 +20,13 @@ DEPTH = 100
 
 
 def evaluate_retrieval(
-    root: Path, questions: Path, *, retriever: str | None = None, device: str = "auto", bm25: bool = True
+    location: IndexLocation, questions: Path, *, retriever: str | None = None, device: str = "auto", bm25: bool = True
 ) -> dict[str, Any]:
     """Recall@1/5/20 and MRR over documents, of the index's own retrieval and of BM25 over the same passages.
 
     Raises UsageError for a question whose gold document the index does not hold.
     """
-    searcher = open_searcher(root, retriever=retriever, device=device)
+    searcher = open_searcher(location, retriever=retriever, device=device)
     asked = read_questions(questions)
     reader = searcher.reader
     check_gold(asked, (live.document_id for live in live_documents(reader.store, reader.manifest)))

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from refrag_core.manifest import list_versions, read_manifest
-from refrag_core.storage import WORK, Store
+from refrag_core.storage import WORK, FolderStore
 from refrag_core.verification import verify_index
 from tests import command_line
 from tests.small_index import documents, models_folder, write_jsonl
@@ -72,7 +72,7 @@ def how_far(index: Path) -> str:
     names = [path.name for path in (index / WORK / "receipts").glob("*.json")]
     done = ", ".join(f"{stage} {sum(name.startswith(stage) for name in names)}" for stage in STAGES)
     segments = len(list((index / "segments").glob("*.faiss")))
-    if versions := list_versions(Store(index)):
+    if versions := list_versions(FolderStore(index)):
         return f"version {versions[-1]} committed{', work/ still there' if (index / WORK).exists() else ''}"
     if not names:
         return "nothing yet" if not (index / WORK).exists() else "locked, no shard done"
@@ -81,13 +81,13 @@ def how_far(index: Path) -> str:
 
 def ids_of(index: Path) -> tuple[str, str]:
     """Content id and build id of the newest generation."""
-    manifest = read_manifest(Store(index))
+    manifest = read_manifest(FolderStore(index))
     return manifest.content_id, manifest.build_id
 
 
 def problems_of(index: Path) -> Iterator[str]:
     """Everything in an index's folder that should not be there or not be so."""
-    result = verify_index(Store(index))
+    result = verify_index(FolderStore(index))
     yield from (f"{problem.file}: {problem.found}" for problem in result.problems)
     yield from (f"{name}: not part of any generation" for name in result.unlisted)
     if (index / WORK).exists():
@@ -143,7 +143,7 @@ def kill_builds(
             shutil.rmtree(index)
         killed.append(found)
         log(f"{len(killed):>3}. {found}")
-        if list_versions(Store(index)):  # what is left of this build is done by one more run; then from the start
+        if list_versions(FolderStore(index)):  # what is left of this build is done by one more run; then from the start
             complete(root, index)
             ids.append(ids_of(index))
             problems += problems_of(index)

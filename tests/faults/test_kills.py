@@ -20,7 +20,7 @@ from refrag_core.checkpoint import PolicyConfig, load_checkpoint
 from refrag_core.errors import IndexLockedError
 from refrag_core.manifest import list_versions, read_manifest
 from refrag_core.policy import initialise_policy
-from refrag_core.storage import Store
+from refrag_core.storage import FolderStore, Store
 from refrag_core.vector_index import IndexSpec, build_segment, train_quantizer
 from refrag_core.verification import verify_index
 from tests import command_line
@@ -132,8 +132,8 @@ def test_an_update_may_die_at_any_step(tmp_path: Path, own_cache: Path, deaths: 
         deaths.arm(at)
         with pytest.raises(_Died):
             index.build(delete_missing=True)
-        assert read_manifest(Store(index.path)).build_id in (old.build_id, calm.build_id)
-        damaged = {problem.file for problem in verify_index(Store(index.path)).problems}
+        assert read_manifest(FolderStore(index.path)).build_id in (old.build_id, calm.build_id)
+        damaged = {problem.file for problem in verify_index(FolderStore(index.path)).problems}
         assert damaged <= {"CURRENT"}, at  # the hint lags where the commit was the last thing done
         deaths.arm(0)
         report = index.build(delete_missing=True)
@@ -161,15 +161,15 @@ def test_of_two_builders_one_commits_and_the_other_says_so(root: Path) -> None:
     done = command_line.finish(first)
     assert done.code == 0, done.err
     assert (done.json["version"], done.json["committed"]) == (1, True)
-    assert list_versions(Store(index)) == [1]
+    assert list_versions(FolderStore(index)) == [1]
     assert list(problems_of(index)) == []
 
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from refrag_core.storage import Store
-with Store(Path(sys.argv[1])).lock():
+from refrag_core.storage import FolderStore, Store
+with FolderStore(Path(sys.argv[1])).lock():
     print("locked", flush=True)
     time.sleep(600)
 """
@@ -179,7 +179,7 @@ def test_a_builder_killed_with_the_lock_held_does_not_block(tmp_path: Path) -> N
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "locked\n"
-    store = Store(tmp_path)
+    store = FolderStore(tmp_path)
     with pytest.raises(IndexLockedError, match=f"process {holder.pid} on"), store.lock():
         pass
     holder.kill()
@@ -213,7 +213,7 @@ def test_a_full_disk_stops_a_build_that_then_goes_on(
         patch.setattr(Store, "create", full(Store.create))
         with pytest.raises(OSError, match="No space left on device"):
             index.build()
-    assert list_versions(Store(index.path)) == []
+    assert list_versions(FolderStore(index.path)) == []
     report = index.build()
     assert (report.content_id, report.build_id) == (calm.content_id, calm.build_id)
     assert list(problems_of(index.path)) == []
@@ -243,7 +243,7 @@ def test_a_file_that_cannot_grow_is_one_clear_line(root: Path) -> None:
         return build_arguments(root, index, checkpoint=checkpoint, shard_bytes=1 << 20)
 
     assert command_line.call(*arguments(root / "calm")).code == 0
-    files = read_manifest(Store(root / "calm")).files.values()
+    files = read_manifest(FolderStore(root / "calm")).files.values()
     (chunks,) = (record.bytes for record in files if "chunks" in record.name)
     assert max(record.bytes for record in files if "checkpoints" in record.name) < chunks
     limit = (chunks - 1, chunks - 1)

@@ -24,7 +24,7 @@ from refrag_core.errors import (
 from refrag_core.index_reader import IndexReader, PassageRef
 from refrag_core.manifest import commit, live_documents, read_manifest
 from refrag_core.models import load_tokenizer
-from refrag_core.storage import Store
+from refrag_core.storage import FolderStore, Store
 from refrag_core.verification import verify_index
 from tests.small_index import SmallIndex, documents
 
@@ -77,7 +77,7 @@ def test_everything_that_came_in_is_in_the_index(small: SmallIndex) -> None:
             == tokenizer.encode(record["text"], add_special_tokens=False).ids
         )
         assert all(len(e[5]) == -(-len(e[4]) // 16) for e in entries)
-    assert verify_index(Store(small.path)).problems == ()
+    assert verify_index(FolderStore(small.path)).problems == ()
 
 
 def test_stored_embeddings_are_the_encoders(small: SmallIndex) -> None:
@@ -138,7 +138,7 @@ def test_an_update_encodes_only_what_changed(small: SmallIndex, tmp_path: Path) 
     for document, entries in anew.items():
         assert [e[:5] for e in updated[document]] == [e[:5] for e in entries]
         assert all(np.array_equal(a[5], b[5]) for a, b in zip(updated[document], entries, strict=True))
-    assert verify_index(Store(small.path)).problems == ()
+    assert verify_index(FolderStore(small.path)).problems == ()
 
 
 def test_removed_passages_are_never_found(small: SmallIndex) -> None:
@@ -160,8 +160,10 @@ def test_nothing_is_deleted_without_being_told(small: SmallIndex) -> None:
     assert (kept.missing, kept.deleted, kept.committed) == (10, 0, False)
     gone = small.build(delete_missing=True)
     assert (gone.missing, gone.deleted, gone.version) == (0, 10, 2)
-    manifest = read_manifest(Store(small.path))
-    assert [d.document_id for d in live_documents(Store(small.path), manifest)] == [d["id"] for d in documents(50)]
+    manifest = read_manifest(FolderStore(small.path))
+    assert [d.document_id for d in live_documents(FolderStore(small.path), manifest)] == [
+        d["id"] for d in documents(50)
+    ]
 
 
 def test_bad_records_are_quarantined_with_their_reasons(small: SmallIndex) -> None:
@@ -263,7 +265,7 @@ def test_adaptive_chunk_sizes(small: SmallIndex) -> None:
         importance = float(reader.describe(ref).metadata["importance"])
         expected = 8 if importance >= 2 / 3 else 16 if importance >= 1 / 3 else 32
         assert reader.fetch([ref])[0].chunk_size == expected
-    assert verify_index(Store(small.path)).problems == ()
+    assert verify_index(FolderStore(small.path)).problems == ()
     assert report.indexed == 60
 
 
@@ -277,7 +279,7 @@ def test_scores_are_added_without_encoding_again(small: SmallIndex) -> None:
     assert (fetched.scores > 0).all()
     small.write([*documents(60), {"id": "x", "text": "One more document."}])
     assert small.build().version == 3  # new shards get the column without being asked
-    assert all("scores" in shard.tables for shard in read_manifest(Store(small.path)).shards)
+    assert all("scores" in shard.tables for shard in read_manifest(FolderStore(small.path)).shards)
 
 
 def test_other_models_or_settings_are_refused_or_rebuilt(small: SmallIndex) -> None:
@@ -287,7 +289,7 @@ def test_other_models_or_settings_are_refused_or_rebuilt(small: SmallIndex) -> N
         small.build()
     report = small.build(rebuild=True)
     assert (report.version, report.new) == (2, 60)
-    assert verify_index(Store(small.path)).problems == ()
+    assert verify_index(FolderStore(small.path)).problems == ()
 
 
 def test_a_chunk_size_that_the_checkpoint_was_not_made_for(small: SmallIndex) -> None:
@@ -313,7 +315,7 @@ def test_the_recall_gate_publishes_nothing_below_it(small: SmallIndex, monkeypat
 
 
 def test_two_builders_at_once(small: SmallIndex) -> None:
-    with Store(small.path).lock(), pytest.raises(IndexLockedError, match="another build is running"):
+    with FolderStore(small.path).lock(), pytest.raises(IndexLockedError, match="another build is running"):
         small.build()
     assert small.build().version == 1
 
@@ -329,7 +331,7 @@ def test_without_the_lock_the_commit_still_has_one_winner(small: SmallIndex, mon
     monkeypatch.setattr(build, "commit", overtaken)
     with pytest.raises(CommitConflictError, match="another build committed version 1"):
         small.build()
-    assert read_manifest(Store(small.path)).content_id == "f" * 64
+    assert read_manifest(FolderStore(small.path)).content_id == "f" * 64
 
 
 def test_accounts_must_balance() -> None:
@@ -343,5 +345,5 @@ def test_accounts_must_balance() -> None:
 def test_work_in_progress_is_gone_after_the_commit(small: SmallIndex) -> None:
     small.build()
     assert not (small.path / "work").exists()
-    assert verify_index(Store(small.path)).unlisted == ()
+    assert verify_index(FolderStore(small.path)).unlisted == ()
     json.loads((small.path / "versions" / "1.json").read_text())

@@ -11,7 +11,7 @@ from refrag.pipelines import estimate
 from refrag.pipelines.engines.local import LocalEngine
 from refrag.pipelines.estimate import PlanReport, estimate_build
 from refrag_core.manifest import read_manifest
-from refrag_core.storage import Store
+from refrag_core.storage import FolderStore
 from tests.small_index import SmallIndex, documents
 
 BAD: list[Any] = ["{broken", {"id": "no-text"}, {"id": "empty", "text": " "}, documents(1)[0]]
@@ -51,7 +51,7 @@ def test_counts_of_documents_are_exact(first: tuple[PlanReport, Any]) -> None:
 
 
 def test_shards_and_text_are_exact(small: SmallIndex, first: tuple[PlanReport, Any]) -> None:
-    assert first[0].shards == len(read_manifest(Store(small.path), 1).shards) > 10
+    assert first[0].shards == len(read_manifest(FolderStore(small.path), 1).shards) > 10
     assert first[0].text_bytes == sum(len(record["text"].encode()) for record in documents(150))
 
 

@@ -18,7 +18,7 @@ from refrag.schemas import arrow
 from refrag_core import vector_index
 from refrag_core.errors import RecallGateError
 from refrag_core.manifest import Manifest, Shard, TombstoneInfo
-from refrag_core.storage import Store
+from refrag_core.storage import FolderStore, Store
 from refrag_core.tables import fixed_binary, write_table
 from refrag_core.vector_index import VectorIndex
 
@@ -53,7 +53,7 @@ class Notes(Silent):
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    return Store(tmp_path)
+    return FolderStore(tmp_path)
 
 
 def make_shard(store: Store, name: str, passages: int) -> Shard:
@@ -135,7 +135,7 @@ def test_a_segment_holds_the_vectors_of_its_shards_end_to_end(store: Store, monk
 
 def test_names_and_bytes_follow_from_the_vectors_alone(tmp_path: Path) -> None:
     def made(folder: str, **sizes: int) -> dict[str, str]:
-        store = Store(tmp_path / folder)
+        store = FolderStore(tmp_path / folder)
         return {record.name: record.digest for record in build(store, make_shards(store, **sizes)).files}
 
     assert made("one", a=30, b=20) == made("two", a=30, b=20)

@@ -31,7 +31,7 @@ from refrag_core.inspection import inspect_index, inspect_passage
 from refrag_core.manifest import encode_manifest, list_versions, read_manifest
 from refrag_core.runtime import AskOptions, Runtime
 from refrag_core.signing import write_key_pair
-from refrag_core.storage import Store
+from refrag_core.storage import FolderStore
 from refrag_core.verification import verify_index
 from tests.small_index import SmallIndex, documents
 
@@ -86,7 +86,7 @@ def flip(path: Path, at: int = -1) -> None:
 
 
 def some_file(root: Path, kind: str = "embeddings") -> Path:
-    return root / read_manifest(Store(root)).shards[0].tables[kind]
+    return root / read_manifest(FolderStore(root)).shards[0].tables[kind]
 
 
 # --- export -----------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def some_file(root: Path, kind: str = "embeddings") -> Path:
 def test_a_bundle_answers_as_its_index_does(library: SmallIndex, tmp_path: Path) -> None:
     report = export_bundle(library.path, tmp_path / "bundle", PLAIN)
     assert ask(tmp_path / "bundle") == ask(library.path)
-    index = read_manifest(Store(library.path))
+    index = read_manifest(FolderStore(library.path))
     assert (report.version, report.content_id) == (2, index.content_id)
     assert report.moved_bytes == report.bytes > 0
 
@@ -103,7 +103,7 @@ def test_a_bundle_answers_as_its_index_does(library: SmallIndex, tmp_path: Path)
 def test_it_holds_what_serving_needs_and_nothing_else(library: SmallIndex, tmp_path: Path) -> None:
     root = tmp_path / "bundle"
     export_bundle(library.path, root, PLAIN)
-    manifest, index = read_manifest(Store(root)), read_manifest(Store(library.path))
+    manifest, index = read_manifest(FolderStore(root)), read_manifest(FolderStore(library.path))
     assert all(
         set(shard.tables) == {"passages", "chunks", "embeddings", "vectors", "scores"} for shard in manifest.shards
     )
@@ -112,15 +112,15 @@ def test_it_holds_what_serving_needs_and_nothing_else(library: SmallIndex, tmp_p
     assert manifest.bundle is not None
     assert manifest.bundle.source_build_id == index.build_id
     assert manifest.parent is None
-    assert set(Store(root).files()) == {*manifest.files, "versions/2.json", "CURRENT"}
+    assert set(FolderStore(root).files()) == {*manifest.files, "versions/2.json", "CURRENT"}
     assert not (root / "work").exists()
-    assert verify_index(Store(root)).problems == ()
+    assert verify_index(FolderStore(root)).problems == ()
     assert inspect_index(root)["bytes"]["embeddings"] == inspect_index(library.path)["bytes"]["embeddings"]
 
 
 def test_files_are_named_by_their_bytes(library: SmallIndex, tmp_path: Path) -> None:
     export_bundle(library.path, tmp_path / "bundle", PLAIN)
-    for record in read_manifest(Store(tmp_path / "bundle")).files.values():
+    for record in read_manifest(FolderStore(tmp_path / "bundle")).files.values():
         folder = record.name.split("/")[0]
         assert folder in ("files", "checkpoints")
         assert folder == "checkpoints" or Path(record.name).stem == record.digest
@@ -138,7 +138,7 @@ def test_it_can_be_moved_and_the_index_removed(two: SmallIndex, tmp_path: Path) 
 @pytest.mark.parametrize("copy", [False, True])
 def test_files_are_linked_unless_copies_are_asked_for(two: SmallIndex, tmp_path: Path, copy: bool) -> None:
     export_bundle(two.path, tmp_path / "bundle", ExportOptions(copy=copy))
-    index = read_manifest(Store(two.path)).shards[0].tables["embeddings"]
+    index = read_manifest(FolderStore(two.path)).shards[0].tables["embeddings"]
     assert some_file(tmp_path / "bundle").samefile(two.path / index) is not copy
 
 
@@ -173,7 +173,7 @@ def test_a_second_generation_shares_its_files_with_the_first(two: SmallIndex, tm
     assert first.spared_files == 0
     assert second.spared_bytes > 0
     assert second.moved_bytes < first.moved_bytes
-    assert list_versions(Store(tmp_path / "bundle")) == [1, 2]
+    assert list_versions(FolderStore(tmp_path / "bundle")) == [1, 2]
     again = export_bundle(two.path, tmp_path / "bundle", PLAIN)
     assert (again.moved_files, again.moved_bytes) == (0, 0)
 
@@ -183,7 +183,7 @@ def test_a_damaged_index_is_not_exported(two: SmallIndex, tmp_path: Path) -> Non
     flip(some_file(tmp_path / "index"))
     with pytest.raises(CorruptIndexError, match=r"arrived with \d+ bytes and SHA-256 .* expected"):
         export_bundle(tmp_path / "index", tmp_path / "bundle", PLAIN)
-    assert list_versions(Store(tmp_path / "bundle")) == []
+    assert list_versions(FolderStore(tmp_path / "bundle")) == []
 
 
 def test_a_bundle_of_another_index_is_not_overwritten(two: SmallIndex, library: SmallIndex, tmp_path: Path) -> None:
@@ -221,10 +221,10 @@ def test_opening_checks_every_byte_and_writes_nothing(two: SmallIndex, tmp_path:
     before = tree(root)
     report = open_bundle(root)
     assert tree(root) == before
-    assert report.bytes == sum(record.bytes for record in read_manifest(Store(root)).files.values())
+    assert report.bytes == sum(record.bytes for record in read_manifest(FolderStore(root)).files.values())
     assert sum(report.bytes_by_kind.values()) == report.bytes
     assert not report.signed
-    for record in read_manifest(Store(root)).files.values():
+    for record in read_manifest(FolderStore(root)).files.values():
         path = root / record.name
         kept = path.read_bytes()
         flip(path, at=len(kept) // 2)
@@ -246,12 +246,12 @@ def test_a_pull_moves_what_is_missing_and_keeps_the_generation_before(two: Small
     assert first.moved_bytes == first.bytes
     export_bundle(two.path, source, PLAIN)
     second = pull_bundle(str(source), host)
-    old, new = (read_manifest(Store(source), version).files for version in (1, 2))
+    old, new = (read_manifest(FolderStore(source), version).files for version in (1, 2))
     missing = [record for name, record in new.items() if name not in old]
     assert second.moved_files == len(missing)
     assert second.moved_bytes == sum(r.bytes for r in missing) + (source / "versions/2.json").stat().st_size
     assert second.moved_bytes + second.spared_bytes == second.bytes
-    assert list_versions(Store(host)) == [1, 2]
+    assert list_versions(FolderStore(host)) == [1, 2]
     assert ask(host) == ask(two.path)
     assert ask(host, version=1) == ask(two.path, version=1)
     assert (host / "CURRENT").read_text() == "2\n"
@@ -262,7 +262,7 @@ def test_an_older_generation_may_be_pulled_later(two: SmallIndex, tmp_path: Path
     for version in (1, 2):
         export_bundle(two.path, source, ExportOptions(version=version))
     pull_bundle(str(source), host)
-    assert list_versions(Store(host)) == [2]
+    assert list_versions(FolderStore(host)) == [2]
     assert pull_bundle(str(source), host, version=1).version == 1
     assert (host / "CURRENT").read_text() == "2\n"
     with pytest.raises(IndexNotFoundError, match=r"versions/7.json is not there; expected a generation among \[1, 2\]"):
@@ -273,7 +273,7 @@ def test_bytes_that_are_there_under_another_name_do_not_move(two: SmallIndex, tm
     source, host = tmp_path / "source", tmp_path / "host"
     export_bundle(two.path, source, ExportOptions(include_decoder=True, version=1))
     pull_bundle(str(source), host)
-    manifest = read_manifest(Store(source))
+    manifest = read_manifest(FolderStore(source))
     decoder = [record for record in manifest.files.values() if record.name.startswith("models/")]
     renamed = {r.name: replace(r, name=r.name.replace("models/", "models/again/")) for r in decoder}
     for old, new in renamed.items():
@@ -299,9 +299,9 @@ def test_a_damaged_source_is_refused_and_the_host_serves_on(two: SmallIndex, tmp
     pull_bundle(str(source), host)
     expected = ask(host)
     export_bundle(two.path, source, PLAIN)
-    new = read_manifest(Store(source)).shards[-1].tables[kind]
-    old = read_manifest(Store(source), 1).files
-    (damaged,) = {s.tables[kind] for s in read_manifest(Store(source)).shards} - set(old)
+    new = read_manifest(FolderStore(source)).shards[-1].tables[kind]
+    old = read_manifest(FolderStore(source), 1).files
+    (damaged,) = {s.tables[kind] for s in read_manifest(FolderStore(source)).shards} - set(old)
     assert new
     flip(source / damaged)
     with pytest.raises(CorruptIndexError, match="arrived with"):
@@ -312,7 +312,7 @@ def test_a_damaged_source_is_refused_and_the_host_serves_on(two: SmallIndex, tmp
     (source / damaged).unlink()
     with pytest.raises(CorruptIndexError, match="is missing, expected"):
         pull_bundle(str(source), host)
-    assert list_versions(Store(host)) == [1]
+    assert list_versions(FolderStore(host)) == [1]
     assert ask(host) == expected
     assert not (host / "work").exists()
 
@@ -329,7 +329,7 @@ def test_a_file_that_rotted_on_the_host_is_fetched_again(two: SmallIndex, tmp_pa
 def test_a_manifest_with_an_unsafe_name_is_refused_before_any_file(two: SmallIndex, tmp_path: Path) -> None:
     source, host = tmp_path / "source", tmp_path / "host"
     export_bundle(two.path, source, PLAIN)
-    manifest = read_manifest(Store(source))
+    manifest = read_manifest(FolderStore(source))
     for name in ("../outside", "/etc/outside", "files/../../outside", "files\\outside"):
         record = next(iter(manifest.files.values()))
         evil = replace(manifest, version=9, files={**manifest.files, name: replace(record, name=name)})
@@ -411,7 +411,7 @@ def test_killed_at_every_step_it_goes_on_and_readers_never_notice(two: SmallInde
         assert open_bundle(target).version == 2
         assert open_bundle(target, version=1).version == 1
         assert not (target / "work").exists()
-        assert verify_index(Store(target)).problems == ()
+        assert verify_index(FolderStore(target)).problems == ()
         shutil.rmtree(target)
     assert seen == {1, 2}
     assert step > 10
@@ -429,11 +429,11 @@ def host(two: SmallIndex, tmp_path: Path) -> Path:
 
 
 def test_old_generations_and_their_files_go(host: Path, two: SmallIndex) -> None:
-    only_old = set(read_manifest(Store(host), 1).files) - set(read_manifest(Store(host)).files)
+    only_old = set(read_manifest(FolderStore(host), 1).files) - set(read_manifest(FolderStore(host)).files)
     done = collect(host, keep=1, grace_seconds=0)
     assert (done.removed, done.kept, done.held) == ((1,), (2,), ())
     assert done.files == len(only_old) > 0
-    assert set(Store(host).files()) == {*read_manifest(Store(host)).files, "versions/2.json", "CURRENT"}
+    assert set(FolderStore(host).files()) == {*read_manifest(FolderStore(host)).files, "versions/2.json", "CURRENT"}
     assert open_bundle(host).version == 2
     assert ask(host) == ask(two.path)
 
@@ -463,13 +463,13 @@ def test_files_on_their_way_stay(two: SmallIndex, tmp_path: Path, monkeypatch: p
         export_bundle(two.path, source, ExportOptions(version=version))
     pull_bundle(str(source), host, version=1)
     arriving = []
-    install = Store.install
+    install = FolderStore.install
 
-    def beside(store: Store, record: Any, temporary: Path) -> None:
+    def beside(store: FolderStore, record: Any, temporary: Path) -> None:
         install(store, record, temporary)
         arriving.append(collect(host, keep=1, grace_seconds=0))
 
-    monkeypatch.setattr(Store, "install", beside)
+    monkeypatch.setattr(FolderStore, "install", beside)
     pull_bundle(str(source), host, jobs=1)
     assert arriving
     assert all(done.arriving == (2,) and done.files == 0 for done in arriving)
@@ -482,7 +482,7 @@ def test_what_a_killed_pull_left_stays_for_the_grace_period(two: SmallIndex, tmp
     pull_bundle(str(source), host)
     export_bundle(two.path, source, PLAIN)
     assert killed(lambda: pull_bundle(str(source), host, jobs=1), 9)
-    left = set(Store(host).files()) - {*read_manifest(Store(host)).files, "versions/1.json", "CURRENT"}
+    left = set(FolderStore(host).files()) - {*read_manifest(FolderStore(host)).files, "versions/1.json", "CURRENT"}
     assert left
     done = collect(host)
     assert (done.files, done.young) == (0, len(left))
@@ -514,7 +514,7 @@ def test_a_signed_bundle_opens_with_its_key_and_no_other(two: SmallIndex, tmp_pa
         open_bundle(root, verify_keys=[other])
     with pytest.raises(SignatureError):
         Runtime.open(root, device="cpu", verify_keys=[other])
-    assert verify_index(Store(root)).unlisted == ()
+    assert verify_index(FolderStore(root)).unlisted == ()
 
 
 def test_keys_are_private_and_never_overwritten(tmp_path: Path, two: SmallIndex) -> None:
@@ -549,7 +549,7 @@ def test_unsigned_and_altered_bundles_are_refused(two: SmallIndex, tmp_path: Pat
     assert not host.exists()
     export_bundle(two.path, source, ExportOptions(sign_key=tmp_path / "key"))  # signs what is there
     pull_bundle(str(source), host, verify_keys=[public])
-    altered = replace(read_manifest(Store(host)), content_id="0" * 64)
+    altered = replace(read_manifest(FolderStore(host)), content_id="0" * 64)
     (host / "versions/2.json").write_bytes(encode_manifest(altered))
     with pytest.raises(SignatureError, match="it was altered, or signed with another key"):
         Runtime.open(host, device="cpu", verify_keys=[public])

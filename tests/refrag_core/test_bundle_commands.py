@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from refrag_core.manifest import list_versions
-from refrag_core.storage import Store
+from refrag_core.storage import FolderStore
 from tests.command_line import call
 from tests.small_index import SmallIndex
 
@@ -50,7 +50,7 @@ def test_collecting(library: SmallIndex, tmp_path: Path) -> None:
         assert call("bundle", "export", library.path, tmp_path / "host", "--version", version).code == 0
     done = call("bundle", "gc", tmp_path / "host", "--keep", 1, "--grace-seconds", 0)
     assert "removed   generations 1; " in done.out
-    assert list_versions(Store(tmp_path / "host")) == [2]
+    assert list_versions(FolderStore(tmp_path / "host")) == [2]
     assert call("bundle", "gc", tmp_path / "host", "--json").json["removed"] == []
 
 

@@ -10,7 +10,7 @@ import pytest
 from refrag_core.errors import CorruptIndexError, IndexNotFoundError
 from refrag_core.index_reader import IndexReader, PassageRef
 from refrag_core.manifest import encode_manifest, read_manifest
-from refrag_core.storage import Store
+from refrag_core.storage import FolderStore
 from tests.small_index import SmallIndex, documents
 
 
@@ -156,7 +156,7 @@ def test_reading_writes_nothing(library: SmallIndex) -> None:
 
 def test_a_shard_whose_tables_have_other_rows_is_refused(library: SmallIndex, tmp_path: Path) -> None:
     shutil.copytree(library.path, tmp_path / "index")
-    store = Store(tmp_path / "index")
+    store = FolderStore(tmp_path / "index")
     manifest = read_manifest(store)
     liar = replace(manifest, shards=[replace(manifest.shards[0], chunks=7), *manifest.shards[1:]])
     store.path(manifest.name).write_bytes(encode_manifest(liar))

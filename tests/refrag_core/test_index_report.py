@@ -12,7 +12,7 @@ from refrag_core.bundle import ExportOptions, export_bundle
 from refrag_core.index_reader import IndexReader
 from refrag_core.index_report import draw, draw_sweep, gather, render, write_report
 from refrag_core.manifest import run_record_name
-from refrag_core.storage import Store
+from refrag_core.storage import FolderStore
 from refrag_core.vector_index import NprobeMeasurement
 from tests.browser import find_browser, visit
 from tests.small_index import SmallIndex, documents
@@ -116,7 +116,7 @@ def test_a_bundle_has_a_page_and_without_its_retriever_it_says_so(
 
 
 def test_the_record_is_no_part_of_the_generation(library: SmallIndex) -> None:
-    store = Store(library.path)
+    store = FolderStore(library.path)
     assert store.exists(run_record_name(2))
     assert run_record_name(2) not in IndexReader(library.path).manifest.files
 

@@ -6,7 +6,7 @@ from refrag_core.errors import UsageError
 from refrag_core.index_reader import IndexReader
 from refrag_core.inspection import inspect_index, inspect_passage, inspect_quarantine
 from refrag_core.manifest import read_manifest
-from refrag_core.storage import Store
+from refrag_core.storage import FolderStore
 from tests.small_index import SmallIndex, documents
 
 
@@ -16,7 +16,7 @@ def _cache(own_cache: Path) -> None:
 
 
 def test_the_summary_says_what_the_manifest_says(library: SmallIndex) -> None:
-    manifest, shown = read_manifest(Store(library.path)), inspect_index(library.path)
+    manifest, shown = read_manifest(FolderStore(library.path)), inspect_index(library.path)
     assert shown["index"] == {
         "version": 2,
         "versions": 2,
@@ -36,7 +36,7 @@ def test_the_summary_says_what_the_manifest_says(library: SmallIndex) -> None:
 
 def test_bytes_are_those_on_the_disk(library: SmallIndex) -> None:
     sizes = inspect_index(library.path)["bytes"]
-    named = read_manifest(Store(library.path)).files
+    named = read_manifest(FolderStore(library.path)).files
     on_disk = {name: (library.path / name).stat().st_size for name in named}
     assert sizes["total"] == sum(on_disk.values()) == sum(v for k, v in sizes.items() if k != "total")
     for kind in ("embeddings", "vectors", "scores", "chunks", "passages", "documents"):

@@ -30,7 +30,7 @@ from refrag_core.manifest import (
     live_documents,
     read_manifest,
 )
-from refrag_core.storage import FileRecord, Store
+from refrag_core.storage import FileRecord, FolderStore, Store
 from refrag_core.tables import write_table
 
 NAMES = ("documents", "passages", "chunks", "embeddings", "vectors")
@@ -125,7 +125,7 @@ def test_a_broken_invariant_has_its_own_message(change: dict[str, Any], message:
 
 
 def test_commit_is_won_once(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = FolderStore(tmp_path)
     commit(store, make_manifest())
     with pytest.raises(CommitConflictError, match="another build committed version 1"):
         commit(store, make_manifest(content_id="e" * 64))
@@ -134,7 +134,7 @@ def test_commit_is_won_once(tmp_path: Path) -> None:
 
 
 def test_the_newest_version_is_read_and_missing_ones_are_named(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = FolderStore(tmp_path)
     with pytest.raises(IndexNotFoundError, match="holds no committed generation"):
         read_manifest(store)
     for version in range(1, 12):
@@ -147,7 +147,7 @@ def test_the_newest_version_is_read_and_missing_ones_are_named(tmp_path: Path) -
 
 
 def test_a_manifest_under_another_number_is_refused(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = FolderStore(tmp_path)
     store.create("versions/2.json", encode_manifest(make_manifest()))
     with pytest.raises(CorruptIndexError, match="is the manifest of version 1"):
         read_manifest(store)
@@ -167,7 +167,7 @@ def _write_documents(store: Store, shard: Shard, ids: list[str]) -> None:
 
 
 def test_live_documents_are_merged_without_the_removed(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = FolderStore(tmp_path)
     shards = [make_shard("1" * 32, "b", "f"), make_shard("2" * 32, "a", "é"), make_shard("3" * 32, "z", "z")]
     for shard, ids in zip(shards, (["b", "d", "f"], ["a", "e", "é"], ["z"]), strict=True):
         _write_documents(store, shard, ids)

@@ -11,7 +11,7 @@ from refrag_core.bundle_folder import collect
 from refrag_core.errors import CorruptIndexError, IndexNotFoundError
 from refrag_core.manifest import read_manifest
 from refrag_core.runtime import Answer, AskOptions, Runtime
-from refrag_core.storage import Store
+from refrag_core.storage import FolderStore
 from tests.small_index import SmallIndex
 
 QUESTION = "Which river is the capital of the northern island?"
@@ -100,7 +100,7 @@ def test_a_pinned_runtime_stays_where_it_is(small: SmallIndex) -> None:
 def test_a_generation_that_cannot_be_opened_changes_nothing(small: SmallIndex) -> None:
     runtime = Runtime.open(small.path, version=1, device="cpu")
     before = runtime.ask(QUESTION, OPTIONS)
-    new = set(read_manifest(Store(small.path)).files) - set(read_manifest(Store(small.path), 1).files)
+    new = set(read_manifest(FolderStore(small.path)).files) - set(read_manifest(FolderStore(small.path), 1).files)
     (small.path / min(new)).unlink()
     with pytest.raises(CorruptIndexError):
         runtime.reload()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from refrag_core.errors import CorruptIndexError, IndexLockedError
-from refrag_core.storage import Store, check_name
+from refrag_core.storage import FolderStore, check_name
 
 
 @pytest.mark.parametrize("name", ["../x", "/x", "a//b", "a/./b", "a/../b", "", "a\\b", "c:x", "a\nb", "a/"])
@@ -17,13 +17,13 @@ def test_unsafe_names_are_refused(name: str) -> None:
 
 
 def test_publish_gives_size_and_digest(tmp_path: Path) -> None:
-    record = Store(tmp_path).publish("a/b", lambda path: path.write_bytes(b"abc") and None)
+    record = FolderStore(tmp_path).publish("a/b", lambda path: path.write_bytes(b"abc") and None)
     assert (record.name, record.bytes) == ("a/b", 3)
     assert record.digest == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
 def test_the_first_published_file_stands(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = FolderStore(tmp_path)
     first = store.publish("x", lambda path: path.write_bytes(b"first") and None)
     second = store.publish("x", lambda path: path.write_bytes(b"second") and None)
     assert second == first
@@ -36,12 +36,12 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        Store(tmp_path).publish("x", write)
+        FolderStore(tmp_path).publish("x", write)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_create_is_won_once(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = FolderStore(tmp_path)
     assert store.create("versions/1.json", b"1")
     assert not store.create("versions/1.json", b"2")
     assert (tmp_path / "versions/1.json").read_bytes() == b"1"
@@ -52,7 +52,7 @@ def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.Mo
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", no_links)
-    store = Store(tmp_path)
+    store = FolderStore(tmp_path)
     assert store.create("x", b"1")
     assert not store.create("x", b"2")
     assert (tmp_path / "x").read_bytes() == b"1"
@@ -62,14 +62,14 @@ def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_files_leave_out_work_in_progress(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = FolderStore(tmp_path)
     for name in ("b/2", "a/1", "CURRENT", "work/receipts/r"):
         store.create(name, b"")
     assert list(store.files()) == ["CURRENT", "a/1", "b/2"]
 
 
 def _hold(root: Path) -> None:
-    with Store(root).lock():
+    with FolderStore(root).lock():
         time.sleep(60)
 
 
@@ -79,11 +79,11 @@ def test_a_live_lock_is_respected_and_a_killed_one_is_not(tmp_path: Path) -> Non
     try:
         while not (tmp_path / "work/builder").exists():
             time.sleep(0.05)
-        with pytest.raises(IndexLockedError, match=f"process {holder.pid} on "), Store(tmp_path).lock():
+        with pytest.raises(IndexLockedError, match=f"process {holder.pid} on "), FolderStore(tmp_path).lock():
             pass
     finally:
         assert holder.pid is not None
         os.kill(holder.pid, signal.SIGKILL)
         holder.join()
-    with Store(tmp_path).lock():
+    with FolderStore(tmp_path).lock():
         pass

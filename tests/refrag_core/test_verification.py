@@ -12,7 +12,7 @@ from refrag.pipelines.repair import RepairOptions, repair_index
 from refrag_core.errors import CorruptIndexError, IndexNotFoundError, UsageError
 from refrag_core.index_reader import IndexReader
 from refrag_core.manifest import read_manifest
-from refrag_core.storage import Store
+from refrag_core.storage import FolderStore
 from refrag_core.verification import verify_index
 from tests.small_index import SmallIndex, documents
 
@@ -49,28 +49,28 @@ DAMAGES: list[Callable[[Path], None]] = [flip, truncate, Path.unlink]
 
 
 def test_a_whole_index_has_no_problems(index: Path) -> None:
-    result = verify_index(Store(index))
+    result = verify_index(FolderStore(index))
     assert result.problems == result.unlisted == ()
-    kinds = {name.split("/")[0] for name in Store(index).files()}
+    kinds = {name.split("/")[0] for name in FolderStore(index).files()}
     assert kinds == {"CURRENT", "checkpoints", "quarantine", "segments", "shards", "tombstones", "versions"}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_verify_names_every_damaged_file(index: Path, damage: Callable[[Path], None]) -> None:
-    for name in list(Store(index).files()):
+    for name in list(FolderStore(index).files()):
         path = index / name
         original = path.read_bytes()
         damage(path)
-        assert name in {problem.file for problem in verify_index(Store(index)).problems}, name
+        assert name in {problem.file for problem in verify_index(FolderStore(index)).problems}, name
         path.write_bytes(original)
-    assert verify_index(Store(index)).problems == ()
+    assert verify_index(FolderStore(index)).problems == ()
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_reader_refuses_an_altered_manifest_and_missing_or_cut_files(
     index: Path, damage: Callable[[Path], None]
 ) -> None:
-    manifest = read_manifest(Store(index))
+    manifest = read_manifest(FolderStore(index))
     names = [manifest.name] if damage is flip else [manifest.name, *manifest.files]
     for name in names:
         path = index / name
@@ -86,7 +86,7 @@ def test_a_reader_refuses_an_altered_manifest_and_missing_or_cut_files(
 
 def test_no_index_at_all(tmp_path: Path) -> None:
     with pytest.raises(IndexNotFoundError, match=r"holds no index: expected versions/1\.json"):
-        verify_index(Store(tmp_path))
+        verify_index(FolderStore(tmp_path))
 
 
 def test_rows_that_do_not_fit_are_found_though_all_digests_are_right(index: Path) -> None:
@@ -95,7 +95,7 @@ def test_rows_that_do_not_fit_are_found_though_all_digests_are_right(index: Path
 
     from refrag_core.manifest import encode_manifest
 
-    store = Store(index)
+    store = FolderStore(index)
     manifest = read_manifest(store)
     first = manifest.shards[0]
     liar = replace(manifest, shards=[replace(first, passages=first.passages + 1), *manifest.shards[1:]])
@@ -113,7 +113,7 @@ def repair(built: SmallIndex, index: Path, *, corpus: bool) -> tuple[str, ...]:
 @pytest.mark.parametrize("damage", [flip, Path.unlink])
 @pytest.mark.parametrize("table", ["embeddings", "vectors", "scores", "segment", "checkpoint", "CURRENT"])
 def test_repair_without_the_corpus(built: SmallIndex, index: Path, damage: Callable[[Path], None], table: str) -> None:
-    manifest = read_manifest(Store(index))
+    manifest = read_manifest(FolderStore(index))
     names = {
         "segment": manifest.segments[0].file,
         "checkpoint": f"{manifest.checkpoint.folder}/policy.safetensors",
@@ -124,12 +124,12 @@ def test_repair_without_the_corpus(built: SmallIndex, index: Path, damage: Calla
     damage(index / name)
     assert repair(built, index, corpus=False) == (name,)
     assert (index / name).read_bytes() == before
-    assert read_manifest(Store(index)) == manifest
+    assert read_manifest(FolderStore(index)) == manifest
 
 
 @pytest.mark.parametrize("table", ["documents", "passages", "chunks", "quarantine"])
 def test_repair_from_the_corpus(built: SmallIndex, index: Path, table: str) -> None:
-    manifest = read_manifest(Store(index))
+    manifest = read_manifest(FolderStore(index))
     quarantine = manifest.quarantine.file
     assert quarantine is not None
     last = next(s for s in manifest.shards if s.first_document == "new")
@@ -138,19 +138,19 @@ def test_repair_from_the_corpus(built: SmallIndex, index: Path, table: str) -> N
     with pytest.raises(UsageError, match=f"{name} can only be made from the corpus"):
         repair(built, index, corpus=False)
     assert repair(built, index, corpus=True) == (name,)
-    assert read_manifest(Store(index)) == manifest
-    assert verify_index(Store(index)).problems == ()
+    assert read_manifest(FolderStore(index)) == manifest
+    assert verify_index(FolderStore(index)).problems == ()
 
 
 def test_a_shard_with_removed_documents_comes_back_without_them(built: SmallIndex, index: Path) -> None:
-    manifest = read_manifest(Store(index))
+    manifest = read_manifest(FolderStore(index))
     partly_dead = next(s for s in manifest.shards if s.first_document == "doc-0000")
     (index / partly_dead.tables["chunks"]).unlink()
     options = RepairOptions(index=index, corpus=built.options.corpus, device="cpu")
     with LocalEngine(0) as engine:
         report = repair_index(options, engine, Silent())
     assert partly_dead.tables["chunks"] in report.lost  # the generation before needs it, with its documents
-    repaired = read_manifest(Store(index))
+    repaired = read_manifest(FolderStore(index))
     assert repaired.content_id == manifest.content_id
     assert repaired.version == manifest.version + 1
 
