@@ -282,7 +282,7 @@ def gathers(root: Path, raw: Path) -> dict[str, Any]:
         "bare_map_64_rows_of_one_shard": microseconds(lambda some: bare[some], near),
         "parquet_64_rows_of_all_shards": microseconds(row_by_row, placed),
         "bare_map_64_rows_one_by_one": microseconds(row_by_row, bare_placed),
-        "parquet_64_rows_of_all_shards_again": microseconds(row_by_row, placed),
+        "parquet_64_rows_of_all_shards_beside_one_call": microseconds(row_by_row, placed),
         "bare_map_64_rows_in_one_call": microseconds(lambda some: bare[some], rows),
         "fetch_8_passages_of_8": microseconds(fetched, refs),
         "bare_map_8_passages_of_8": microseconds(sliced, passages),

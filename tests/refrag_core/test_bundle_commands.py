@@ -80,7 +80,7 @@ def test_failures_are_one_line(library: SmallIndex, tmp_path: Path) -> None:
         (("pull", tmp_path / "nothing", tmp_path / "host"), 1, "holds no bundle: expected a manifest"),
         (("push", tmp_path / "nothing", tmp_path / "host"), 1, "holds no"),
         (("gc", tmp_path / "nothing"), 1, "holds no"),
-        (("pull", "ftp://somewhere/else", tmp_path / "host"), 2, "expected a folder or one of"),
+        (("pull", "ftp://somewhere/else", tmp_path / "host"), 2, "expected a folder, or a bucket"),
     ):
         done = call("bundle", *arguments)
         assert done.code == code, (arguments, done.err)
