@@ -308,8 +308,7 @@ class Checkpoint:
     ) -> Decoder:
         """The decoder, verified. Raises FingerprintMismatchError when weights or tokenizer are others."""
         folder = self.decoder_folder()
-        self._verify_tokenizer(folder)
-        _verify("decoder", folder, fingerprint_model(folder), self.config.decoder.fingerprint)
+        self.check_decoder(folder)
         return Decoder.load(
             folder,
             device=device,
@@ -317,6 +316,11 @@ class Checkpoint:
             attn_implementation=attn_implementation,
             adapter=self.load_adapter(),
         )
+
+    def check_decoder(self, folder: Path) -> None:
+        """Raise FingerprintMismatchError unless `folder` has the decoder's weights and tokenizer."""
+        self._verify_tokenizer(folder)
+        _verify("decoder", folder, fingerprint_model(folder), self.config.decoder.fingerprint)
 
     def load_projection(self, *, device: str = "cpu") -> Projection:
         """A copy of φ on `device`, float32."""

@@ -139,7 +139,7 @@ def perplexities(reader: IndexReader) -> Histogram | None:
     shown = slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 1)
     labels = [f"{np.exp(low):,.0f}–{np.exp(high):,.0f}" for low, high in itertools.pairwise(edges)]
     summary = f"median {np.exp(np.median(values)):,.1f}; the perplexity policy expands the highest"
-    return draw("Chunk perplexity", "per token, logarithmic", counts[shown], labels[shown], summary)
+    return draw("Chunk perplexity", "logarithmic", counts[shown], labels[shown], summary)
 
 
 def _live_scores(reader: IndexReader, number: int) -> npt.NDArray[np.float32]:

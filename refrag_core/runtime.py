@@ -177,7 +177,7 @@ class _Generation:
     decoder_folder: Path
     projection: Projection
     policy: PointerPolicy
-    chunk_encoder: CachedChunkEncoder
+    text_encoder: "_TextEncoder"
 
 
 class Runtime:
@@ -295,7 +295,7 @@ class Runtime:
     @property
     def chunk_encoder(self) -> CachedChunkEncoder:
         """The checkpoint's encoder behind the chunk cache: loaded only for chunks that neither index nor cache has."""
-        return self._generation.chunk_encoder
+        return self._generation.text_encoder.chunks
 
     # --- text outside the index
 
@@ -514,6 +514,8 @@ def _open_generation(options: RuntimeOptions, version: int | None, current: _Gen
     _check_encode_fingerprint(opened, reader)
     folder = _decoder_folder(options, opened, reader)
     _check_tokenizer(folder, reader)
+    if options.verify_keys and options.decoder is None:
+        opened.check_decoder(folder)  # the signed checkpoint says which weights it was made for
     searcher = Searcher(reader, _retriever(options, reader, current))
     if current is not None and _same_models(current, opened, folder):
         return replace(current, searcher=searcher)
@@ -526,7 +528,7 @@ def _open_generation(options: RuntimeOptions, version: int | None, current: _Gen
         decoder_folder=folder,
         projection=opened.projection.to(decoder.device).requires_grad_(False),
         policy=opened.policy.to(decoder.device).requires_grad_(False),
-        chunk_encoder=_chunk_encoder(opened, str(decoder.device), options.chunk_cache),
+        text_encoder=_TextEncoder(opened, str(decoder.device), options.chunk_cache),
     )
 
 
@@ -547,12 +549,20 @@ def _retriever(options: RuntimeOptions, reader: IndexReader, current: _Generatio
     return matching_retriever(reader, options.retriever, options.device)
 
 
-def _chunk_encoder(checkpoint: Checkpoint, device: str, chunk_cache: Path | None) -> CachedChunkEncoder:
-    encoder = _DeferredEncoder(checkpoint, device)
-    caches: list[ChunkCache] = [MemoryChunkCache(encoder.dim)]
-    if chunk_cache is not None:
-        caches.append(DiskChunkCache(chunk_cache, encoder.dim))
-    return CachedChunkEncoder(encoder, caches)
+class _TextEncoder:
+    """What encodes text outside the index, made when there is some; generations with the same models share it."""
+
+    def __init__(self, checkpoint: Checkpoint, device: str, chunk_cache: Path | None) -> None:
+        self._encoder = _DeferredEncoder(checkpoint, device)
+        self._chunk_cache = chunk_cache
+
+    @cached_property
+    def chunks(self) -> CachedChunkEncoder:
+        """The encoder behind its caches."""
+        caches: list[ChunkCache] = [MemoryChunkCache(self._encoder.dim)]
+        if self._chunk_cache is not None:
+            caches.append(DiskChunkCache(self._chunk_cache, self._encoder.dim))
+        return CachedChunkEncoder(self._encoder, caches)
 
 
 class _DeferredEncoder:

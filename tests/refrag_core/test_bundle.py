@@ -33,6 +33,7 @@ from refrag_core.runtime import AskOptions, Runtime
 from refrag_core.signing import write_key_pair
 from refrag_core.storage import FolderStore
 from refrag_core.verification import verify_index
+from tests import tiny_models
 from tests.small_index import SmallIndex, documents
 
 QUESTION = "Which river is the capital of the northern island?"
@@ -566,6 +567,18 @@ def test_a_runtime_with_a_key_checks_every_byte(two: SmallIndex, tmp_path: Path)
     Runtime.open(root, device="cpu")  # sizes alone are looked at
     with pytest.raises(CorruptIndexError, match=r"1 of \d+ files .* nothing of it is used; pull the bundle again"):
         Runtime.open(root, device="cpu", verify_keys=[public])
+
+
+def test_a_signed_bundle_answers_with_the_decoder_that_it_was_made_for_alone(two: SmallIndex, tmp_path: Path) -> None:
+    pytest.importorskip("cryptography")
+    public = write_key_pair(tmp_path / "key")
+    root = tmp_path / "bundle"
+    options = ExportOptions(sign_key=tmp_path / "key", include_decoder=True)
+    export_bundle(two.path, root, options)
+    checkpoint = Runtime.open(root, device="cpu", verify_keys=[public]).checkpoint
+    other = tiny_models.decoder_folder(tmp_path / "other", seed=9)
+    with pytest.raises(FingerprintMismatchError, match=r"the decoder in .*other has fingerprint"):
+        checkpoint.check_decoder(other)
 
 
 def test_folder_names_are_what_the_specification_says() -> None:
