@@ -1,6 +1,7 @@
 """The command line: parse → options → one call → print. Results go to stdout, the log to stderr.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but records were quarantined, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but records were quarantined, 4 training stopped before its end
+since its time was up (run again to resume), 130 interrupted.
 """
 
 import json
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
     from refrag.pipelines.progress import Progress
     from refrag_core.bundle import BundleReport
     from refrag_core.runtime import Answer, AskOptions, Runtime
+    from refrag_core.training.runs import Stage
 
-FAILED, WRONG_USAGE, QUARANTINED, INTERRUPTED = 1, 2, 3, 130
+FAILED, WRONG_USAGE, QUARANTINED, STOPPED, INTERRUPTED = 1, 2, 3, 4, 130
 
 app = typer.Typer(
     name="refrag",
@@ -37,8 +39,10 @@ index_app = typer.Typer(help="Build, check and read indexes.", no_args_is_help=T
 eval_app = typer.Typer(help="Measure retrieval, answers, and what compression costs.", no_args_is_help=True)
 bundle_app = typer.Typer(help="Ship generations of an index to serving hosts.", no_args_is_help=True)
 app.add_typer(index_app, name="index")
+train_app = typer.Typer(help="Prepare text and train a checkpoint, stage by stage.", no_args_is_help=True)
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(eval_app, name="eval")
+app.add_typer(train_app, name="train")
 
 
 class EngineName(StrEnum):
@@ -1025,6 +1029,181 @@ def _fractions(text: str | None, *, trained: bool) -> list[float]:
             f"--expansion-fraction {text!r}: expected numbers from 0 to 1 separated by commas, like 0,.1,.25"
         )
     return fractions
+
+
+# --- refrag train -------------------------------------------------------------------------------------
+
+TrainingConfigFile = Annotated[
+    str,
+    typer.Argument(
+        metavar="CONFIG", help="TOML file, or the name of a shipped config (`refrag train config`).", show_default=False
+    ),
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; may be repeated.")
+]
+RunFolder = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Folder of the run. Default: the config's.", show_default=False)
+]
+
+
+@train_app.command("prepare")
+def train_prepare(
+    corpus: Corpus,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the token shards.")] = Path("data/tokens"),
+    decoder: Decoder = None,
+    train_only: Annotated[
+        list[str] | None, typer.Option(help="Corpus that nothing is held out of; may be repeated.")
+    ] = None,
+    reported: Annotated[
+        list[str] | None, typer.Option(help="Corpus that is only evaluated on, never trained; may be repeated.")
+    ] = None,
+    held_out_fraction: Annotated[
+        float, typer.Option(help="Share of the documents that is held out.", min=0, max=0.9)
+    ] = 0.04,
+    max_overlap: Annotated[
+        float, typer.Option(help="Share of known 13-grams above which a document is a near-duplicate.", min=0, max=1)
+    ] = 0.5,
+    id_field: IdField = "id",
+    text_field: TextField = "text",
+    max_line_bytes: MaxLineBytes = 64 << 20,
+    max_document_bytes: MaxDocumentBytes = 64 << 20,
+    as_json: JsonFlag = False,
+) -> None:
+    """Tokenize corpora for training: split by document, near-duplicates left out; replaces what is there at the end."""
+    from refrag_core.corpus.sources import CorpusOptions
+    from refrag_core.models import DEFAULT_DECODER
+    from refrag_core.training.prepare import TrainingCorpora, prepare_corpora
+    from refrag_core.training.token_shards import PrepareOptions
+
+    progress = _progress()
+    report = prepare_corpora(
+        TrainingCorpora(tuple(corpus), tuple(train_only or ()), tuple(reported or ())),
+        decoder or DEFAULT_DECODER,
+        output,
+        reading=CorpusOptions(
+            roots=tuple(corpus),
+            id_field=id_field,
+            text_field=text_field,
+            metadata_fields=(),
+            excluded_folder=str(output.absolute()),
+            max_line_bytes=max_line_bytes,
+            max_document_bytes=max_document_bytes,
+        ),
+        options=PrepareOptions(held_out_fraction=held_out_fraction, max_overlap=max_overlap),
+        start=lambda total: progress.start("tokenize", total, "bytes"),
+        advance=progress.advance,
+        say=progress.note,
+    )
+    progress.finish()
+    _print_json(report) if as_json else _print_prepared(report)
+    if report["quarantined"]:
+        _warn(f"{report['quarantined']} records were left out as faulty")
+        raise typer.Exit(QUARANTINED)
+
+
+def _print_prepared(report: dict[str, Any]) -> None:
+    splits = [
+        (name, f"{found['documents']:,} documents, {found['tokens']:,} tokens")
+        for name, found in report["splits"].items()
+    ]
+    corpora = [
+        (
+            f"  {found['name']}",
+            f"{found['documents']:,} documents, {found['near_duplicates']:,} near-duplicates left out",
+        )
+        for found in report["corpora"]
+    ]
+    rejected = [(f"  {reason}", f"{count:,} records left out") for reason, count in report["rejected"].items()]
+    _print_rows([("token shards", report["output"]), *splits, *corpora, *rejected])
+
+
+def _train(stage: "Stage", config: str, settings: list[str] | None, output: Path | None, as_json: bool) -> None:
+    from refrag_core.training.runs import load_stage, result_rows, run_stage
+
+    result = run_stage(load_stage(stage, config, settings or (), output))
+    if result is None:
+        return
+    _print_json(result) if as_json else _print_rows(result_rows(result))
+    if not result.finished:
+        raise typer.Exit(STOPPED)
+
+
+@train_app.command("reconstruct")
+def train_reconstruct(
+    config: TrainingConfigFile, settings: Settings = None, output: RunFolder = None, as_json: JsonFlag = False
+) -> None:
+    """Stage 1: encoder and projection learn to say what is in a chunk. Run again to resume."""
+    _train("reconstruct", config, settings, output, as_json)
+
+
+@train_app.command("next-paragraph")
+def train_next_paragraph(
+    config: TrainingConfigFile, settings: Settings = None, output: RunFolder = None, as_json: JsonFlag = False
+) -> None:
+    """Stage 2: the decoder learns to go on from compressed context. Run again to resume."""
+    _train("next-paragraph", config, settings, output, as_json)
+
+
+@train_app.command("policy")
+def train_policy(
+    config: TrainingConfigFile, settings: Settings = None, output: RunFolder = None, as_json: JsonFlag = False
+) -> None:
+    """Stage 3: which chunks are worth expanding, from a trained checkpoint. Run again to resume."""
+    _train("policy", config, settings, output, as_json)
+
+
+@train_app.command("instruct")
+def train_instruct(
+    config: TrainingConfigFile, settings: Settings = None, output: RunFolder = None, as_json: JsonFlag = False
+) -> None:
+    """Stage 4: question and passages to answer, from a trained checkpoint. Run again to resume."""
+    _train("instruct", config, settings, output, as_json)
+
+
+@train_app.command("config")
+def train_config(
+    name: Annotated[
+        str | None, typer.Argument(help="Shipped config to print; default: list them.", show_default=False)
+    ] = None,
+    describe: Annotated[bool, typer.Option("--describe", help="Every setting, with its type and default.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """List the shipped training configs, print one to start from, or describe every setting."""
+    from refrag_core.training import config_reference
+    from refrag_core.training.runs import config_title, shipped_config, shipped_configs
+
+    if describe:
+        if as_json:
+            _print_json({title: config_reference.settings_of(kind) for title, kind in config_reference.TABLES.items()})
+        else:
+            print("\n".join(config_reference.reference_lines()))
+    elif name is not None:
+        text = shipped_config(name).read_text(encoding="utf-8")
+        print(json.dumps({"name": name, "toml": text}) if as_json else text, end="\n" if as_json else "")
+    elif as_json:
+        _print_json({known: str(path) for known, path in shipped_configs().items()})
+    else:
+        _print_rows((known, config_title(path)) for known, path in shipped_configs().items())
+
+
+@train_app.command("plot")
+def train_plot(
+    run: Annotated[Path, typer.Argument(help="Folder of a training run.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Image to write. Default: RUN/metrics.png.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Draw a run's log: losses by task, held-out results, learning rate, positions a second."""
+    from refrag_core.training.plot import plot_run
+
+    image = output or run / "metrics.png"
+    drawn = plot_run(run, image)
+    if as_json:
+        _print_json({"image": str(image), "panels": {panel.title: list(panel.curves) for panel in drawn}})
+    else:
+        print(image)
 
 
 # --- entry --------------------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ def draw(drawn: Sequence[Panel], output: Path, *, log_perplexity: bool) -> None:
     try:
         import matplotlib
     except ImportError as error:
-        raise MissingExtraError("the figure needs matplotlib: pip install 'refrag[dev]'") from error
+        raise MissingExtraError("the figure needs matplotlib: pip install 'refrag[train]'") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -264,6 +264,26 @@ class Checkpoint:
         """Folder of the decoder on this machine. Raises ModelNotFoundError."""
         return self._resolve(self.config.decoder.reference)
 
+    def verified_encoder_folder(self) -> Path:
+        """Folder of the very body that the checkpoint was made with. Raises FingerprintMismatchError."""
+        folder = self.encoder_folder()
+        _verify("encoder", folder, fingerprint_model(folder), self.config.encoder.fingerprint)
+        return folder
+
+    def verified_decoder_folder(self) -> Path:
+        """Folder of the very decoder that the checkpoint was made with. Raises FingerprintMismatchError."""
+        folder = self.decoder_folder()
+        self.verify_decoder(folder)
+        return folder
+
+    def verify_decoder(self, folder: Path) -> None:
+        """Raise FingerprintMismatchError unless the decoder in `folder` has this checkpoint's weights and tokenizer.
+
+        Weights are hashed once a file and machine (`refrag_core.models.remembered_digest`).
+        """
+        self._verify_tokenizer(folder)
+        _verify("decoder", folder, fingerprint_model(folder), self.config.decoder.fingerprint)
+
     def _resolve(self, reference: str) -> Path:
         if reference.startswith(_INSIDE) and self.folder is not None:
             return resolve_model(str(self.folder / reference))
@@ -272,10 +292,13 @@ class Checkpoint:
     def load_encoder(
         self, *, device: str = "cpu", batch_rows: int | None = None, dtype: torch.dtype | None = None
     ) -> ChunkEncoder:
-        """The chunk encoder, verified. Raises FingerprintMismatchError when body or tokenizer are others."""
-        body, decoder = self.encoder_folder(), self.decoder_folder()
-        _verify("encoder", body, fingerprint_model(body), self.config.encoder.fingerprint)
-        self._verify_tokenizer(decoder)
+        """The chunk encoder, verified. Raises FingerprintMismatchError when body or tokenizer are others, or the
+        decoder where its embeddings are read."""
+        body, decoder = self.verified_encoder_folder(), self.decoder_folder()
+        if self.config.encoder.embedding == EMBEDDING_FORM:
+            self._verify_tokenizer(decoder)
+        else:
+            self.verify_decoder(decoder)
         return ChunkEncoder.load(
             body,
             decoder,
@@ -307,20 +330,13 @@ class Checkpoint:
         self, *, device: str = "cpu", dtype: torch.dtype | None = None, attn_implementation: str | None = None
     ) -> Decoder:
         """The decoder, verified. Raises FingerprintMismatchError when weights or tokenizer are others."""
-        folder = self.decoder_folder()
-        self.check_decoder(folder)
         return Decoder.load(
-            folder,
+            self.verified_decoder_folder(),
             device=device,
             dtype=dtype,
             attn_implementation=attn_implementation,
             adapter=self.load_adapter(),
         )
-
-    def check_decoder(self, folder: Path) -> None:
-        """Raise FingerprintMismatchError unless `folder` has the decoder's weights and tokenizer."""
-        self._verify_tokenizer(folder)
-        _verify("decoder", folder, fingerprint_model(folder), self.config.decoder.fingerprint)
 
     def load_projection(self, *, device: str = "cpu") -> Projection:
         """A copy of φ on `device`, float32."""

@@ -20,9 +20,11 @@ __all__ = [
     "ObjectStoreError",
     "RecallGateError",
     "RefragError",
+    "RunLockedError",
     "SignatureError",
     "StageError",
     "TrainingDivergedError",
+    "TrainingStateError",
     "UnsupportedDecoderError",
     "UntrainedProjectionError",
     "UsageError",
@@ -103,6 +105,14 @@ class StageError(RefragError):
 
 class TrainingDivergedError(RefragError):
     """A training loss is not a number any more."""
+
+
+class RunLockedError(RefragError):
+    """Another live process trains in this folder."""
+
+
+class TrainingStateError(RefragError):
+    """The saved state of a training run is damaged, or not of its model."""
 
 
 class AccountingError(RefragError):

@@ -514,8 +514,9 @@ def _open_generation(options: RuntimeOptions, version: int | None, current: _Gen
     _check_encode_fingerprint(opened, reader)
     folder = _decoder_folder(options, opened, reader)
     _check_tokenizer(folder, reader)
+    _check_decoder(folder, opened, reader)
     if options.verify_keys and options.decoder is None:
-        opened.check_decoder(folder)  # the signed checkpoint says which weights it was made for
+        opened.verify_decoder(folder)  # the signed checkpoint says which weights it was made for
     searcher = Searcher(reader, _retriever(options, reader, current))
     if current is not None and _same_models(current, opened, folder):
         return replace(current, searcher=searcher)
@@ -652,6 +653,20 @@ def _check_tokenizer(folder: Path, reader: IndexReader) -> None:
         raise FingerprintMismatchError(
             f"the decoder in {folder} has a tokenizer with fingerprint {found[:12]}, the index holds tokens of "
             f"{needed.fingerprint[:12]} ({needed.reference}): take that decoder, or rebuild the index for this one"
+        )
+
+
+def _check_decoder(folder: Path, checkpoint: Checkpoint, reader: IndexReader) -> None:
+    """A trained projection and adapter mean something to one decoder alone; an untrained one fits any of its width."""
+    if not checkpoint.config.trained:
+        return
+    checkpoint.verify_decoder(folder)
+    size = reader.manifest.parameters.chunk_size
+    if size not in checkpoint.config.chunk_sizes:
+        raise FingerprintMismatchError(
+            f"the index has chunks of {size} tokens, and the checkpoint was trained for "
+            f"{', '.join(map(str, checkpoint.config.chunk_sizes))}; expected one of those: open the index with the "
+            f"checkpoint that it was built with, or rebuild it with `refrag index build CORPUS --rebuild`"
         )
 
 

@@ -48,9 +48,10 @@ def test_it_carries_every_source_file_and_the_format_s_specification(wheel: Path
         ("refrag_core", "refrag_core"),
     ):
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".json", ".md"):
+            if path.suffix in (".py", ".json", ".md", ".toml"):
                 installed[str(path)] = f"{package}/{path.relative_to(ROOT / folder).as_posix()}"
-    assert {"refrag/schemas/manifest.schema.json", "refrag/schemas/BUNDLE.md"} <= set(installed.values())
+    specification, config = "refrag/schemas/BUNDLE.md", "refrag_core/training/configs/policy.toml"
+    assert {"refrag/schemas/manifest.schema.json", specification, config} <= set(installed.values())
     assert sorted(set(installed.values()) - names) == []
 
 

@@ -324,7 +324,7 @@ def _encoder(checkpoint: Checkpoint, device: str) -> Callable[[Ids, int, Embeddi
     @cache
     def exact() -> EncoderModule:
         module = load_encoder_module(
-            checkpoint.encoder_folder(), checkpoint.decoder_folder(), trained=checkpoint.load_trained_layers()
+            checkpoint.verified_encoder_folder(), checkpoint.decoder_folder(), trained=checkpoint.load_trained_layers()
         )
         return module.fold().to(device).eval().requires_grad_(False)
 

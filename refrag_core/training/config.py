@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from refrag_core.digests import JSON, digest_json
+from refrag_core.digests import JSON
 from refrag_core.encoder import EmbeddingForm, Pooling
 from refrag_core.errors import ConfigError
 from refrag_core.models import DEFAULT_DECODER, DEFAULT_ENCODER
@@ -52,12 +52,26 @@ _MAY_BE_ZERO = (
     "query_dropout",
 )
 
+_NOT_RESUMED = (
+    "output",
+    "data",
+    "instructions",
+    "stop_after_seconds",
+    "device",
+    "compile",
+    "capture",
+    "log_every",
+    "save_every",
+    "tensorboard",
+)
+
 
 @dataclass(frozen=True, slots=True)
 class TaskConfig:
     """One kind of training example."""
 
     kind: TaskKind
+    """What is learnt."""
     weight: float = 1.0
     """Share of the micro-batches, relative to the other tasks'."""
     final_weight: float | None = None
@@ -94,7 +108,9 @@ class TrainingConfig:
     instructions: str | None = None
     """JSON Lines file of instruct's examples (`refrag_core.training.instruct_data`)."""
     encoder: str = DEFAULT_ENCODER
+    """Encoder body of a run without checkpoint: folder, hub id or package."""
     decoder: str = DEFAULT_DECODER
+    """Decoder of a run without checkpoint: folder, hub id or package."""
     encoder_embedding: EmbeddingForm = "subtoken-mean-decoder-map-1"
     """What an encoder that was not trained before reads of a token; a trained one stays as it is."""
     encoder_pooling: Pooling = "gated-mean-1"
@@ -102,48 +118,69 @@ class TrainingConfig:
     chunk_sizes: tuple[int, ...] = (8, 16)
     """One of them is drawn for each micro-batch; the last is the checkpoint's default."""
     context_tokens: int = 512
+    """Tokens of the context (s), which chunks are made of."""
     output_tokens: int = 256
+    """Tokens of the continuation that is predicted (o)."""
     steps: int = 1000
+    """Optimizer steps after which the run ends."""
     seconds: float | None = None
     """Training time after which the run ends, resumed parts counted together; the schedule follows what is nearer."""
     stop_after_seconds: float | None = None
     """Time after which this process saves its state and stops, to be resumed."""
     seed: int = 0
+    """Of initial weights, the order of the data and all that is drawn."""
     device: str = "auto"
+    """auto, cpu, cuda, cuda:1 …."""
     precision: Literal["bf16", "fp32"] = "bf16"
+    """Of the passes; what is trained stays in float32."""
     compile: bool = True
+    """Compile the layers and, on a GPU, the loss; costs a minute and pays in a long run."""
     capture: bool = True
     """Replay each shape's forward and backward pass as a CUDA graph; without effect on a CPU."""
     gradient_checkpointing: bool = False
+    """Compute the decoder's layers again in the backward pass: less memory, more time."""
     decoder_training: Literal["frozen", "lora", "full"] = "lora"
     """`full` trains whole matrices, which the checkpoint holds as an adapter of `adapter_rank` that is closest."""
     adapter_rank: int = 32
+    """Rank of the low-rank update of the decoder (LoRA)."""
     adapter_scale: float = 2.0
+    """What the update is multiplied by."""
     adapter_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Names of the layers that get one."""
     encoder_optimizer: Literal["adamw", "muon"] = "adamw"
     """Of the encoder body's matrices; AdamW has all else."""
     encoder_learning_rate: float = 2e-4
+    """Peak, of the encoder body."""
     projection_learning_rate: float = 1e-3
+    """Peak, of the projection."""
     decoder_learning_rate: float = 5e-4
+    """Peak, of the decoder or its update."""
     warmup: float = 0.04
     """Share of the training."""
     learning_rate_floor: float = 0.02
     """Of the peak, at the end."""
     weight_decay: float = 0.01
+    """AdamW's."""
     max_gradient_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
     micro_batches: int = 1
     """Micro-batches a step, their gradients averaged."""
     log_every: int = 10
+    """Steps between two lines of metrics.jsonl."""
     save_every: int = 500
     """Steps between two saves of the state."""
     evaluate_every: int = 0
     """Steps between two short evaluations on held-out documents; 0 for none but the last."""
     evaluation_windows: int = 256
+    """Windows of held-out documents that the last evaluation reads."""
     encoder_dtype: StoredDtype = "float16"
     """How the checkpoint stores the encoder body."""
     adapter_dtype: StoredDtype = "float16"
+    """How it stores the decoder's update."""
     peak_tflops: float = 989.0
     """Of the device in bf16 without sparsity, for the model FLOPs utilisation; 989 for an H100."""
+    tensorboard: bool | None = None
+    """Write TensorBoard's event files beside metrics.jsonl; left out: where the package is installed."""
 
     def to_json(self) -> dict[str, JSON]:
         """All fields."""
@@ -154,20 +191,9 @@ class TrainingConfig:
         return self.capture and device_type == "cuda" and not self.gradient_checkpointing
 
     @property
-    def resume_fingerprint(self) -> str:
-        """Hash of what must not change between a run and its continuation."""
-        free = (
-            "output",
-            "data",
-            "instructions",
-            "stop_after_seconds",
-            "device",
-            "compile",
-            "capture",
-            "log_every",
-            "save_every",
-        )
-        return digest_json({key: value for key, value in self.to_json().items() if key not in free})
+    def resume_settings(self) -> dict[str, JSON]:
+        """What must not change between a run and its continuation."""
+        return {key: value for key, value in self.to_json().items() if key not in _NOT_RESUMED}
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainingConfig:

@@ -12,134 +12,51 @@ limits seconds), so that a resumed run gives the same losses, bit for bit on a C
 
 import json
 import math
-import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from refrag_core.checkpoint import Checkpoint, load_checkpoint
+from refrag_core.checkpoint import Checkpoint, DecoderConfig, EncoderConfig, load_checkpoint
 from refrag_core.decoder import own_eos_ids
 from refrag_core.devices import resolve_device
 from refrag_core.digests import digest_json
-from refrag_core.errors import ConfigError, CorpusError, TrainingDivergedError
-from refrag_core.models import load_tokenizer
-from refrag_core.policy import num_expanded
+from refrag_core.errors import ConfigError
+from refrag_core.models import DEFAULT_DECODER, DEFAULT_ENCODER, fingerprint_model, load_tokenizer, resolve_model
 from refrag_core.training.backward import Backward, CapturedBackward, Gradients, Inputs, Losses, upload
-from refrag_core.training.batches import (
-    TrainingBatch,
-    next_paragraph_batch,
-    random_masks,
-    reconstruction_batch,
-    text_batch,
-)
+from refrag_core.training.batches import TrainingBatch
 from refrag_core.training.config import TaskConfig, TrainingConfig
 from refrag_core.training.evaluate import EvaluationOptions, evaluate
 from refrag_core.training.instruct_data import InstructionSet
 from refrag_core.training.losses import vocabulary_loss
+from refrag_core.training.micro_batches import Example, make_example, plan_step
 from refrag_core.training.model import TrainingModel, compile_layers, without_adapter
 from refrag_core.training.optimizer import make_optimizer
-from refrag_core.training.processes import Processes, join_processes
-from refrag_core.training.schedule import chunk_counts, learning_rate_factor, length_weights, normalised
+from refrag_core.training.processes import join_processes
+from refrag_core.training.run_log import RunLog
+from refrag_core.training.run_state import (
+    EVALUATION_FILE,
+    WEIGHTS_FILE,
+    Bindings,
+    claimed,
+    diverged,
+    load_state,
+    save_state,
+    unusable,
+    was_finished,
+)
+from refrag_core.training.schedule import learning_rate_factor, progress_of
+from refrag_core.training.throughput import FlopModel, Meter
 from refrag_core.training.token_shards import TokenShards, Windows
 from refrag_core.training.trained_checkpoint import load_training_model, save_trained_checkpoint
 
-STATE_FILE = "state.json"
-WEIGHTS_FILE = "weights.safetensors"
-OPTIMIZER_FILE = "optimizer.safetensors"
-
 _SHORT_EVALUATION_WINDOWS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One micro-batch and what it is for."""
-
-    name: str
-    """Of the metric, such as reconstruct/k8."""
-    task: TaskConfig
-    batch: TrainingBatch
-    full: TrainingBatch | None
-    """The same predictions from the full context, for distillation."""
-
-
-@dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """A planned micro-batch: all that decides what is in it."""
-
-    task: TaskConfig
-    position: int
-    """Number of its first window."""
-    random: np.random.Generator
-
-
-def plan_step(config: TrainingConfig, *, position: int, step: int, progress: float) -> list[MicroBatch]:
-    """The micro-batches of a step, which follow from these numbers and the seed; cheap, so every process plans all."""
-    planned = []
-    shares = normalised([task.weight_at(progress) for task in config.tasks])
-    for micro in range(config.micro_batches):
-        random = np.random.default_rng([config.seed, step, micro])
-        task = config.tasks[int(random.choice(len(config.tasks), p=shares))]
-        planned.append(MicroBatch(task, position, random))
-        position += task.batch_rows
-    return planned
-
-
-def make_example(
-    config: TrainingConfig,
-    windows: Windows,
-    planned: MicroBatch,
-    *,
-    progress: float,
-    instructions: InstructionSet | None = None,
-) -> Example:
-    """A planned micro-batch; chunk size, lengths and masks are drawn by its generator."""
-    task, random = planned.task, planned.random
-    size = int(random.choice(config.chunk_sizes))
-    if task.kind == "instruct":
-        return instruct_example(instructions, planned, size)
-    tokens = windows.take(planned.position, task.batch_rows)
-    context, output = tokens[:, : config.context_tokens], tokens[:, config.context_tokens :]
-    if task.kind == "text":
-        return Example("text", task, text_batch(tokens), None)
-    if task.kind == "reconstruct":
-        counts = chunk_counts(config.context_tokens, size)
-        count = int(random.choice(counts, p=length_weights(task.curriculum, progress, len(counts))))
-        # Examples of a row must not continue one another, or the text before would give their tokens away.
-        pieces = random.permutation(context.reshape(-1, count * size)).reshape(context.shape)
-        batch = reconstruction_batch(pieces, chunk_size=size, num_chunks=count)
-        return Example(f"reconstruct/k{size}", task, batch, None)
-    fraction = float(random.choice(task.expansion_fractions))
-    chunks = config.context_tokens // size
-    masks = random_masks(len(context), chunks, num_expanded(chunks, fraction), random)
-    batch = next_paragraph_batch(context, output, chunk_size=size, expansion_mask=masks)
-    full = text_batch(tokens, first=config.context_tokens) if task.distillation else None
-    return Example(f"next-paragraph/k{size}/p{fraction:g}", task, batch, full)
-
-
-def instruct_example(instructions: InstructionSet | None, planned: MicroBatch, chunk_size: int) -> Example:
-    """A micro-batch of questions with passages. Raises ConfigError without an instruction file."""
-    if instructions is None:
-        raise ConfigError("an instruct task has no examples; expected the setting instructions to name their file")
-    fraction = float(planned.random.choice(planned.task.expansion_fractions))
-    batch = instructions.batch(
-        planned.position,
-        planned.task.batch_rows,
-        chunk_size=chunk_size,
-        expansion_fraction=fraction,
-        gold_weight=planned.task.gold_expansion_weight,
-        random=planned.random,
-    )
-    return Example(f"instruct/k{chunk_size}/p{fraction:g}", planned.task, batch, None)
 
 
 def autocast_of(device: torch.device, precision: str) -> Callable[[], AbstractContextManager[Any]]:
@@ -147,111 +64,9 @@ def autocast_of(device: torch.device, precision: str) -> Callable[[], AbstractCo
     return lambda: torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-@dataclass(frozen=True, slots=True)
-class FlopModel:
-    """Floating point operations of training, for the model FLOPs utilisation.
-
-    Forward passes count 2 a weight and position, attention 2·t·d_dec a layer and position (causal), and
-    backward passes twice the forward; a frozen decoder and the output layer, whose weights get no gradient,
-    once. Nothing that is computed again counts.
-    """
-
-    decoder_weights: int
-    encoder_weights: int
-    head_weights: int
-    layers: int
-    width: int
-    decoder_factor: int
-
-    @classmethod
-    def of(cls, model: TrainingModel, decoder_training: str) -> "FlopModel":
-        """The numbers of a model."""
-        config = model.decoder.config.get_text_config()
-        table = model.decoder.get_input_embeddings().weight
-        return cls(
-            decoder_weights=_matrix_weights(model.decoder.base_model, table),
-            encoder_weights=_matrix_weights(model.encoder.body, model.encoder.body.get_input_embeddings().weight),  # type: ignore[operator]
-            head_weights=model.head.numel(),
-            layers=int(config.num_hidden_layers),
-            width=int(config.hidden_size),
-            decoder_factor=4 if decoder_training == "frozen" else 6,
-        )
-
-    def of_example(self, example: "Example") -> float:
-        """Operations of one micro-batch, forward and backward."""
-        made = (
-            self._of_batch(example.batch, self.decoder_factor, 4)
-            + 6.0 * self.encoder_weights * example.batch.chunk_ids.size
-        )
-        return made + (self._of_batch(example.full, 2, 2) if example.full is not None else 0.0)
-
-    def _of_batch(self, batch: TrainingBatch, factor: int, head_factor: int) -> float:
-        attention = factor * self.layers * self.width * int(batch.ids.shape[1])
-        return batch.num_positions * (factor * self.decoder_weights + attention) + (
-            head_factor * self.head_weights * int(batch.targets.size)
-        )
-
-
-def _matrix_weights(module: nn.Module, table: Tensor) -> int:
-    """Weights in matrices, without the embedding table and adapters, which are merged into the matrices."""
-    adapters = (".down", ".up", ".update")
-    return sum(
-        weight.numel()
-        for name, weight in module.named_parameters()
-        if weight.ndim == 2 and weight is not table and not name.endswith(adapters) and "embeddings" not in name
-    )
-
-
-@dataclass(slots=True)
-class Meter:
-    """What was done since the last logged step."""
-
-    losses: dict[str, list[Tensor]] = field(default_factory=dict)
-    divergences: dict[str, list[Tensor]] = field(default_factory=dict)
-    positions: int = 0
-    tokens: int = 0
-    flops: float = 0.0
-    started: float = field(default_factory=time.perf_counter)
-
-    def add(self, example: Example, losses: Losses, flops: float) -> None:
-        """Count one micro-batch; nothing waits for the device."""
-        self.losses.setdefault(example.name, []).append(losses[0])
-        if example.full is not None:
-            self.divergences.setdefault(example.name, []).append(losses[1])
-        self.positions += example.batch.num_positions
-        self.tokens += example.batch.chunk_ids.size + int((example.batch.ids >= 0).sum())
-        self.flops += flops
-
-    def report(self, peak_tflops: float, processes: Processes) -> dict[str, Any]:
-        """Losses, rates and utilisation of all processes together. Waits for the device."""
-        found = processes.gather(
-            (_numbers(self.losses), _numbers(self.divergences), self.positions, self.tokens, self.flops)
-        )
-        losses, divergences, positions, tokens, flops = zip(*found, strict=True)
-        seconds = time.perf_counter() - self.started
-        return {
-            "losses": _means(losses),
-            **({"divergences": _means(divergences)} if any(divergences) else {}),
-            "decoder_positions_per_s": sum(positions) / seconds,
-            "tokens_per_s": sum(tokens) / seconds,
-            "mfu": sum(flops) / seconds / (processes.count * peak_tflops * 1e12),
-        }
-
-
 def _tensors(batch: TrainingBatch) -> tuple[Tensor, ...]:
     arrays = (batch.ids, batch.chunk_ids, batch.places, batch.predict_at, batch.targets)
     return tuple(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
-
-
-def _numbers(values: Mapping[str, list[Tensor]]) -> dict[str, list[float]]:
-    return {name: torch.stack(tensors).tolist() for name, tensors in values.items()}
-
-
-def _means(found: Sequence[Mapping[str, list[float]]]) -> dict[str, float]:
-    """Of each name, over all processes."""
-    names = sorted({name for values in found for name in values})
-    everywhere = {name: [value for values in found for value in values.get(name, [])] for name in names}
-    return {name: sum(values) / len(values) for name, values in everywhere.items()}
 
 
 class Trainer:
@@ -267,6 +82,7 @@ class Trainer:
                 f"{self.processes.count} processes cannot share {config.micro_batches} micro_batches a step; expected "
                 f"a multiple of {self.processes.count}"
             )
+        self.log = RunLog(self.folder, tensorboard=config.tensorboard, active=self.processes.is_first)
         self.device = self.processes.device or torch.device(resolve_device(config.device))
         self.base = base_checkpoint(config)
         self.shards = TokenShards.open(
@@ -303,15 +119,23 @@ class Trainer:
     @property
     def progress(self) -> float:
         """From 0 to 1: of the steps, or of the seconds where these are nearer to their end."""
-        of_seconds = self.elapsed / self.config.seconds if self.config.seconds else 0.0
-        return min(1.0, max(self.step / self.config.steps, of_seconds))
+        config = self.config
+        return progress_of(self.step, config.steps, self.elapsed, config.seconds)
 
     def run(self) -> bool:
         """Train until the run is complete, then write its checkpoint and evaluation.
 
-        Returns False when `stop_after_seconds` came first. Raises TrainingDivergedError.
+        Returns False when `stop_after_seconds` came first. Raises TrainingDivergedError, and RunLockedError while
+        another process trains in the folder.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with claimed(self.folder, active=self.processes.is_first):
+            if self.progress >= 1.0 and was_finished(self.folder):
+                self.say("finished before; nothing is left to do")
+                return True
+            self.log.begin(self.step)
+            return self._run()
+
+    def _run(self) -> bool:
         limit = self.config.stop_after_seconds or math.inf
         began = time.perf_counter()
         meter = Meter()
@@ -327,6 +151,7 @@ class Trainer:
             meter.started = meter.started if meter.losses else time.perf_counter()
         if meter.losses:
             self._log(meter)
+        self.log.close()
         self.save()
         if self.progress < 1.0:
             self.say(f"stopped at step {self.step} ({self.progress:.0%}); run again to resume")
@@ -394,10 +219,7 @@ class Trainer:
         report = meter.report(self.config.peak_tflops, self.processes)
         bad = [name for name, loss in report["losses"].items() if not math.isfinite(loss)]
         if bad:
-            raise TrainingDivergedError(
-                f"the loss of {', '.join(bad)} is not a number at step {self.step}; expected finite losses: lower the "
-                f"learning rates and resume from the last state in {self.folder / 'state'}"
-            )
+            raise diverged(self.folder, f"the loss of {', '.join(bad)} is", self.step)
         self.last_report = report
         line = {
             "step": self.step,
@@ -407,10 +229,7 @@ class Trainer:
             "learning_rate_factor": self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0]["peak"],
             **report,
         }
-        if not self.processes.is_first:
-            return
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+        self.log.write(line)
         losses = "  ".join(f"{name} {loss:.3f}" for name, loss in report["losses"].items())
         self.say(
             f"step {self.step} {self.progress:.1%} {self.elapsed:.0f} s  {losses}  "
@@ -421,8 +240,7 @@ class Trainer:
         every = self.config.evaluate_every
         if self.processes.is_first and every and self.step % every == 0 and self.progress < 1.0:
             result = self.evaluate("held_out", windows=_SHORT_EVALUATION_WINDOWS)
-            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps({"step": self.step, "seconds": self.elapsed, "held_out": result}) + "\n")
+            self.log.write({"step": self.step, "seconds": self.elapsed, "held_out": result})
             self.say(summary(result))
         if self.step % self.config.save_every == 0:
             self.save()
@@ -454,7 +272,7 @@ class Trainer:
                 self.say(f"no evaluation on {split}: {error}")
                 continue
             self.say(f"{split}: {summary(result[split])}")
-            (self.folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            (self.folder / EVALUATION_FILE).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         self.save_checkpoint(result)
 
     def save_checkpoint(self, evaluation: Mapping[str, Any]) -> Checkpoint:
@@ -472,81 +290,54 @@ class Trainer:
             "torch": torch.__version__,
             "metrics": self.last_report,
             "evaluation": evaluation,
-            "policy_trained": False,
+            "policy_trained": self.base.config.policy.trained,
         }
         return save_trained_checkpoint(self.folder / "checkpoint", self.base, self.model, self.config, record)
 
     # --- state
 
+    @property
+    def _bindings(self) -> Bindings:
+        return Bindings(self.config.resume_settings, {"data": ("token shards or instructions", self.data_fingerprint)})
+
     def save(self) -> None:
         """Write `state/`, the whole or nothing of it."""
         if not self.processes.is_first:
             return
-        temporary = self.folder / f"state.{os.getpid()}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_file({name: weight.detach().contiguous() for name, weight in self._weights()}, temporary / WEIGHTS_FILE)
-        save_file(self._moments(), temporary / OPTIMIZER_FILE)
-        state = {
-            "step": self.step,
-            "position": self.position,
-            "elapsed": self.elapsed,
-            "config": self.config.resume_fingerprint,
-            "data": self.data_fingerprint,
-        }
-        (temporary / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        final = self.folder / "state"
-        previous = self.folder / "state.previous"
-        shutil.rmtree(previous, ignore_errors=True)
-        if final.exists():
-            final.rename(previous)
-        temporary.rename(final)
-        shutil.rmtree(previous, ignore_errors=True)
+        save_state(
+            self.folder,
+            bindings=self._bindings,
+            counters={"step": self.step, "position": self.position, "elapsed": self.elapsed},
+            weights=dict(self._weights()),
+            moments=self._moments(),
+        )
 
     def _weights(self) -> list[tuple[str, nn.Parameter]]:
         return [(f"{part}.{name}", weight) for part, weights in self.model.groups().items() for name, weight in weights]
 
-    def _moments(self) -> dict[str, Tensor]:
-        moments = {}
-        for name, weight in self._weights():
-            for key, value in self.optimizer.moments(weight).items():
-                moments[f"{name}::{key}"] = value.detach().contiguous()
-        return moments
+    def _moments(self) -> dict[tuple[str, str], Tensor]:
+        return {
+            (name, kind): value
+            for name, weight in self._weights()
+            for kind, value in self.optimizer.moments(weight).items()
+        }
 
     def _resume(self) -> bool:
-        """Continue from `state/`, or from the one before where a kill hit the moment between the two."""
-        for name in ("state", "state.previous"):
-            if (self.folder / name / STATE_FILE).is_file():
-                self._load_state(self.folder / name)
-                return True
-        return False
-
-    def _load_state(self, folder: Path) -> None:
-        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        for key, found, name in (
-            ("config", self.config.resume_fingerprint, "settings"),
-            ("data", self.data_fingerprint, "token shards or instructions"),
-        ):
-            if state[key] != found:
-                raise ConfigError(
-                    f"{folder} was saved by a run with other {name}; expected the same to resume: take another output "
-                    f"folder, and give that run's checkpoint as `checkpoint` to go on from its weights"
-                )
-        weights = load_file(folder / WEIGHTS_FILE, device=str(self.device))
-        moments = load_file(folder / OPTIMIZER_FILE, device=str(self.device))
-        own = dict(self._weights())
+        """Continue from `state/` where there is one."""
+        state = load_state(self.folder, self._bindings)
+        if state is None:
+            return False
+        weights, own = state.weights(self.device), dict(self._weights())
         if own.keys() != weights.keys():
-            raise CorpusError(
-                f"{folder / WEIGHTS_FILE} has other weights than the model; delete {folder} to start again"
-            )
+            raise unusable(state.folder / WEIGHTS_FILE, "it has other weights than the model")
         with torch.no_grad():
             for name, weight in own.items():
                 weight.copy_(weights[name])
-        for key, value in moments.items():
-            name, _, kind = key.partition("::")
+        for name, kind, value in state.moments(self.device):
             # AdamW counts steps in a float32 tensor that stays on the CPU unless it is fused or captured.
             self.optimizer.restore(own[name], kind, value if self.device.type == "cuda" else value.cpu())
-        self.step, self.position, self.elapsed = state["step"], state["position"], state["elapsed"]
+        self.step, self.position, self.elapsed = (state.counters[key] for key in ("step", "position", "elapsed"))
+        return True
 
 
 def load_instructions(config: TrainingConfig, base: Checkpoint, model: TrainingModel) -> InstructionSet | None:
@@ -565,10 +356,39 @@ def load_instructions(config: TrainingConfig, base: Checkpoint, model: TrainingM
 
 
 def base_checkpoint(config: TrainingConfig) -> Checkpoint:
-    """What training starts from: the config's checkpoint, else a fresh one over its encoder and decoder."""
+    """What training starts from: the config's checkpoint, else a fresh one over its encoder and decoder.
+
+    Raises ConfigError for a checkpoint of other models, or trained for other chunk sizes, than the config names.
+    """
     if config.checkpoint is None:
         return load_checkpoint(None, encoder=config.encoder, decoder=config.decoder, seed=config.seed)
-    return load_checkpoint(config.checkpoint)
+    base = load_checkpoint(config.checkpoint)
+    _check_named_model("encoder", config.encoder, DEFAULT_ENCODER, base.config.encoder, config.checkpoint)
+    _check_named_model("decoder", config.decoder, DEFAULT_DECODER, base.config.decoder, config.checkpoint)
+    check_chunk_sizes(base, config.chunk_sizes, config.checkpoint)
+    return base
+
+
+def _check_named_model(
+    part: str, named: str, default: str, own: EncoderConfig | DecoderConfig, checkpoint: str
+) -> None:
+    """A config need not name the models of its checkpoint; where it does, they are these."""
+    if named not in (default, own.reference) and fingerprint_model(resolve_model(named)) != own.fingerprint:
+        raise ConfigError(
+            f"{part} is {named!r}, and checkpoint {checkpoint} was made with {own.reference!r}; expected the same: "
+            f"leave {part} out, or train a checkpoint for it from the start"
+        )
+
+
+def check_chunk_sizes(base: Checkpoint, chunk_sizes: Sequence[int], checkpoint: str) -> None:
+    """Raise ConfigError for chunk sizes that a trained checkpoint was not trained for."""
+    other = sorted(set(chunk_sizes) - set(base.config.chunk_sizes))
+    if base.config.trained and other:
+        raise ConfigError(
+            f"chunk_sizes has {', '.join(map(str, other))}, and checkpoint {checkpoint} was trained for "
+            f"{', '.join(map(str, base.config.chunk_sizes))}; expected some of those: take them, or train from the "
+            f"start for others"
+        )
 
 
 def summary(result: Mapping[str, Any]) -> str:

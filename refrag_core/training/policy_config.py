@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from refrag_core.digests import JSON, digest_json
+from refrag_core.digests import JSON
 from refrag_core.errors import ConfigError
 from refrag_core.models import DEFAULT_RETRIEVER
 from refrag_core.training.config import TaskConfig, TrainingConfig, checked_settings, read_settings
 
-_NOT_RESUMED = ("output", "data", "stop_after_seconds", "device", "compile", "log_every", "save_every")
+_NOT_RESUMED = ("output", "data", "stop_after_seconds", "device", "compile", "log_every", "save_every", "tensorboard")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,9 @@ class PolicyTrainingConfig:
     chunk_sizes: tuple[int, ...] = (8, 16)
     """One of them is drawn for each step."""
     context_tokens: int = 512
+    """Tokens of the context (s), which chunks are made of."""
     output_tokens: int = 128
+    """Tokens of the continuation that rewards are taken from (o)."""
     expansion_fractions: tuple[float, ...] = (0.05, 0.1, 0.25)
     """p; one of them is drawn for each step of policy gradients."""
     batch_windows: int = 32
@@ -47,14 +49,19 @@ class PolicyTrainingConfig:
     query_dropout: float = 0.1
     """Share of the contexts whose query is zeros, so that the policy can do without."""
     retriever: str = DEFAULT_RETRIEVER
+    """Whose query vectors those are: folder, hub id or package."""
     steps: int = 1000
+    """Optimizer steps after which the run ends."""
     seconds: float | None = None
     """Training time after which the run ends, resumed parts counted together; the schedule follows what is nearer."""
     stop_after_seconds: float | None = None
     """Time after which this process saves its state and stops, to be resumed."""
     seed: int = 0
+    """Of initial weights, the order of the data and all that is drawn."""
     device: str = "auto"
+    """auto, cpu, cuda, cuda:1 …."""
     precision: Literal["bf16", "fp32"] = "bf16"
+    """Of the passes; what is trained stays in float32."""
     compile: bool = False
     """Compile the layers of body and decoder, some seconds for each chunk size and fraction."""
     warm_start_share: float = 0.5
@@ -68,6 +75,7 @@ class PolicyTrainingConfig:
     label_temperature: float = 1.0
     """Of the soft labels, in standard deviations of the importance."""
     warm_start_learning_rate: float = 1e-3
+    """Peak, of the warm start."""
     learning_rate: float = 3e-4
     """Of policy gradients."""
     updates_per_sample: int = 2
@@ -83,27 +91,36 @@ class PolicyTrainingConfig:
     learning_rate_floor: float = 0.05
     """Of the peak, at a stage's end."""
     weight_decay: float = 0.01
+    """AdamW's."""
     max_gradient_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
     width: int = 256
+    """Of the policy network; a checkpoint with a trained policy of this shape is gone on from."""
     num_heads: int = 4
+    """Attention heads of its layers."""
     num_layers: int = 2
+    """Its layers."""
     log_every: int = 20
+    """Steps between two lines of metrics.jsonl."""
     save_every: int = 500
     """Steps between two saves of the state."""
     evaluate_every: int = 0
     """Steps between two short evaluations on held-out documents; 0 for none but the last."""
     evaluation_windows: int = 256
+    """Windows of held-out documents that the last evaluation reads."""
     evaluation_fraction: float = 0.1
     """p of the evaluations."""
+    tensorboard: bool | None = None
+    """Write TensorBoard's event files beside metrics.jsonl; left out: where the package is installed."""
 
     def to_json(self) -> dict[str, JSON]:
         """All fields."""
         return asdict(self)
 
     @property
-    def resume_fingerprint(self) -> str:
-        """Hash of what must not change between a run and its continuation."""
-        return digest_json({key: value for key, value in self.to_json().items() if key not in _NOT_RESUMED})
+    def resume_settings(self) -> dict[str, JSON]:
+        """What must not change between a run and its continuation."""
+        return {key: value for key, value in self.to_json().items() if key not in _NOT_RESUMED}
 
     @property
     def first_scored(self) -> int:

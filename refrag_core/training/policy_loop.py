@@ -27,16 +27,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from refrag_core.checkpoint import Checkpoint, PolicyConfig, load_checkpoint
 from refrag_core.devices import resolve_device
-from refrag_core.errors import ConfigError, CorpusError, RefragError, TrainingDivergedError, UsageError
+from refrag_core.errors import ConfigError, RefragError, UsageError
 from refrag_core.models import load_tokenizer, resolve_model
 from refrag_core.policy import PointerPolicy, draw_picks, initialise_policy, num_expanded, pick_log_probs
 from refrag_core.retriever import load_retriever
-from refrag_core.training.loop import OPTIMIZER_FILE, STATE_FILE, WEIGHTS_FILE, autocast_of
+from refrag_core.training.loop import autocast_of, check_chunk_sizes
 from refrag_core.training.model import compile_layers
 from refrag_core.training.policy_config import PolicyTrainingConfig, load_policy_config
 from refrag_core.training.policy_data import (
@@ -59,9 +58,22 @@ from refrag_core.training.policy_losses import (
     importance_targets,
     warm_start_loss,
 )
-from refrag_core.training.schedule import learning_rate_factor
+from refrag_core.training.run_log import RunLog
+from refrag_core.training.run_state import (
+    EVALUATION_FILE,
+    TRAINING_FILE,
+    WEIGHTS_FILE,
+    Bindings,
+    claimed,
+    diverged,
+    load_state,
+    save_state,
+    unusable,
+    was_finished,
+)
+from refrag_core.training.schedule import learning_rate_factor, progress_of
 from refrag_core.training.token_shards import TokenShards, TokenSplit, Windows
-from refrag_core.training.trained_checkpoint import TRAINING_FILE, load_training_model
+from refrag_core.training.trained_checkpoint import load_training_model
 
 _BETAS = (0.9, 0.95)
 _SHORT_EVALUATION_WINDOWS = 64
@@ -75,6 +87,7 @@ class PolicyTrainer:
         torch.manual_seed(config.seed)
         self.config = config
         self.folder = Path(config.output)
+        self.log = RunLog(self.folder, tensorboard=config.tensorboard)
         self.device = torch.device(resolve_device(config.device))
         self.base = load_checkpoint(config.checkpoint)
         _check_base(self.base, config)
@@ -149,15 +162,23 @@ class PolicyTrainer:
     @property
     def progress(self) -> float:
         """From 0 to 1: of the steps, or of the seconds where these are nearer to their end."""
-        of_seconds = self.elapsed / self.config.seconds if self.config.seconds else 0.0
-        return min(1.0, max(self.step / self.config.steps, of_seconds))
+        config = self.config
+        return progress_of(self.step, config.steps, self.elapsed, config.seconds)
 
     def run(self) -> bool:
         """Train until the run is complete, then write its checkpoint and evaluation.
 
-        Returns False when `stop_after_seconds` came first. Raises TrainingDivergedError.
+        Returns False when `stop_after_seconds` came first. Raises TrainingDivergedError, and RunLockedError while
+        another process trains in the folder.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with claimed(self.folder):
+            if self.progress >= 1.0 and was_finished(self.folder, part="policy"):
+                self.say("finished before; nothing is left to do")
+                return True
+            self.log.begin(self.step)
+            return self._run()
+
+    def _run(self) -> bool:
         limit = self.config.stop_after_seconds or math.inf
         began = time.perf_counter()
         metrics: list[dict[str, Tensor]] = []
@@ -171,6 +192,7 @@ class PolicyTrainer:
             self._at_intervals()
         if metrics:
             self._log(metrics)
+        self.log.close()
         self.save()
         if self.progress < 1.0:
             self.say(f"stopped at step {self.step} ({self.progress:.0%}); run again to resume")
@@ -271,27 +293,20 @@ class PolicyTrainer:
         report = {name: float(torch.stack([step[name] for step in stage]).mean()) for name in stage[-1]}
         bad = sorted(name for name, value in report.items() if not math.isfinite(value))
         if bad:
-            raise TrainingDivergedError(
-                f"{', '.join(bad)} of the policy's training is not a number at step {self.step}; expected finite "
-                f"values: lower the learning rates and resume from the last state in {self.folder / 'state'}"
-            )
+            raise diverged(self.folder, f"{', '.join(bad)} of the policy's training is", self.step)
         self.last_report = report
         line = {"step": self.step, "progress": self.progress, "seconds": self.elapsed, **report}
         line["learning_rate"] = self.optimizer.param_groups[0]["lr"]
-        self._write_metrics(line)
+        self.log.write(line)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in report.items())
         self.say(f"step {self.step} {self.progress:.1%} {self.elapsed:.0f} s  {shown}")
-
-    def _write_metrics(self, line: dict[str, Any]) -> None:
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
 
     def _at_intervals(self) -> None:
         every = self.config.evaluate_every
         if every and self.step % every == 0 and self.progress < 1.0:
             split = self.shards.split("held_out")
             result = self.evaluate(split, windows=_SHORT_EVALUATION_WINDOWS)
-            self._write_metrics({"step": self.step, "seconds": self.elapsed, "held_out": result})
+            self.log.write({"step": self.step, "seconds": self.elapsed, "held_out": result})
             self.say(summary(result))
         if self.step % self.config.save_every == 0:
             self.save()
@@ -316,7 +331,7 @@ class PolicyTrainer:
             except ConfigError as error:
                 result[name] = {"skipped": str(error)}
                 self.say(f"no evaluation on {name}: {error}")
-        (self.folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        (self.folder / EVALUATION_FILE).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         self.save_checkpoint(result)
 
     def save_checkpoint(self, evaluation: dict[str, Any]) -> Checkpoint:
@@ -353,27 +368,23 @@ class PolicyTrainer:
 
     # --- state
 
+    @property
+    def _bindings(self) -> Bindings:
+        fingerprints = {
+            "data": ("token shards", self.shards.fingerprint),
+            "base": ("checkpoint", self.base.fingerprint),
+        }
+        return Bindings(self.config.resume_settings, fingerprints)
+
     def save(self) -> None:
         """Write `state/`, the whole or nothing of it."""
-        temporary = self.folder / f"state.{os.getpid()}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_file(self._weights(), temporary / WEIGHTS_FILE)
-        save_file(self._moments(), temporary / OPTIMIZER_FILE)
-        state = {
-            "step": self.step,
-            "elapsed": self.elapsed,
-            "config": self.config.resume_fingerprint,
-            "data": self.shards.fingerprint,
-            "base": self.base.fingerprint,
-        }
-        (temporary / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        final, previous = self.folder / "state", self.folder / "state.previous"
-        shutil.rmtree(previous, ignore_errors=True)
-        if final.exists():
-            final.rename(previous)
-        temporary.rename(final)
-        shutil.rmtree(previous, ignore_errors=True)
+        save_state(
+            self.folder,
+            bindings=self._bindings,
+            counters={"step": self.step, "elapsed": self.elapsed},
+            weights=self._weights(),
+            moments=self._moments(),
+        )
 
     def _weights(self) -> dict[str, Tensor]:
         parts = {"policy": self.policy} | ({} if self.reference is None else {"reference": self.reference})
@@ -383,44 +394,29 @@ class PolicyTrainer:
             for name, weight in module.state_dict().items()
         }
 
-    def _moments(self) -> dict[str, Tensor]:
+    def _moments(self) -> dict[tuple[str, str], Tensor]:
         return {
-            f"{name}::{kind}": value.detach().contiguous()
+            (name, kind): value
             for name, weight in self.policy.named_parameters()
             for kind, value in self.optimizer.state[weight].items()
         }
 
     def _resume(self) -> bool:
-        """Continue from `state/`, or from the one before where a kill hit the moment between the two."""
-        for name in ("state", "state.previous"):
-            if (self.folder / name / STATE_FILE).is_file():
-                self._load_state(self.folder / name)
-                return True
-        return False
-
-    def _load_state(self, folder: Path) -> None:
-        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        for key, found, name in (
-            ("config", self.config.resume_fingerprint, "settings"),
-            ("data", self.shards.fingerprint, "token shards"),
-            ("base", self.base.fingerprint, "checkpoint"),
-        ):
-            if state[key] != found:
-                raise ConfigError(
-                    f"{folder} was saved by a run with other {name}; expected the same to resume: take another output "
-                    f"folder"
-                )
-        weights = load_file(folder / WEIGHTS_FILE, device=str(self.device))
-        _load_part(self.policy, weights, "policy", folder)
+        """Continue from `state/` where there is one."""
+        state = load_state(self.folder, self._bindings)
+        if state is None:
+            return False
+        weights = state.weights(self.device)
+        _load_part(self.policy, weights, "policy", state.folder)
         if any(name.startswith("reference.") for name in weights):
             self.reference = deepcopy(self.policy).eval().requires_grad_(False)
-            _load_part(self.reference, weights, "reference", folder)
+            _load_part(self.reference, weights, "reference", state.folder)
         own = dict(self.policy.named_parameters())
-        for key, value in load_file(folder / OPTIMIZER_FILE, device=str(self.device)).items():
-            name, _, kind = key.partition("::")
+        for name, kind, value in state.moments(self.device):
             # AdamW counts steps in a float32 tensor that stays on the CPU unless it is fused.
             self.optimizer.state[own[name]][kind] = value
-        self.step, self.elapsed = state["step"], state["elapsed"]
+        self.step, self.elapsed = state.counters["step"], state.counters["elapsed"]
+        return True
 
 
 def _load_part(module: PointerPolicy, weights: dict[str, Tensor], part: str, folder: Path) -> None:
@@ -428,9 +424,7 @@ def _load_part(module: PointerPolicy, weights: dict[str, Tensor], part: str, fol
     try:
         module.load_state_dict(own)
     except RuntimeError as error:
-        raise CorpusError(
-            f"{folder / WEIGHTS_FILE} has other weights than the policy ({error}); delete {folder} to start again"
-        ) from error
+        raise unusable(folder / WEIGHTS_FILE, f"it has other weights than the policy: {error}") from error
 
 
 def _check_base(base: Checkpoint, config: PolicyTrainingConfig) -> None:
@@ -439,12 +433,7 @@ def _check_base(base: Checkpoint, config: PolicyTrainingConfig) -> None:
             f"checkpoint {config.checkpoint} is not trained, and a policy for chunk vectors that mean nothing would "
             f"learn nothing; expected one after reconstruction and next-paragraph training"
         )
-    other = sorted(set(config.chunk_sizes) - set(base.config.chunk_sizes))
-    if other:
-        raise ConfigError(
-            f"chunk_sizes has {other}, and checkpoint {config.checkpoint} was trained for "
-            f"{list(base.config.chunk_sizes)}; expected some of those"
-        )
+    check_chunk_sizes(base, config.chunk_sizes, config.checkpoint)
 
 
 @torch.no_grad()

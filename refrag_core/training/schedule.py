@@ -11,6 +11,12 @@ _FIRST_STAGE_RATIO = 1333.0
 _LAST_STAGE_RATIO = 5259.0
 
 
+def progress_of(step: int, steps: int, elapsed: float, seconds: float | None) -> float:
+    """From 0 to 1: of the steps, or of the seconds where these are limited and nearer to their end."""
+    of_seconds = elapsed / seconds if seconds else 0.0
+    return min(1.0, max(step / steps, of_seconds))
+
+
 def learning_rate_factor(progress: float, *, warmup: float, floor: float = 0.0) -> float:
     """What the learning rate is multiplied by: linear to 1 over `warmup`, then a cosine down to `floor`."""
     if progress < warmup:

@@ -11,9 +11,11 @@ before the split, so that no near-duplicate of a training document is held out.
 """
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -34,6 +36,7 @@ TokenIds = npt.NDArray[np.integer[Any]]
 Hashes = npt.NDArray[np.uint64]
 
 _BATCH_DOCUMENTS = 64
+_UNFINISHED = ".tmp"
 _MULTIPLIER = 0x9E3779B97F4A7C15
 
 
@@ -185,24 +188,37 @@ def _write(
     dtype: type[np.generic],
 ) -> dict[str, Any]:
     output.mkdir(parents=True, exist_ok=True)
-    written = {}
-    for name, split in splits.items():
-        lengths = [len(ids) for ids in split.tokens]
-        np.save(output / f"{name}.tokens.npy", np.concatenate([*split.tokens, np.empty(0, dtype)]).astype(dtype))
-        np.save(output / f"{name}.offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-        np.save(output / f"{name}.corpora.npy", np.asarray(split.corpora, dtype=np.int16))
-        digest = digest_file(output / f"{name}.tokens.npy")
-        written[name] = {"documents": len(lengths), "tokens": sum(lengths), "digest": digest}
-    index = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "tokenizer_fingerprint": tokenizer_fingerprint,
-        "vocabulary": vocabulary,
-        "corpora": [{"name": name, **count} for name, count in counts.items()],
-        "splits": written,
-    }
-    (output / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for left in output.glob(f"*{_UNFINISHED}"):
+        shutil.rmtree(left, ignore_errors=True)
+    with TemporaryDirectory(suffix=_UNFINISHED, dir=output) as folder:
+        temporary = Path(folder)
+        index = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "tokenizer_fingerprint": tokenizer_fingerprint,
+            "vocabulary": vocabulary,
+            "corpora": [{"name": name, **count} for name, count in counts.items()],
+            "splits": {name: _write_split(temporary, name, split, dtype) for name, split in splits.items()},
+        }
+        (temporary / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        _publish(temporary, output)
     return index
+
+
+def _write_split(folder: Path, name: Split, split: _Growing, dtype: type[np.generic]) -> dict[str, Any]:
+    lengths = [len(ids) for ids in split.tokens]
+    np.save(folder / f"{name}.tokens.npy", np.concatenate([*split.tokens, np.empty(0, dtype)]).astype(dtype))
+    np.save(folder / f"{name}.offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    np.save(folder / f"{name}.corpora.npy", np.asarray(split.corpora, dtype=np.int16))
+    digest = digest_file(folder / f"{name}.tokens.npy")
+    return {"documents": len(lengths), "tokens": sum(lengths), "digest": digest}
+
+
+def _publish(temporary: Path, output: Path) -> None:
+    """Move the files, the index last: shards that a kill left between the old and the new have none."""
+    (output / INDEX_FILE).unlink(missing_ok=True)
+    for path in sorted(temporary.iterdir(), key=lambda path: path.name == INDEX_FILE):
+        path.replace(output / path.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,14 +263,16 @@ class TokenShards:
         """
         path = folder / INDEX_FILE
         if not path.is_file():
-            raise CorpusError(f"no token shards in {folder}: {INDEX_FILE} is missing; prepare them first")
-        index = json.loads(path.read_text(encoding="utf-8"))
-        if (index.get("format"), index.get("format_version")) != (FORMAT, FORMAT_VERSION):
-            raise ConfigError(f"{path} is no {FORMAT} of version {FORMAT_VERSION}; prepare the shards again")
+            raise CorpusError(
+                f"no token shards in {folder}: {INDEX_FILE} is missing; expected what `refrag train prepare CORPUS "
+                f"-o {folder}` writes: run that first"
+            )
+        index = _read_index(path)
         if tokenizer_fingerprint is not None and index["tokenizer_fingerprint"] != tokenizer_fingerprint:
             raise FingerprintMismatchError(
                 f"token shards in {folder} were made with tokenizer {index['tokenizer_fingerprint'][:12]} and the "
-                f"decoder has {tokenizer_fingerprint[:12]}: prepare them with this decoder"
+                f"decoder has {tokenizer_fingerprint[:12]}; expected the same: prepare them with `refrag train prepare "
+                f"--decoder` and this decoder"
             )
         return cls(folder, index)
 
@@ -268,6 +286,19 @@ class TokenShards:
             )
         except (OSError, ValueError) as error:
             raise CorpusError(f"split {name} of {self.folder} cannot be read ({error}); prepare it again") from error
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CorpusError(f"{path} is not JSON ({error}); expected token shards: prepare them again") from error
+    if not isinstance(index, dict) or (index.get("format"), index.get("format_version")) != (FORMAT, FORMAT_VERSION):
+        raise ConfigError(
+            f"{path} is no {FORMAT} of version {FORMAT_VERSION}; expected one that this refrag wrote: prepare the "
+            f"shards again"
+        )
+    return index
 
 
 class Windows:

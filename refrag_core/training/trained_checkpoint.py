@@ -25,18 +25,20 @@ from refrag_core.errors import ConfigError
 from refrag_core.stored_weights import write_weights
 from refrag_core.training.config import TrainingConfig
 from refrag_core.training.model import TrainingModel, adapter_layers, adapter_state, add_adapter, unfreeze
-
-TRAINING_FILE = "training.json"
+from refrag_core.training.run_state import TRAINING_FILE
 
 
 def load_training_model(checkpoint: Checkpoint, config: TrainingConfig) -> TrainingModel:
     """The checkpoint's parts, ready to train: encoder body and projection float32, decoder in the run's precision.
 
     A checkpoint's adapter is trained on, or, with a frozen decoder, merged into it. Raises ConfigError when it
-    has another shape than the config asks for; a full update goes on from any.
+    has another shape than the config asks for; a full update goes on from any. Raises FingerprintMismatchError
+    when the models on this machine are not those that the checkpoint was made with.
     """
-    decoder_folder = checkpoint.decoder_folder()
-    encoder = load_encoder_module(checkpoint.encoder_folder(), decoder_folder, trained=checkpoint.load_trained_layers())
+    decoder_folder = checkpoint.verified_decoder_folder()
+    encoder = load_encoder_module(
+        checkpoint.verified_encoder_folder(), decoder_folder, trained=checkpoint.load_trained_layers()
+    )
     if not checkpoint.config.encoder_files:
         gates = random_gates(max(config.chunk_sizes), checkpoint.config.d_enc, seed=config.seed + 3)
         encoder = extend_encoder(

@@ -578,7 +578,7 @@ def test_a_signed_bundle_answers_with_the_decoder_that_it_was_made_for_alone(two
     checkpoint = Runtime.open(root, device="cpu", verify_keys=[public]).checkpoint
     other = tiny_models.decoder_folder(tmp_path / "other", seed=9)
     with pytest.raises(FingerprintMismatchError, match=r"the decoder in .*other has fingerprint"):
-        checkpoint.check_decoder(other)
+        checkpoint.verify_decoder(other)
 
 
 def test_folder_names_are_what_the_specification_says() -> None:

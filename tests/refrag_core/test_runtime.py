@@ -376,6 +376,15 @@ def test_a_checkpoint_with_another_projection_is_taken(library: SmallIndex, tmp_
     assert found.ask(QUESTION, options(policy="learned")).trained
 
 
+def test_other_weights_are_taken_by_an_untrained_checkpoint_alone(library: SmallIndex, tmp_path: Path) -> None:
+    other = str(tiny_models.decoder_folder(tmp_path / "other", seed=1))
+    assert not Runtime.open(library.path, decoder=other, device="cpu").trained
+    opened = load_checkpoint(str(library.models / "checkpoint"))
+    replace(opened, config=replace(opened.config, trained=True)).save(tmp_path / "checkpoint")
+    with pytest.raises(FingerprintMismatchError, match=r"the decoder in .* has fingerprint .*expected the same model"):
+        Runtime.open(library.path, decoder=other, checkpoint=str(tmp_path / "checkpoint"), device="cpu")
+
+
 def test_a_decoder_of_another_width_is_refused(library: SmallIndex, tmp_path: Path) -> None:
     """Its tokenizer is the index's, but the projection maps into another space."""
     other = tiny_models.decoder_folder(tmp_path / "opt", "opt")

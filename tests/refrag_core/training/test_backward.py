@@ -8,7 +8,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from refrag_core.training.backward import Backward, Gradients
-from refrag_core.training.loop import MicroBatch, Trainer, make_example
+from refrag_core.training.loop import Trainer
+from refrag_core.training.micro_batches import MicroBatch, make_example
 from refrag_core.training.model import read_rows_causally
 from tests.refrag_core.training.conftest import settings
 from tests.refrag_core.training.test_loop import losses

@@ -27,8 +27,9 @@ from refrag_core.training.instruct_data import (
     parse_instruction,
     read_instructions,
 )
-from refrag_core.training.loop import Trainer, make_example, plan_step
+from refrag_core.training.loop import Trainer
 from refrag_core.training.losses import IGNORED, token_nll
+from refrag_core.training.micro_batches import make_example, plan_step
 from tests.refrag_core.training.conftest import settings
 
 TEMPLATE = PromptTemplate(

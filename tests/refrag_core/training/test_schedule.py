@@ -1,6 +1,12 @@
 import pytest
 
-from refrag_core.training.schedule import chunk_counts, learning_rate_factor, length_weights
+from refrag_core.training.schedule import chunk_counts, learning_rate_factor, length_weights, progress_of
+
+
+def test_progress_follows_what_is_nearer_to_its_end() -> None:
+    assert progress_of(25, 100, 9.0, None) == 0.25
+    assert progress_of(25, 100, 9.0, 10.0) == 0.9
+    assert progress_of(120, 100, 9.0, 10.0) == 1.0
 
 
 def test_warm_up_then_cosine() -> None:

@@ -68,13 +68,39 @@ def test_shards_are_the_same_bytes_again(tmp_path: Path, models: tuple[Path, Pat
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
 
+def test_a_kill_between_two_files_leaves_no_shards_rather_than_mixed_ones(
+    tmp_path: Path, models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = ([TextDocument("toy", str(n), f"{n} {word} is here and there")] for n, word in enumerate(("old", "new")))
+    prepare_token_shards(old, models[1], tmp_path)
+    replace = Path.replace
+
+    def replace_and_die(path: Path, target: Path) -> Path:
+        if path.name == "train.offsets.npy":
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replace_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_token_shards(new, models[1], tmp_path)
+    with pytest.raises(CorpusError, match="no token shards in"):
+        TokenShards.open(tmp_path)
+    (tmp_path / "left-by-a-kill.tmp").mkdir()
+    index = prepare_token_shards(new, models[1], tmp_path)
+    assert TokenShards.open(tmp_path).index == index
+    assert not list(tmp_path.glob("*.tmp"))
+
+
 def test_another_tokenizer_is_refused(data: Path) -> None:
-    with pytest.raises(FingerprintMismatchError, match="prepare them with this decoder"):
+    with pytest.raises(
+        FingerprintMismatchError, match="prepare them with `refrag train prepare --decoder` and this decoder"
+    ):
         TokenShards.open(data, tokenizer_fingerprint="0" * 64)
 
 
 def test_missing_and_foreign_folders(tmp_path: Path) -> None:
-    with pytest.raises(CorpusError, match="prepare them first"):
+    with pytest.raises(CorpusError, match=r"`refrag train prepare CORPUS -o .*` writes: run that first"):
         TokenShards.open(tmp_path)
     (tmp_path / "token_shards.json").write_text(json.dumps({"format": "other"}))
     with pytest.raises(ConfigError, match="prepare the shards again"):

@@ -1,0 +1,101 @@
+"""The micro-batches of a step: which task each is of, and what is in it, by the config and the step's number alone."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from refrag_core.errors import ConfigError
+from refrag_core.policy import num_expanded
+from refrag_core.training.batches import (
+    TrainingBatch,
+    next_paragraph_batch,
+    random_masks,
+    reconstruction_batch,
+    text_batch,
+)
+from refrag_core.training.config import TaskConfig, TrainingConfig
+from refrag_core.training.instruct_data import InstructionSet
+from refrag_core.training.schedule import chunk_counts, length_weights, normalised
+from refrag_core.training.token_shards import Windows
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One micro-batch and what it is for."""
+
+    name: str
+    """Of the metric, such as reconstruct/k8."""
+    task: TaskConfig
+    batch: TrainingBatch
+    full: TrainingBatch | None
+    """The same predictions from the full context, for distillation."""
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """A planned micro-batch: all that decides what is in it."""
+
+    task: TaskConfig
+    position: int
+    """Number of its first window."""
+    random: np.random.Generator
+
+
+def plan_step(config: TrainingConfig, *, position: int, step: int, progress: float) -> list[MicroBatch]:
+    """The micro-batches of a step, which follow from these numbers and the seed; cheap, so every process plans all."""
+    planned = []
+    shares = normalised([task.weight_at(progress) for task in config.tasks])
+    for micro in range(config.micro_batches):
+        random = np.random.default_rng([config.seed, step, micro])
+        task = config.tasks[int(random.choice(len(config.tasks), p=shares))]
+        planned.append(MicroBatch(task, position, random))
+        position += task.batch_rows
+    return planned
+
+
+def make_example(
+    config: TrainingConfig,
+    windows: Windows,
+    planned: MicroBatch,
+    *,
+    progress: float,
+    instructions: InstructionSet | None = None,
+) -> Example:
+    """A planned micro-batch; chunk size, lengths and masks are drawn by its generator."""
+    task, random = planned.task, planned.random
+    size = int(random.choice(config.chunk_sizes))
+    if task.kind == "instruct":
+        return instruct_example(instructions, planned, size)
+    tokens = windows.take(planned.position, task.batch_rows)
+    context, output = tokens[:, : config.context_tokens], tokens[:, config.context_tokens :]
+    if task.kind == "text":
+        return Example("text", task, text_batch(tokens), None)
+    if task.kind == "reconstruct":
+        counts = chunk_counts(config.context_tokens, size)
+        count = int(random.choice(counts, p=length_weights(task.curriculum, progress, len(counts))))
+        # Examples of a row must not continue one another, or the text before would give their tokens away.
+        pieces = random.permutation(context.reshape(-1, count * size)).reshape(context.shape)
+        batch = reconstruction_batch(pieces, chunk_size=size, num_chunks=count)
+        return Example(f"reconstruct/k{size}", task, batch, None)
+    fraction = float(random.choice(task.expansion_fractions))
+    chunks = config.context_tokens // size
+    masks = random_masks(len(context), chunks, num_expanded(chunks, fraction), random)
+    batch = next_paragraph_batch(context, output, chunk_size=size, expansion_mask=masks)
+    full = text_batch(tokens, first=config.context_tokens) if task.distillation else None
+    return Example(f"next-paragraph/k{size}/p{fraction:g}", task, batch, full)
+
+
+def instruct_example(instructions: InstructionSet | None, planned: MicroBatch, chunk_size: int) -> Example:
+    """A micro-batch of questions with passages. Raises ConfigError without an instruction file."""
+    if instructions is None:
+        raise ConfigError("an instruct task has no examples; expected the setting instructions to name their file")
+    fraction = float(planned.random.choice(planned.task.expansion_fractions))
+    batch = instructions.batch(
+        planned.position,
+        planned.task.batch_rows,
+        chunk_size=chunk_size,
+        expansion_fraction=fraction,
+        gold_weight=planned.task.gold_expansion_weight,
+        random=planned.random,
+    )
+    return Example(f"instruct/k{chunk_size}/p{fraction:g}", planned.task, batch, None)
