@@ -8,6 +8,7 @@ import json
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterable
 from dataclasses import asdict, is_dataclass
 from enum import StrEnum
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from refrag.pipelines.engines.local import LocalEngine
     from refrag.pipelines.progress import Progress
     from refrag_core.bundle import BundleReport
+    from refrag_core.retrieval import RetrievalOptions, Searcher
     from refrag_core.runtime import Answer, AskOptions, Runtime
     from refrag_core.training.runs import Stage
 
@@ -120,6 +122,15 @@ RetryQuarantined = Annotated[
     bool, typer.Option("--retry-quarantined", help="Try documents again that a stage has quarantined before.")
 ]
 TopK = Annotated[int, typer.Option("--top-k", help="Passages to retrieve.", min=1)]
+Where = Annotated[
+    str | None,
+    typer.Option(
+        help="Only documents whose metadata fulfil this, like \"lang = 'en' and year > 2020\".", metavar="SQL"
+    ),
+]
+Hybrid = Annotated[bool, typer.Option("--hybrid", help="Rank by words (BM25) too and fuse the two rankings.")]
+DenseWeight = Annotated[float, typer.Option(help="With --hybrid: weight of the ranks by vectors.", min=0)]
+LexicalWeight = Annotated[float, typer.Option(help="With --hybrid: weight of the ranks by words.", min=0)]
 ExpansionFraction = Annotated[
     float | None,
     typer.Option(help="Share of chunks given as full tokens (p). Default: .1; all where untrained.", min=0, max=1),
@@ -527,6 +538,10 @@ def index_search(
     index: IndexArgument,
     query: Annotated[str, typer.Argument(help="What to look for.", show_default=False)],
     top_k: TopK = 5,
+    where: Where = None,
+    hybrid: Hybrid = False,
+    dense_weight: DenseWeight = 1.0,
+    lexical_weight: LexicalWeight = 1.0,
     retriever: Retriever = None,
     device: Device = "auto",
     as_json: JsonFlag = False,
@@ -534,12 +549,40 @@ def index_search(
     """Retrieve passages; no decoder is loaded."""
     from refrag_core.retrieval import open_searcher
 
-    hits = open_searcher(index, retriever=retriever, device=device).search(query, top_k)
+    options = _retrieval(where, hybrid, dense_weight, lexical_weight)
+    searcher = open_searcher(index, retriever=retriever, device=device)
+    _build_lexical(searcher, options)
+    hits = searcher.search(query, top_k, options)
+    passing = None if where is None else searcher.reader.passing(where).rows
     if as_json:
-        _print_json({"query": query, "hits": [asdict(hit) for hit in hits]})
+        _print_json({"query": query, "passing": passing, "hits": [asdict(hit) for hit in hits]})
         return
+    _print_passing(where, passing, searcher.reader.manifest.counts.passages)
     for hit in hits:
         print(f"{hit.rank}. {hit.score:.3f}  {hit.doc_id}\n   {_one_line(hit.text, 200)}")
+
+
+def _retrieval(where: str | None, hybrid: bool, dense_weight: float, lexical_weight: float) -> "RetrievalOptions":
+    from refrag_core.predicate import parse_predicate
+    from refrag_core.retrieval import RetrievalOptions
+
+    if where is not None:
+        parse_predicate(where)  # what no index could answer is refused before models are loaded
+    return RetrievalOptions(where=where, hybrid=hybrid, dense_weight=dense_weight, lexical_weight=lexical_weight)
+
+
+def _build_lexical(searcher: "Searcher", options: "RetrievalOptions") -> None:
+    """Build the ranking by words now, and say so, so that it is not charged to the question."""
+    if options.hybrid and options.lexical_weight:
+        started = time.perf_counter()
+        _ = searcher.lexical
+        passages, seconds = searcher.reader.manifest.counts.passages, time.perf_counter() - started
+        _warn(f"ranking by words: {passages:,} passages indexed in memory in {seconds:,.1f} s")
+
+
+def _print_passing(where: str | None, passing: int | None, passages: int) -> None:
+    if where is not None:
+        print(f"{passing:,} of {passages:,} passages are of documents with {where}")
 
 
 def _one_line(text: str, width: int) -> str:
@@ -796,6 +839,10 @@ def ask(
     index: IndexArgument,
     question: Annotated[str, typer.Argument(help="The question.", show_default=False)],
     top_k: TopK = 5,
+    where: Where = None,
+    hybrid: Hybrid = False,
+    dense_weight: DenseWeight = 1.0,
+    lexical_weight: LexicalWeight = 1.0,
     expansion_fraction: ExpansionFraction = None,
     policy: Policy = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.", min=1)] = 64,
@@ -822,7 +869,9 @@ def ask(
 ) -> None:
     """Answer a question from an index, with the passages used and a latency breakdown."""
     given = {str(path): _read_text(path) for path in context or []}
+    retrieval = _retrieval(where, hybrid, dense_weight, lexical_weight)
     runtime = _open_runtime(index, decoder, retriever, checkpoint, device, chunk_cache, verify_key)
+    _build_lexical(runtime.searcher, retrieval)
     options = _ask_options(
         runtime,
         policy,
@@ -834,11 +883,16 @@ def ask(
         top_p=top_p,
         seed=seed,
         strict=strict,
+        retrieval=retrieval,
     )
     on_text = (lambda text: print(text, end="", flush=True)) if stream and not as_json else None
     answer = runtime.ask(question, options, given=given, on_text=on_text)
     if as_json:
         _print_json(answer)
+        return
+    _print_passing(where, answer.passing, runtime.reader.manifest.counts.passages)
+    if answer.passing == 0 and not answer.passages:
+        print("nothing to answer from: no passage passes the filter")
         return
     print("" if stream else answer.answer)
     _print_answer(answer)
@@ -873,16 +927,22 @@ def eval_retrieval(
     retriever: Retriever = None,
     device: Device = "auto",
     bm25: Annotated[bool, typer.Option(help="Also rank with BM25 over the same passages.")] = True,
+    where: Where = None,
+    hybrid: Hybrid = False,
+    dense_weight: DenseWeight = 1.0,
+    lexical_weight: LexicalWeight = 1.0,
     as_json: JsonFlag = False,
 ) -> None:
-    """Recall@1/5/20 and MRR of the index's retriever, BM25 beside it."""
+    """Recall@1/5/20 and MRR of the index's retriever, BM25 beside it, and with --hybrid both fused."""
     from refrag_core.evaluation.run_retrieval import evaluate_retrieval
 
-    report = evaluate_retrieval(index, questions, retriever=retriever, device=device, bm25=bm25)
+    options = _retrieval(where, hybrid, dense_weight, lexical_weight)
+    report = evaluate_retrieval(index, questions, retriever=retriever, device=device, bm25=bm25, options=options)
     if as_json:
         _print_json(report)
         return
     print(f"{report['questions']} questions, {report['passages']:,} passages, version {report['version']}")
+    _print_passing(where, report["passing"], report["passages"])
     for name, scores in report["systems"].items():
         print(f"  {name:<8} " + "  ".join(f"{metric} {value:.3f}" for metric, value in scores.items()))
 
@@ -901,6 +961,10 @@ def eval_qa(
         RetrieverMode,
         typer.Option(help="strong: the index's; weak: half of it replaced at random; gold: gold and random passages."),
     ] = RetrieverMode.STRONG,
+    where: Where = None,
+    hybrid: Hybrid = False,
+    dense_weight: DenseWeight = 1.0,
+    lexical_weight: LexicalWeight = 1.0,
     limit: Annotated[int | None, typer.Option(help="Questions, from the first. Default: all.", min=1)] = None,
     save: Annotated[
         Path | None, typer.Option(help="Keep answers in this file as they come; run again to go on.")
@@ -918,6 +982,7 @@ def eval_qa(
     from refrag_core.evaluation.qa_table import table_lines
     from refrag_core.evaluation.run_qa import QaOptions, evaluate_qa
 
+    retrieval = _retrieval(where, hybrid, dense_weight, lexical_weight)
     runtime = _open_runtime(index, decoder, retriever, checkpoint, device)
     fractions = _fractions(expansion_fraction, trained=runtime.trained)
     for fraction in fractions:
@@ -928,6 +993,7 @@ def eval_qa(
         policy=(policy or PolicyName.LEARNED).value,
         max_new_tokens=max_new_tokens,
         retriever_mode=retriever_mode.value,
+        retrieval=retrieval,
         seed=seed,
         limit=limit,
         batch_rows=batch_rows,

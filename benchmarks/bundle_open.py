@@ -85,7 +85,19 @@ def shard_tables(generator: np.random.Generator, number: int, passages: int) -> 
         "num_tokens": np.full(chunks, CHUNK_SIZE, np.int16),
         "tokens": fixed_binary(tokens),
     }
+    document_rows = {
+        "document_id": passage_rows["document_id"],
+        "source_digest": [bytes.fromhex(text) for text in ids],
+        "content_digest": [bytes.fromhex(text) for text in ids],
+        "source": ["none"] * passages,
+        "chunk_size": np.full(passages, CHUNK_SIZE, np.int16),
+        "num_passages": np.ones(passages, np.int32),
+        "num_chunks": passage_rows["num_chunks"],
+        "num_tokens": np.full(passages, CHUNKS_A_PASSAGE * CHUNK_SIZE, np.int64),
+        "metadata": ["{}"] * passages,
+    }
     return {
+        "documents": pa.table(document_rows, schema=arrow.DOCUMENTS),
         "passages": pa.table(passage_rows, schema=arrow.PASSAGES),
         "chunks": pa.table(chunk_rows, schema=schema),
         "embeddings": pa.table([fixed_binary(random_half(generator, chunks))], schema=arrow.embeddings(DIM)),

@@ -1,8 +1,8 @@
 """Bundles: one generation of an index as serving hosts need it, exported, opened, checked.
 
-A bundle is a folder like an index, with the same manifest: the runtime opens either. It leaves out what only builds
-read (documents, passage embeddings, the quarantine's records) and names its files by their bytes, so that two
-generations share what they have in common wherever they lie.
+A bundle is a folder like an index, with the same manifest: the runtime opens either. It leaves out the
+quarantine's records and every other generation's files, and names its own by their bytes, so that two generations
+share what they have in common wherever they lie.
 """
 
 import shutil
@@ -42,9 +42,6 @@ from refrag_core.manifest import (
 from refrag_core.models import fingerprint_model, remembered_digest, resolve_model
 from refrag_core.signing import check_signature, sign
 from refrag_core.storage import FileRecord, FolderStore, IndexLocation, Store, is_uri, open_store
-
-BUILD_TABLES = ("documents",)
-"""Tables that no runtime reads."""
 
 _MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _SHOWN_PROBLEMS = 5
@@ -233,7 +230,7 @@ def bundle_manifest(store: Store, manifest: Manifest, options: ExportOptions) ->
 def _exported_shard(shard: Shard, renaming: _Renaming) -> Shard:
     return replace(
         shard,
-        tables={role: renaming.by_digest(name) for role, name in shard.tables.items() if role not in BUILD_TABLES},
+        tables={role: renaming.by_digest(name) for role, name in shard.tables.items()},
     )
 
 

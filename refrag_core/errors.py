@@ -11,6 +11,7 @@ __all__ = [
     "CorpusChangedError",
     "CorpusError",
     "CorruptIndexError",
+    "FilterError",
     "FingerprintMismatchError",
     "IndexLockedError",
     "IndexNotFoundError",
@@ -41,6 +42,10 @@ class UsageError(RefragError):
 
 class ConfigError(UsageError):
     """A setting is out of range, unknown, or contradicts another."""
+
+
+class FilterError(UsageError):
+    """A metadata filter is no condition over the fields of the index."""
 
 
 class MissingExtraError(UsageError):

@@ -1,22 +1,40 @@
 """An index opened for reading: verified manifest, mapped tables, searchable segments. Writes nothing."""
 
 import json
+import threading
 from bisect import bisect_right
-from collections.abc import Collection, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from math import ceil
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from refrag_core.errors import CorruptIndexError
 from refrag_core.manifest import Manifest, Shard, hold_manifest, read_tombstones
+from refrag_core.metadata_columns import MetadataColumns
+from refrag_core.predicate import parse_predicate
 from refrag_core.storage import FileRecord, IndexLocation, Store, open_store
 from refrag_core.tables import MappedColumn, open_table
-from refrag_core.vector_index import VectorIndex
+from refrag_core.vector_index import SearchResult, VectorIndex, exact_search
+
+EXACT_ROWS = 1_024
+EXACT_ONE_IN = 128
+"""A filtered search compares all that passes where it is at most so many passages, or so small a part of the index:
+then that costs no more than visiting the lists (2 µs a compared passage, 16 ns a listed one)."""
+
+VISITS = 2
+"""Lists that a filtered search visits, in those that hold as many passing passages as an unfiltered one compares: what
+passes is seldom spread evenly, and the nearest of it lies further off."""
+
+CACHED_FILTERS = 32
+"""Filters whose passages are remembered, at one byte a passage each."""
 
 _FETCHED = ("passages", "chunks", "embeddings", "scores")
 
@@ -27,6 +45,16 @@ class PassageRef:
 
     shard: int
     row: int
+
+
+@dataclass(frozen=True, slots=True)
+class Passing:
+    """The live passages whose documents fulfil a filter."""
+
+    masks: tuple[npt.NDArray[np.bool_], ...]
+    """For each segment a read-only bool `[rows]`."""
+    rows: int
+    """How many they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +88,7 @@ class PassageDescription:
 class OpenShard:
     """The tables of one shard, mapped."""
 
-    def __init__(self, store: Store, shard: Shard, dim: int) -> None:
+    def __init__(self, store: Store, shard: Shard, dim: int, vector_dim: int) -> None:
         passages = store.path(shard.tables["passages"])
         self.shard = shard
         self._passages = passages
@@ -72,7 +100,14 @@ class OpenShard:
         self.embeddings = MappedColumn(store.path(shard.tables["embeddings"]), "embedding", "<f2", dim)
         has_scores = "scores" in shard.tables
         self.scores = MappedColumn(store.path(shard.tables["scores"]), "nll", "<f4") if has_scores else None
+        self._vectors = store.path(shard.tables["vectors"])
+        self._vector_dim = vector_dim
         self._check_rows()
+
+    @cached_property
+    def vectors(self) -> MappedColumn:
+        """Passage embeddings, float16 `[passages, d_ret]`."""
+        return MappedColumn(self._vectors, "vector", "<f2", self._vector_dim)
 
     @staticmethod
     def _column(path: Path, name: str, dtype: str) -> npt.NDArray[Any]:
@@ -138,6 +173,8 @@ class IndexReader:
         numbers = {shard.name: number for number, shard in enumerate(self.manifest.shards)}
         self._segment_shards = [[numbers[name] for name in segment.shards] for segment in self.manifest.segments]
         self._segment_starts = [self._starts(shards) for shards in self._segment_shards]
+        self._passing: OrderedDict[str, Passing] = OrderedDict()
+        self._lock = threading.Lock()
 
     def _starts(self, shards: Sequence[int]) -> list[int]:
         return [0, *accumulate(self.manifest.shards[number].passages for number in shards)]
@@ -145,8 +182,8 @@ class IndexReader:
     def shard(self, number: int) -> OpenShard:
         """The tables of shard `number`, opened once."""
         if number not in self._shards:
-            dim = self.manifest.parameters.embedding_dim
-            self._shards[number] = OpenShard(self.store, self.manifest.shards[number], dim)
+            widths = self.manifest.parameters.embedding_dim, self.manifest.parameters.vector_dim
+            self._shards[number] = OpenShard(self.store, self.manifest.shards[number], *widths)
         return self._shards[number]
 
     def map_all(self) -> None:
@@ -198,11 +235,94 @@ class IndexReader:
         at = bisect_right(self._segment_starts[segment], row) - 1
         return PassageRef(self._segment_shards[segment][at], row - self._segment_starts[segment][at])
 
-    def search(self, query: npt.NDArray[np.float32], top_k: int) -> list[tuple[PassageRef, float]]:
-        """The `top_k` live passages nearest to one query vector `[d_ret]`, best first, with inner products."""
-        found = self.vectors.search(query.reshape(1, -1), top_k, live=self.live)
+    # --- filters
+
+    @cached_property
+    def metadata(self) -> MetadataColumns:
+        """The documents' metadata, decoded field by field as filters ask for it."""
+        return MetadataColumns(self._document_column)
+
+    def _document_column(self, name: str) -> Iterator[pa.ChunkedArray]:
+        """A column of the documents of all shards, dead ones included, shard by shard."""
+        return (self.column(number, "documents", name) for number in range(len(self.manifest.shards)))
+
+    def column(self, number: int, table: str, name: str) -> pa.ChunkedArray:
+        """One column of a table of shard `number`."""
+        with open_table(self.store.path(self.manifest.shards[number].tables[table])) as file:
+            return file.read(columns=[name]).column(0)
+
+    def live_texts(self) -> Iterator[str]:
+        """Texts of the live passages in the order of (segment, row); one shard's in memory at a time."""
+        for number in (number for shards in self._segment_shards for number in shards):
+            texts = self.column(number, "passages", "text")
+            yield from texts.filter(pa.array(self.live_rows(number))).to_pylist()
+
+    def passing(self, where: str) -> Passing:
+        """The live passages whose documents fulfil the condition `where`; the last filters asked for are remembered.
+
+        Raises FilterError for text that is no condition over the fields of the index.
+        """
+        with self._lock:
+            if where not in self._passing:
+                self._passing[where] = self._select(where)
+            self._passing.move_to_end(where)
+            while len(self._passing) > CACHED_FILTERS:
+                self._passing.popitem(last=False)
+            return self._passing[where]
+
+    def _select(self, where: str) -> Passing:
+        documents = self.metadata.select(parse_predicate(where))
+        by_shard, start = [], 0
+        for number, counts in enumerate(self._document_column("num_passages")):
+            chosen = np.repeat(documents[start : start + len(counts)], counts.to_numpy())
+            by_shard.append(chosen & self.live_rows(number))
+            start += len(counts)
+        masks = [np.concatenate([by_shard[number] for number in shards]) for shards in self._segment_shards]
+        for mask in masks:
+            mask.flags.writeable = False
+        return Passing(tuple(masks), sum(int(mask.sum()) for mask in masks))
+
+    # --- search
+
+    def search(
+        self, query: npt.NDArray[np.float32], top_k: int, passing: Passing | None = None
+    ) -> list[tuple[PassageRef, float]]:
+        """The `top_k` live passages nearest to one query vector `[d_ret]`, best first, with inner products.
+
+        Args:
+            passing: only these passages. Where few pass, all of them are compared; where many do, as many more lists
+                are visited as fewer of their rows count.
+        """
+        queries = query.reshape(1, -1)
+        if passing is None:
+            found = self.vectors.search(queries, top_k, live=self.live)
+        elif passing.rows <= max(EXACT_ROWS, self.vectors.num_rows // EXACT_ONE_IN):
+            found = self._compare_all(queries, top_k, passing)
+        else:
+            nprobe = self.lists_to_visit(passing)
+            found = self.vectors.search(queries, top_k, live=passing.masks, nprobe=nprobe)
         hits = zip(found.scores[0], found.segments[0], found.rows[0], strict=True)
         return [(self.locate(int(segment), int(row)), float(score)) for score, segment, row in hits if row >= 0]
+
+    def lists_to_visit(self, passing: Passing) -> int:
+        """How many lists of the vector index a search among these passages visits."""
+        return ceil(VISITS * self.vectors.nprobe * self.manifest.counts.passages / max(1, passing.rows))
+
+    def _compare_all(self, query: npt.NDArray[np.float32], top_k: int, passing: Passing) -> SearchResult:
+        """Exact search for one query `[1, d_ret]` among the passing passages: their vectors alone are read."""
+        rows = [np.flatnonzero(mask) for mask in passing.masks]
+        found = exact_search((self._vectors_at(s, chosen) for s, chosen in enumerate(rows)), query, top_k)
+        hits = zip(found.segments[0].tolist(), found.rows[0].tolist(), strict=True)
+        numbers = [rows[segment][row] if row >= 0 else -1 for segment, row in hits]
+        return SearchResult(found.scores, found.segments, np.asarray([numbers], dtype=np.int64))
+
+    def _vectors_at(self, segment: int, rows: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.float16]]:
+        """Passage embeddings of increasing rows of a segment, shard by shard."""
+        starts = self._segment_starts[segment]
+        cuts = np.searchsorted(rows, starts)
+        for number, start, first, last in zip(self._segment_shards[segment], starts, cuts, cuts[1:], strict=False):
+            if last > first:
+                yield self.shard(number).vectors.take(rows[first:last] - start)
 
     def fetch(self, refs: Sequence[PassageRef]) -> list[FetchedPassage]:
         """Tokens and embeddings of passages, from the maps."""

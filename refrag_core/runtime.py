@@ -30,7 +30,7 @@ from refrag_core.manifest import read_manifest
 from refrag_core.models import fingerprint_tokenizer, resolve_model
 from refrag_core.policy import PointerPolicy, PolicyName, policy_logits, select
 from refrag_core.projection import Projection
-from refrag_core.retrieval import Searcher, matching_retriever
+from refrag_core.retrieval import BY_VECTORS, RetrievalOptions, Searcher, matching_retriever
 from refrag_core.retriever import Retriever
 from refrag_core.storage import IndexLocation
 from refrag_core.template import PromptTemplate
@@ -51,33 +51,35 @@ class AskOptions:
     seed: int = 0
     strict: bool = False
     """Fail instead of dropping passages that do not fit the decoder."""
+    retrieval: RetrievalOptions = BY_VECTORS
+    """Which passages may be found, and how they are ranked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
-    """Where the time went (milliseconds) and what the decoder saw."""
+    """Where the time went (milliseconds) and what the decoder saw; nothing but retrieval by default."""
 
     retrieval_ms: float
     """Query embedding and search."""
-    fetch_ms: float
-    encode_ms: float
+    fetch_ms: float = 0.0
+    encode_ms: float = 0.0
     """Encoding of text that is not in the index; 0 without any."""
-    policy_ms: float
-    compose_ms: float
-    prefill_ms: float
+    policy_ms: float = 0.0
+    compose_ms: float = 0.0
+    prefill_ms: float = 0.0
     """Prefill and the choice of the first token."""
-    ttft_ms: float
+    ttft_ms: float = 0.0
     """Request in → first token out."""
-    ttit_ms: float
+    ttit_ms: float = 0.0
     """Mean time between tokens; 0 for a single one."""
-    new_tokens: int
-    num_chunks: int
-    num_expanded: int
-    context_tokens: int
+    new_tokens: int = 0
+    num_chunks: int = 0
+    num_expanded: int = 0
+    context_tokens: int = 0
     """Tokens of the passages used."""
-    decoder_positions: int
+    decoder_positions: int = 0
     """Slots of the whole prompt."""
-    compression: float
+    compression: float = 1.0
     """Context tokens over the slots that they took."""
 
 
@@ -87,7 +89,7 @@ class UsedPassage:
 
     rank: int
     score: float | None
-    """Inner product of unit vectors in retrieval; None for a passage that did not come from there."""
+    """As in `Hit`; None for a passage that did not come from retrieval."""
     doc_id: str
     passage: str
     text: str
@@ -114,6 +116,8 @@ class Answer:
     """Whether the projection behind compressed chunks was trained."""
     version: int
     """Generation of the index."""
+    passing: int | None
+    """Live passages that the filter let through; None without one."""
 
 
 def check_untrained(trained: bool, policy: str | None, expansion_fraction: float | None, allow: bool) -> None:
@@ -315,9 +319,11 @@ class Runtime:
 
     # --- the steps
 
-    def retrieve(self, question: str, top_k: int) -> list[tuple[PassageRef, float]]:
-        """Where the nearest passages are, best first, with their scores."""
-        return self.searcher.retrieve(question, top_k)
+    def retrieve(
+        self, question: str, top_k: int, options: RetrievalOptions = BY_VECTORS
+    ) -> list[tuple[PassageRef, float]]:
+        """Where the best passages are, best first, with their scores."""
+        return self.searcher.retrieve(question, top_k, options)
 
     def fetch(self, refs: Sequence[tuple[PassageRef, float]]) -> list[FetchedPassage]:
         """Tokens, chunk embeddings and scores of passages, from the memory map."""
@@ -372,7 +378,7 @@ class Runtime:
         given: Mapping[str, str] | None = None,
         on_text: Callable[[str], object] | None = None,
     ) -> Answer:
-        """Answer a question from the index.
+        """Answer a question from the index; with nothing at all where a filter leaves no passage and none is given.
 
         Args:
             given: texts by name that stand before the retrieved passages; encoded now, through the chunk cache.
@@ -389,8 +395,10 @@ class Runtime:
     ) -> Answer:
         clock = _Clock()
         query = self.searcher.embed(question)
-        refs = self.reader.search(query, options.top_k)
+        refs = self.searcher.nearest(question, query, options.top_k, options.retrieval)
         clock.lap("retrieval")
+        if options.retrieval.where is not None and not refs and not given:
+            return self._answer(question, options, "", Stats(retrieval_ms=round(clock.laps["retrieval"], 3)))
         fetched = self.fetch(refs)
         clock.lap("fetch")
         extra = [made for name, text in given.items() for made in self.encode_text(name, text)]
@@ -437,16 +445,30 @@ class Runtime:
             seed=options.seed,
         )
         text, new_tokens = self._decode(steps, clock, on_text)
+        used, dropped = self._used(chosen, composed), self._dropped(chosen, composed)
+        return self._answer(question, options, text, _stats(chosen, composed, clock, new_tokens), used, dropped)
+
+    def _answer(
+        self,
+        question: str,
+        options: AskOptions,
+        text: str,
+        stats: Stats,
+        passages: tuple[UsedPassage, ...] = (),
+        dropped: tuple[str, ...] = (),
+    ) -> Answer:
+        where = options.retrieval.where
         return Answer(
             question=question,
             answer=text.strip(),
-            passages=self._used(chosen, composed),
-            dropped=self._dropped(chosen, composed),
-            stats=_stats(chosen, composed, clock, new_tokens),
+            passages=passages,
+            dropped=dropped,
+            stats=stats,
             policy=options.policy,
             expansion_fraction=options.expansion_fraction,
             trained=self.trained,
             version=self.reader.manifest.version,
+            passing=None if where is None else self.reader.passing(where).rows,
         )
 
     def _decode(

@@ -182,6 +182,14 @@ class MappedColumn:
         parts = [self._views[first + i][max(0, start - base) : stop - base] for i, base in enumerate(bounds)]
         return np.concatenate(parts)
 
+    def take(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """A copy of the rows with these numbers, which have to be in increasing order."""
+        if len(self._views) <= 1:
+            return self.slice(0, self.num_rows)[rows]
+        groups = rows // self._rows_a_group
+        parts = [self._views[int(g)][rows[groups == g] - g * self._rows_a_group] for g in np.unique(groups)]
+        return np.concatenate(parts) if parts else self.slice(0, 0)
+
     def blocks(self, rows: int = 16384) -> Iterator[npt.NDArray[Any]]:
         """The whole column in order, at most `rows` at a time."""
         for start in range(0, self.num_rows, rows):

@@ -122,8 +122,6 @@ def _check_content(store: Store, manifest: Manifest) -> Iterator[Problem]:
     for shard in manifest.shards:
         yield from _check_shard(store, shard)
     yield from _check_segments(store, manifest)
-    if manifest.bundle is not None:  # the documents stayed with the index; their digests pin its content id
-        return
     documents = ((live.document_id, live.content_digest) for live in live_documents(store, manifest))
     if content_id(documents, manifest.components, manifest.parameters) != manifest.content_id:
         yield Problem(manifest.name, "the documents' digests do not give its content id")
@@ -166,8 +164,6 @@ def _check_references(store: Store, shard: Shard) -> Iterator[Problem]:
         yield Problem(shard.tables["passages"], "a passage's number of chunks does not follow from its tokens")
     if not np.array_equal(chunks["passage"], np.repeat(np.arange(shard.passages), passages["num_chunks"])):
         yield Problem(shard.tables["chunks"], "its chunks refer to other passages than those that hold them")
-    if "documents" not in shard.tables:
-        return
     documents = _columns(store, shard.tables["documents"], "document_id", "num_passages")
     if not np.array_equal(np.repeat(documents["document_id"], documents["num_passages"]), passages["document_id"]):
         yield Problem(shard.tables["passages"], "its passages belong to other documents than the documents table says")

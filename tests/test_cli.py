@@ -317,6 +317,70 @@ def test_passages_that_do_not_fit(index: Path) -> None:
     assert (refused.code, "expected it to fit (strict)" in without_traceback(refused)) == (2, True)
 
 
+# --- filters and hybrid retrieval -----------------------------------------------------------------------------
+
+
+def search(index: Path, *options: object) -> Finished:
+    return call("index", "search", index, QUESTION, "--device", "cpu", *options)
+
+
+def test_search_among_the_documents_of_a_filter(index: Path) -> None:
+    everything = search(index, "--top-k", 1000, "--json").json
+    assert everything["passing"] is None
+    found = search(index, "--top-k", 1000, "--where", "year < 1910 and importance > .2", "--json").json
+    expected = [
+        hit["passage"]
+        for hit in everything["hits"]
+        if hit["metadata"]["year"] < 1910 and hit["metadata"]["importance"] > 0.2
+    ]
+    assert [hit["passage"] for hit in found["hits"]] == expected
+    assert found["passing"] == len(expected) > 0
+    plain = search(index, "--top-k", 2, "--where", "year < 1910").out.splitlines()
+    assert re.fullmatch(r"\d+ of \d+ passages are of documents with year < 1910", plain[0])
+    assert [line[:3] for line in plain[1::2]] == ["1. ", "2. "]
+
+
+def test_a_filter_that_nothing_fulfils(index: Path) -> None:
+    nothing = ["--where", "year > 3000"]
+    assert search(index, *nothing, "--json").json == {"query": QUESTION, "passing": 0, "hits": []}
+    assert re.fullmatch(r"0 of \d+ passages are of documents with year > 3000\n", search(index, *nothing).out)
+    answer = ask(index, *nothing, "--json").json
+    assert (answer["passing"], answer["passages"], answer["answer"]) == (0, [], "")
+    assert ask(index, *nothing).out.splitlines()[1:] == ["nothing to answer from: no passage passes the filter"]
+
+
+def test_ask_among_the_documents_of_a_filter(index: Path) -> None:
+    answer = ask(index, "--where", "year = 1903", "--hybrid", "--top-k", 1, "--json")
+    assert {passage["metadata"]["year"] for passage in answer.json["passages"]} == {1903}
+    assert answer.json["passing"] >= len(answer.json["passages"]) == 1
+    assert "passages indexed in memory in" in answer.err
+
+
+def test_search_by_vectors_and_words(index: Path) -> None:
+    words = ["--hybrid", "--dense-weight", 0, "--json"]
+    hits = search(index, *words).json["hits"]
+    assert [hit["score"] for hit in hits] == [round(1 / (60 + rank), 4) for rank in range(1, 6)]
+    fused = search(index, "--hybrid", "--json")
+    assert len(fused.json["hits"]) == 5
+    assert fused.json["hits"][0]["score"] <= round(2 / 61, 4)
+    assert re.search(r"^ranking by words: \d+ passages indexed in memory in \d+\.\d s$", fused.err, re.MULTILINE)
+
+
+def test_eval_with_a_filter_and_hybrid(index: Path, questions: Path) -> None:
+    common = ["eval", "retrieval", index, "--questions", questions, "--device", "cpu", "--hybrid"]
+    report = call(*common, "--where", "year < 1910", "--lexical-weight", 2, "--json").json
+    assert list(report["systems"]) == ["dense", "bm25", "hybrid"]
+    assert report["options"] == {"where": "year < 1910", "hybrid": True, "dense_weight": 1.0, "lexical_weight": 2.0}
+    assert 0 < report["passing"] < report["passages"]
+    nobody = call(*common, "--where", "year > 1990", "--json").json
+    assert {score for scores in nobody["systems"].values() for score in scores.values()} == {0}
+    assert re.search(r"^  hybrid +recall@1 \d\.\d{3}", call(*common).out, re.MULTILINE)
+    qa = ["eval", "qa", index, "--questions", questions, "--max-new-tokens", 2, "--device", "cpu"]
+    answers = call(*qa, "--where", "document_id = 'doc-0001'", "--json").json
+    assert answers["gold_retrieved"] == 1
+    assert answers["options"]["where"] == "document_id = 'doc-0001'"
+
+
 # --- refrag eval ----------------------------------------------------------------------------------------------
 
 
@@ -400,6 +464,11 @@ def failures(root: Path) -> Iterator[tuple[list[object], int, str]]:
     yield ["index", "inspect", index, "--passage", "nobody#0"], 2, "no passage 'nobody#0'"
     yield ["index", "search", index, "q", "--retriever", other_encoder], 1, "give that one with --retriever"
     yield ["index", "search", index, "q", "--retriever", nothing], 1, str(nothing)
+    yield ["index", "search", index, "q", "--where", "yeer > 1"], 2, "one of: document_id, importance, year"
+    yield ["ask", nothing, "q", "--where", "a = read_text('/etc/passwd')"], 2, "which is no field"
+    yield ["ask", index, "q", "--where", "year > 1; select 1"], 2, "holds 2 statements; expected one condition"
+    yield ["index", "search", index, "q", "--where", "year = 'x'"], 2, "takes field 'year' for text, but it holds numb"
+    yield ["index", "search", index, "q", "--hybrid", "--dense-weight", 0, "--lexical-weight", 0], 2, "not both 0"
     yield ["ask", index, "q", "--context", nothing], 1, "No such file"
     yield ["eval", "retrieval", index, "--questions", nothing], 2, "cannot be read as UTF-8 text"
     yield ["index", "build", nothing, "-o", root / "new", *models], 1, str(nothing)
@@ -410,7 +479,7 @@ def failures(root: Path) -> Iterator[tuple[list[object], int, str]]:
     yield ["index", "build", corpus, "-o", index, *changed], 1, "chunk_size 16, now 8. Expected the same"
 
 
-@pytest.mark.parametrize("number", range(14))
+@pytest.mark.parametrize("number", range(19))
 def test_an_error_is_one_line_and_an_exit_code(root: Path, index: Path, number: int) -> None:
     arguments, code, message = list(failures(root))[number]
     failed = call(*arguments)
@@ -418,7 +487,7 @@ def test_an_error_is_one_line_and_an_exit_code(root: Path, index: Path, number: 
 
 
 def test_every_failure_is_tried(root: Path) -> None:
-    assert len(list(failures(root))) == 14
+    assert len(list(failures(root))) == 19
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,24 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = ("refrag.schemas", "refrag_core", "refrag.pipelines", "refrag.cli")
 FOLDERS = {"schemas": "refrag.schemas", "refrag_core": "refrag_core", "pipelines": "refrag.pipelines"}
-HEAVY = {"torch", "transformers", "faiss", "ray", "apache_beam", "pyarrow.dataset", "tokenizers", "lancedb", "obstore"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "faiss",
+    "ray",
+    "apache_beam",
+    "pyarrow.dataset",
+    "tokenizers",
+    "lancedb",
+    "duckdb",
+    "sqlglot",
+    "obstore",
+}
 ONLY_IN = {
     "faiss": {"refrag_core/vector_index.py"},
+    "duckdb": {"refrag_core/metadata_columns.py"},
+    "sqlglot": {"refrag_core/predicate.py"},
+    "bm25s": {"refrag_core/lexical.py"},
     "typer": {"cli.py"},
     "obstore": {"refrag_core/object_store.py"},
     "ray": {"pipelines/engines/ray.py"},

@@ -18,6 +18,7 @@ from refrag_core.evaluation.qa import contains_answer
 from refrag_core.evaluation.questions import Question
 from refrag_core.index_reader import PassageDescription, PassageRef
 from refrag_core.manifest import live_documents
+from refrag_core.retrieval import BY_VECTORS, RetrievalOptions
 from refrag_core.runtime import Runtime
 
 RetrieverMode = Literal["strong", "weak", "gold"]
@@ -29,8 +30,19 @@ WEAK_REPLACED = 0.5
 class PassageSource:
     """Chooses each question's passages; what is random depends on the seed and the question's number alone."""
 
-    def __init__(self, runtime: Runtime, questions: Sequence[Question], *, mode: RetrieverMode, top_k: int, seed: int):
+    def __init__(
+        self,
+        runtime: Runtime,
+        questions: Sequence[Question],
+        *,
+        mode: RetrieverMode,
+        top_k: int,
+        seed: int,
+        retrieval: RetrievalOptions = BY_VECTORS,
+    ) -> None:
+        self._searcher = runtime.searcher
         self._reader = runtime.reader
+        self._retrieval = retrieval
         self._questions = questions
         self._mode = mode
         self._top_k = top_k
@@ -48,7 +60,8 @@ class PassageSource:
             gold = self._gold_passages(question)[: self._top_k]
             made = [*gold, *self._distractors(question, self._top_k - len(gold), random)]
             return [made[at] for at in random.permutation(len(made))]
-        found = [ref for ref, _ in self._reader.search(self._queries[number], self._top_k)]
+        nearest = self._searcher.nearest(question.question, self._queries[number], self._top_k, self._retrieval)
+        found = [ref for ref, _ in nearest]
         if self._mode == "strong":
             return found
         replaced = random.random(len(found)) < WEAK_REPLACED

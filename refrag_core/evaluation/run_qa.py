@@ -5,7 +5,7 @@ closest to the compressed ones': what the same latency buys without compression.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from refrag_core.evaluation.questions import Question, read_questions
 from refrag_core.evaluation.retrieval import recall_at, reciprocal_rank
 from refrag_core.index_reader import PassageRef
 from refrag_core.policy import PolicyName
+from refrag_core.retrieval import BY_VECTORS, RetrievalOptions
 from refrag_core.runtime import Runtime
 
 NO_CONTEXT, FULL = "no context", "full context"
@@ -41,6 +42,8 @@ class QaOptions:
     policy: PolicyName = "learned"
     max_new_tokens: int = 32
     retriever_mode: RetrieverMode = "strong"
+    retrieval: RetrievalOptions = BY_VECTORS
+    """How the strong and the weak mode find passages."""
     seed: int = 0
     limit: int | None = None
     """Questions, from the first; None for all."""
@@ -105,7 +108,14 @@ def evaluate_qa(
 
 
 def _asked(runtime: Runtime, questions: Sequence[Question], options: QaOptions) -> list[_Asked]:
-    source = PassageSource(runtime, questions, mode=options.retriever_mode, top_k=options.top_k, seed=options.seed)
+    source = PassageSource(
+        runtime,
+        questions,
+        mode=options.retriever_mode,
+        top_k=options.top_k,
+        seed=options.seed,
+        retrieval=options.retrieval,
+    )
     asked = []
     for number, question in enumerate(questions):
         refs = source.given(number)
@@ -126,6 +136,7 @@ def _settings_of(runtime: Runtime, asked: Sequence[_Asked], options: QaOptions) 
         "policy": options.policy,
         "max_new_tokens": options.max_new_tokens,
         "retriever_mode": options.retriever_mode,
+        "retrieval": asdict(options.retrieval),
         "seed": options.seed,
     }
 
@@ -213,6 +224,7 @@ def _report(
         "questions": len(asked),
         "top_k": options.top_k,
         "retriever_mode": options.retriever_mode,
+        "options": asdict(options.retrieval),
         "weak_replaced": WEAK_REPLACED if options.retriever_mode == "weak" else None,
         "gold_retrieved": sum(one.gold_given for one in asked),
         "retrieval": {

@@ -106,7 +106,8 @@ def test_it_holds_what_serving_needs_and_nothing_else(library: SmallIndex, tmp_p
     export_bundle(library.path, root, PLAIN)
     manifest, index = read_manifest(FolderStore(root)), read_manifest(FolderStore(library.path))
     assert all(
-        set(shard.tables) == {"passages", "chunks", "embeddings", "vectors", "scores"} for shard in manifest.shards
+        set(shard.tables) == {"documents", "passages", "chunks", "embeddings", "vectors", "scores"}
+        for shard in manifest.shards
     )
     assert manifest.quarantine.file is None
     assert manifest.quarantine.counts == index.quarantine.counts != {}

@@ -15,7 +15,8 @@ from refrag_core.decoder import Decoder
 from refrag_core.errors import ConfigError, FingerprintMismatchError, MissingScoresError, UntrainedProjectionError
 from refrag_core.models import load_tokenizer
 from refrag_core.policy import num_expanded, policy_logits
-from refrag_core.runtime import Answer, AskOptions, Runtime, check_untrained
+from refrag_core.retrieval import RetrievalOptions
+from refrag_core.runtime import Answer, AskOptions, Runtime, Stats, check_untrained
 from tests import tiny_models
 from tests.small_index import SmallIndex, documents
 
@@ -220,6 +221,33 @@ def test_answers_from_chosen_passages(runtime: Runtime) -> None:
     assert closed.passages == ()
     assert (closed.stats.num_chunks, closed.stats.context_tokens, closed.stats.compression) == (0, 0, 1.0)
     assert closed.stats.decoder_positions == len(prompt_ids(runtime, closed, []))
+
+
+# --- filters -----------------------------------------------------------------------------------------
+
+
+def test_an_answer_from_the_documents_of_a_filter(runtime: Runtime) -> None:
+    retrieval = RetrievalOptions(where="year < 1910", hybrid=True)
+    answer = runtime.ask(QUESTION, options(policy="all", retrieval=retrieval))
+    expected = runtime.searcher.search(QUESTION, 3, retrieval)
+    assert [(p.passage, p.score) for p in answer.passages] == [(hit.passage, hit.score) for hit in expected]
+    assert all(p.metadata["year"] < 1910 for p in answer.passages)
+    assert answer.passing == runtime.reader.passing("year < 1910").rows
+    assert runtime.ask(QUESTION, options(policy="all")).passing is None
+
+
+def test_nothing_to_answer_from_is_no_answer(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoder would make one up from the question alone."""
+    nothing = options(policy="all", retrieval=RetrievalOptions(where="year > 3000"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "generate", lambda *_, **__: pytest.fail("the decoder was asked"))
+        answer = runtime.ask(QUESTION, nothing)
+    assert (answer.answer, answer.passages, answer.passing) == ("", (), 0)
+    assert answer.stats.retrieval_ms > 0
+    assert answer.stats == Stats(retrieval_ms=answer.stats.retrieval_ms)
+    given = runtime.ask(QUESTION, nothing, given={"note": "The capital of the island is a harbour of stone."})
+    assert [(p.doc_id, p.score) for p in given.passages] == [("note", None)]
+    assert given.answer
 
 
 # --- what does not fit -------------------------------------------------------------------------------
