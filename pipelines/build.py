@@ -183,11 +183,11 @@ class _Build:
             commit(self.store, manifest)
         elif latest is not None:
             finish_commit(self.store, latest)
-        self.store.finish_work()
         standing = manifest if committed or latest is None else latest
         report = self._report(standing, committed, scan, plan, outcome, dispositions, time.perf_counter() - started)
         if committed:
             write_run_record(self.store, report.version, self._record(report, models, outcome))
+        self.store.finish_work()
         return report
 
     def _record(self, report: BuildReport, models: Models, outcome: _Outcome) -> RunRecord:
