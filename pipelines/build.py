@@ -5,6 +5,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 
 from refrag.pipelines import assembly
 from refrag.pipelines.components import ModelOptions, Models, resolve_models
@@ -29,7 +30,9 @@ from refrag_core.manifest import (
     finish_commit,
     latest_manifest,
     live_documents,
+    refuse_bundle,
 )
+from refrag_core.run_record import RunRecord, StageRecord, available_cores, write_run_record
 from refrag_core.storage import IndexLocation, Store, open_store
 from refrag_core.tables import TableFormat
 
@@ -148,10 +151,23 @@ def build_from(
 
 @contextlib.contextmanager
 def lock_and_clear(store: Store) -> Iterator[None]:
-    """Hold the index's lock, and remove what killed executions left but for their receipts."""
+    """Hold the index's lock, and remove what killed executions left but for their receipts.
+
+    Raises UsageError for a bundle.
+    """
+    refuse_bundle(store)
     with store.lock():
         store.clear_runs()
         yield
+
+
+_UNITS = {
+    "tokenize": ("chunks", "chunks"),
+    "embeddings": ("chunks", "embeddings"),
+    "vectors": ("passages", "vectors"),
+    "scores": ("chunks", "scores"),
+}
+"""Of each stage: what its rate counts, and the table whose rows those are."""
 
 
 class _Build:
@@ -187,13 +203,48 @@ class _Build:
             commit(self.store, manifest)
         elif latest is not None:
             finish_commit(self.store, latest)
-        self.store.finish_work()
         standing = manifest if committed or latest is None else latest
-        return self._report(standing, committed, scan, plan, outcome, dispositions, time.perf_counter() - started)
+        report = self._report(standing, committed, scan, plan, outcome, dispositions, time.perf_counter() - started)
+        if committed:
+            write_run_record(self.store, report.version, self._record(report, models, outcome))
+        self.store.finish_work()
+        return report
 
     def _dedup(self, latest: Manifest | None) -> bool:
         wanted = self.options.dedup_passages
         return (latest is not None and latest.parameters.dedup_passages) if wanted is None else wanted
+
+    def _record(self, report: BuildReport, models: Models, outcome: _Outcome) -> RunRecord:
+        """What this run took, to be shown by `refrag index inspect --html`."""
+        started = datetime.now(UTC) - timedelta(seconds=report.seconds)
+        return RunRecord(
+            build_id=report.build_id,
+            started=started.isoformat(timespec="seconds"),
+            seconds=report.seconds,
+            device=models.device,
+            cores=available_cores(),
+            documents_in=report.documents_in,
+            new=report.new,
+            changed=report.changed,
+            unchanged=report.unchanged,
+            deleted=report.deleted,
+            missing=report.missing,
+            filtered=report.filtered,
+            quarantined=report.quarantined,
+            truncated_passages=report.truncated_passages,
+            stages=self._stage_records(report, outcome),
+        )
+
+    def _stage_records(self, report: BuildReport, outcome: _Outcome) -> dict[str, StageRecord]:
+        whole = {"scan": ("documents", report.documents_in), "index": ("passages", report.passages)}
+        records = {step: StageRecord(round(self.steps[step], 3), done, 0, unit) for step, (unit, done) in whole.items()}
+        for receipt in outcome.receipts:
+            unit, table = _UNITS[receipt.stage]
+            before = records.get(receipt.stage, StageRecord(round(self.steps[receipt.stage], 3), 0, 0, unit))
+            rows = receipt.rows.get(table, 0)
+            done, reused = (0, rows) if receipt.reused else (rows, 0)
+            records[receipt.stage] = replace(before, done=before.done + done, reused=before.reused + reused)
+        return records
 
     def _scan(self, models: Models) -> ScanResult:
         self.progress.start("scan", None, "documents")

@@ -22,6 +22,7 @@ __all__ = [
     "RecallGateError",
     "RefragError",
     "RunLockedError",
+    "SignatureError",
     "StageError",
     "TrainingDivergedError",
     "TrainingStateError",
@@ -85,6 +86,10 @@ class IndexNotFoundError(RefragError):
 
 class CorruptIndexError(RefragError):
     """A file of the index is missing, truncated, altered or not of this format."""
+
+
+class SignatureError(CorruptIndexError):
+    """A bundle that must be signed is not, or its signature does not fit its bytes or the key."""
 
 
 class IndexLockedError(RefragError):

@@ -30,6 +30,8 @@ from refrag_core.manifest import (
     list_versions,
     live_documents,
     read_manifest,
+    refuse_bundle,
+    run_record_name,
 )
 from refrag_core.storage import FileRecord, Store
 
@@ -240,9 +242,11 @@ def roll_back(store: Store, version: int | None = None) -> RollbackReport:
         version: the old generation; by default the one before the newest content: a second rollback goes on
             from where the first one went.
 
-    Raises IndexNotFoundError for a generation that is not there, UsageError where none is older, CorruptIndexError
-    when a file of it is missing or cut, IndexLockedError beside a running build, CommitConflictError behind one.
+    Raises IndexNotFoundError for a generation that is not there, UsageError where none is older and for a bundle,
+    CorruptIndexError when a file of it is missing or cut, IndexLockedError beside a running build, CommitConflictError
+    behind one.
     """
+    refuse_bundle(store)
     read_manifest(store)
     with store.lock():
         newest = read_manifest(store)
@@ -319,14 +323,15 @@ def collect_garbage(
     Stays: what a reader holds (`Store.hold`), a generation that was the newest within the grace period, and files
     written within it. A kill at any moment leaves every manifest that is still there with all of its files.
 
-    Raises ConfigError for settings out of range, CorruptIndexError, with nothing removed, for an altered
-    manifest, and IndexLockedError beside a running build.
+    Raises ConfigError for settings out of range, UsageError for a bundle, CorruptIndexError, with nothing removed,
+    for an altered manifest, and IndexLockedError beside a running build.
     """
     if keep < 1 or grace_seconds < 0:
         raise ConfigError(
             f"gc was asked to keep {keep} generations with a grace period of {grace_seconds} s: expected at least one "
             "generation, and a grace period that is not negative"
         )
+    refuse_bundle(store)
     read_manifest(store)
     with store.lock():
         oldest_wanted = time.time() - grace_seconds
@@ -374,7 +379,7 @@ def _remove_generations(store: Store, doomed: Sequence[Manifest], spared: dict[i
 def _remove_files(
     store: Store, left: Sequence[Manifest], oldest_wanted: float, dry_run: bool, on_file: Callable[[str], object] | None
 ) -> tuple[int, int, int]:
-    named = {name for manifest in left for name in manifest.files}
+    named = {name for manifest in left for name in (*manifest.files, run_record_name(manifest.version))}
     files = size = young = 0
     for name in list(_unnamed(store, named)):
         if store.modified(name) > oldest_wanted:

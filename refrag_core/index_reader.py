@@ -10,7 +10,7 @@ from functools import cached_property
 from itertools import accumulate, groupby
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -170,7 +170,7 @@ class IndexReader:
         tables: where passages are read from: the mapped Parquet shards, or the LanceDB tables if the index has them.
 
     Raises IndexNotFoundError, and CorruptIndexError for an altered manifest or a missing or cut file (digests of
-    whole files are the business of `refrag index verify`).
+    whole files are the business of `refrag index verify`). While the reader lives, its generation is not collected.
     """
 
     def __init__(self, location: IndexLocation, version: int | None = None, *, tables: TableFormat = "parquet") -> None:
@@ -199,6 +199,18 @@ class IndexReader:
         if number not in self._shards:
             self._shards[number] = OpenShard(self.store, self.manifest.shards[number], self.manifest.parameters)
         return self._shards[number]
+
+    def map_all(self) -> None:
+        """Map every table and segment now, so that no request has to wait for it."""
+        for number in range(len(self.manifest.shards)):
+            self.shard(number)
+        _ = self.vectors, self.live
+
+    def included(self, role: Literal["decoder", "retriever"]) -> Path | None:
+        """Folder of a model that travels in the bundle; None where the host has to have it."""
+        info = self.manifest.bundle
+        folder = None if info is None else getattr(info, role)
+        return None if folder is None else self.store.folder(folder)
 
     @cached_property
     def vectors(self) -> VectorIndex:
@@ -392,5 +404,5 @@ def check_sizes(store: Store, files: Collection[FileRecord]) -> None:
             state = "is missing" if found is None else f"has {found} bytes"
             raise CorruptIndexError(
                 f"{store.location}/{record.name} {state}, expected {record.bytes} bytes: run "
-                "`refrag index verify`, then `refrag index repair`"
+                "`refrag index verify`, then `refrag index repair` (a bundle is mended by pulling it again)"
             )

@@ -7,7 +7,7 @@ from typing import Any
 from refrag_core.digests import JSON
 from refrag_core.errors import UsageError
 from refrag_core.index_reader import IndexReader, PassageRef
-from refrag_core.manifest import list_versions
+from refrag_core.manifest import bytes_by_kind, list_versions
 from refrag_core.models import load_tokenizer, resolve_model
 from refrag_core.storage import IndexLocation
 from refrag_core.tables import iterate_rows
@@ -17,12 +17,7 @@ def inspect_index(location: IndexLocation, version: int | None = None) -> dict[s
     """Counts, sizes, models and settings of one generation."""
     reader = IndexReader(location, version)
     manifest = reader.manifest
-    sizes: dict[str, int] = {}
-    for record in manifest.files.values():
-        kind = record.name.rsplit("/", 1)[-1].split("-")[0].removesuffix(".parquet")
-        folder = record.name.split("/", 1)[0]
-        name = kind if folder == "shards" else folder
-        sizes[name] = sizes.get(name, 0) + record.bytes
+    sizes = bytes_by_kind(manifest)
     models = {role: value for role, value in asdict(manifest.components).items() if value is not None}
     return {
         "index": {
@@ -38,7 +33,7 @@ def inspect_index(location: IndexLocation, version: int | None = None) -> dict[s
         "models": {role: f"{value['reference']} {value['fingerprint'][:16]}" for role, value in models.items()},
         "parameters": asdict(manifest.parameters),
         "vector_index": asdict(manifest.vector_index),
-        "bytes": {**dict(sorted(sizes.items())), "total": sum(sizes.values())},
+        "bytes": {**sizes, "total": sum(sizes.values())},
     }
 
 
@@ -72,7 +67,8 @@ def inspect_passage(location: IndexLocation, wanted: str, version: int | None = 
             "search --json` prints it) or DOCUMENT#ORDINAL, like 'guide.txt#0'"
         )
     shown, fetched = reader.describe(ref), reader.fetch([ref])[0]
-    tokenizer = load_tokenizer(resolve_model(reader.manifest.components.tokenizer.reference))
+    decoder = reader.included("decoder")
+    tokenizer = load_tokenizer(decoder or resolve_model(reader.manifest.components.tokenizer.reference))
     chunks = []
     for ordinal in range(shown.num_chunks):
         ids = fetched.tokens[ordinal * fetched.chunk_size : (ordinal + 1) * fetched.chunk_size].tolist()

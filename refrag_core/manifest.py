@@ -19,17 +19,19 @@ import jsonschema
 from refrag.schemas import FORMAT, FORMAT_VERSION, manifest_schema
 from refrag_core.digests import JSON, canonical_json, digest_json
 from refrag_core.embedding_storage import EmbeddingDtype
-from refrag_core.errors import CommitConflictError, CorruptIndexError, IndexNotFoundError
-from refrag_core.storage import FileRecord, Hold, Store, check_name
+from refrag_core.errors import CommitConflictError, CorruptIndexError, IndexNotFoundError, UsageError
+from refrag_core.holds import Hold
+from refrag_core.storage import FileRecord, Store, check_name
 from refrag_core.tables import iterate_rows
 
 VERSIONS = "versions"
 CURRENT = "CURRENT"
 REMOVED = f"{VERSIONS}/removed.json"
 """What gc removed, so that a gap among the versions can be told from a loss."""
-CONTENT_FOLDERS = ("shards", "segments", "checkpoints", "quarantine", "tombstones", "duplicates")
-"""Where the files lie that manifests name; `gc` looks nowhere else."""
-_VERSION_NAME = re.compile(r"^[1-9][0-9]*\.json$")
+RUN_RECORDS = "runs"
+CONTENT_FOLDERS = ("shards", "segments", "checkpoints", "quarantine", "tombstones", "duplicates", RUN_RECORDS)
+"""Where the files lie that belong to generations; `gc` looks nowhere else."""
+VERSION_NAME = re.compile(r"^[1-9][0-9]*\.json$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +204,18 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
+class BundleInfo:
+    """What only the manifest of a bundle has: where it came from, and the models that travel with it."""
+
+    source_build_id: str
+    """Build id of the index's generation that was exported."""
+    decoder: str | None
+    """Folder of the decoder below the bundle; None: by the checkpoint's reference."""
+    retriever: str | None
+    """Folder of the retriever below the bundle; None: by the reference in `components`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """One generation. `files` is the only place with sizes and digests."""
 
@@ -222,6 +236,8 @@ class Manifest:
     duplicates: DuplicateInfo | None = None
     lance: LanceInfo | None = None
     """None for an index whose only tables are the Parquet shards."""
+    bundle: BundleInfo | None = None
+    """None for an index's own generation."""
 
     @property
     def build_id(self) -> str:
@@ -241,6 +257,21 @@ def version_name(version: int) -> str:
     return f"{VERSIONS}/{version}.json"
 
 
+def signature_name(version: int) -> str:
+    """Name of the signature of generation `version`, where a bundle has one."""
+    return f"{version_name(version)}.sig"
+
+
+def run_record_name(version: int) -> str:
+    """Name of the record of the run that made generation `version`: rates and times, no part of the generation."""
+    return f"{RUN_RECORDS}/{version}.json"
+
+
+def beside(version: int) -> tuple[str, ...]:
+    """Names that belong to generation `version` without being listed in its manifest, itself included."""
+    return version_name(version), signature_name(version), run_record_name(version)
+
+
 def _to_json(manifest: Manifest) -> dict[str, Any]:
     body = asdict(manifest)
     body["parameters"] = _parameters(manifest.parameters)
@@ -249,6 +280,8 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
             del body[member]
     body["files"] = {r.name: {"bytes": r.bytes, "digest": r.digest} for r in manifest.files.values()}
     body |= {"format": FORMAT, "format_version": FORMAT_VERSION, "build_id": manifest.build_id}
+    if manifest.bundle is None:
+        del body["bundle"]
     return body
 
 
@@ -352,6 +385,7 @@ def _from_json(body: Mapping[str, Any]) -> Manifest:
         change=Change(**body["change"]) if "change" in body else None,
         duplicates=DuplicateInfo(**body["duplicates"]) if "duplicates" in body else None,
         lance=_lance_from_json(body.get("lance")),
+        bundle=BundleInfo(**body["bundle"]) if "bundle" in body else None,
     )
 
 
@@ -364,7 +398,7 @@ def _lance_from_json(body: Mapping[str, Any] | None) -> LanceInfo | None:
 def list_versions(store: Store) -> list[int]:
     """Numbers of the committed generations, ascending."""
     names = store.list(VERSIONS)
-    return sorted(int(name.removesuffix(".json")) for name in names if _VERSION_NAME.match(name))
+    return sorted(int(name.removesuffix(".json")) for name in names if VERSION_NAME.match(name))
 
 
 def read_manifest(store: Store, version: int | None = None) -> Manifest:
@@ -408,6 +442,19 @@ def hold_manifest(store: Store, version: int | None = None) -> tuple[Manifest, H
 def latest_manifest(store: Store) -> Manifest | None:
     """The newest generation, or None for a new index."""
     return read_manifest(store) if list_versions(store) else None
+
+
+def refuse_bundle(store: Store) -> None:
+    """Raise UsageError where the newest generation is a bundle's, which lacks what a build starts from."""
+    try:
+        latest = latest_manifest(store)
+    except CorruptIndexError:
+        return  # which is for whoever reads it next to say, or to repair
+    if latest is not None and latest.bundle is not None:
+        raise UsageError(
+            f"{store.location} is a bundle, expected an index: change the index that it was exported from and export "
+            "it again, or pull the bundle again to mend it"
+        )
 
 
 def commit(store: Store, manifest: Manifest) -> None:
@@ -540,3 +587,22 @@ def content_id(documents: Iterable[tuple[str, bytes]], components: Components, p
 def manifest_path(root: Path, version: int) -> Path:
     """Path of the manifest of generation `version` of the index at `root`."""
     return root / version_name(version)
+
+
+def bytes_by_kind(manifest: Manifest) -> dict[str, int]:
+    """Bytes of a generation's files by what they hold: a table's name, segments, checkpoint, models …"""
+    kinds = dict(_kinds(manifest))
+    sizes: dict[str, int] = {}
+    for record in manifest.files.values():
+        kind = kinds.get(record.name) or record.name.split("/", 1)[0]
+        sizes[kind] = sizes.get(kind, 0) + record.bytes
+    return dict(sorted(sizes.items()))
+
+
+def _kinds(manifest: Manifest) -> Iterator[tuple[str, Any]]:
+    for shard in manifest.shards:
+        yield from ((name, role) for role, name in shard.tables.items())
+    for name in (manifest.vector_index.quantizer, *(segment.file for segment in manifest.segments)):
+        yield name, "segments"
+    if manifest.tombstones is not None:
+        yield manifest.tombstones.file, "tombstones"

@@ -20,9 +20,10 @@ from typing import Any
 from refrag_core.batching import cache_dir
 from refrag_core.digests import digest_file, digest_json
 from refrag_core.errors import ConfigError, CorruptIndexError
+from refrag_core.holds import Hold
 from refrag_core.lease import Lease
 from refrag_core.object_store import UPLOADS, FolderObjects, RemoteObjects, sync_file
-from refrag_core.storage import RUNS, WORK, FileRecord, Hold, check_name
+from refrag_core.storage import RUNS, WORK, FileRecord, check_name
 
 PARALLEL_FILES = 8
 """Files that are fetched at once."""

@@ -138,7 +138,8 @@ def open_searcher(
 def matching_retriever(reader: IndexReader, reference: str | None, device: str) -> Retriever:
     """The retriever named by `reference` (the index's own by default), if it is the one that the index needs."""
     needed = reader.manifest.components.retriever
-    path = resolve_model(reference or needed.reference)
+    included = None if reference else reader.included("retriever")
+    path = included or resolve_model(reference or needed.reference)
     found = retriever_fingerprint(path)
     if found != needed.fingerprint:
         raise FingerprintMismatchError(

@@ -4,10 +4,11 @@ retrieve → fetch → select → compose → prefill → decode, each a small s
 is not loaded: chunk embeddings come from the index's memory map.
 """
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from refrag_core.bundle import check_files, check_signed
 from refrag_core.checkpoint import Checkpoint, load_checkpoint
 from refrag_core.chunk_cache import CachedChunkEncoder, ChunkCache, DiskChunkCache, MemoryChunkCache
 from refrag_core.chunking import ChunkingOptions, chunk_rows, cut_passages, passage_id, tokenize_documents
@@ -25,11 +27,15 @@ from refrag_core.embedding_storage import concatenate_rows, store_rows
 from refrag_core.encoder import ChunkEncoder
 from refrag_core.errors import FingerprintMismatchError, UntrainedProjectionError
 from refrag_core.index_reader import FetchedPassage, IndexReader, PassageRef
+from refrag_core.manifest import read_manifest
 from refrag_core.models import fingerprint_tokenizer, resolve_model
-from refrag_core.policy import PolicyName, policy_logits, select
+from refrag_core.policy import PointerPolicy, PolicyName, policy_logits, select
+from refrag_core.projection import Projection
 from refrag_core.retrieval import BY_VECTORS, RetrievalOptions, Searcher, matching_retriever
+from refrag_core.retriever import Retriever
 from refrag_core.storage import IndexLocation
 from refrag_core.tables import TableFormat
+from refrag_core.template import PromptTemplate
 
 Mask = npt.NDArray[np.bool_]
 
@@ -154,21 +160,44 @@ class Selection:
     """bool over all chunks of all passages, in order."""
 
 
-class Runtime:
-    """An open index with retriever, policy, projection and decoder. Build it with `open`."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeOptions:
+    """What a runtime was opened with, and opens every later generation with."""
 
-    def __init__(
-        self, searcher: Searcher, checkpoint: Checkpoint, decoder: Decoder, *, chunk_cache: Path | None = None
-    ) -> None:
-        self.searcher = searcher
-        self.reader = searcher.reader
-        self.decoder = decoder
-        self.checkpoint = checkpoint
-        self.chunk_cache = chunk_cache
-        self.template = checkpoint.config.template
-        self.trained = checkpoint.config.trained
-        self.projection = checkpoint.projection.to(decoder.device).requires_grad_(False)
-        self.policy = checkpoint.policy.to(decoder.device).requires_grad_(False)
+    location: IndexLocation
+    decoder: str | None = None
+    retriever: str | None = None
+    checkpoint: str | None = None
+    chunk_cache: Path | None = None
+    tables: TableFormat = "parquet"
+    device: str = "auto"
+    verify_keys: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Generation:
+    """One generation with the models that answer from it: what a reload replaces, all at once."""
+
+    searcher: Searcher
+    checkpoint: Checkpoint
+    decoder: Decoder
+    decoder_folder: Path
+    projection: Projection
+    policy: PointerPolicy
+    text_encoder: "_TextEncoder"
+
+
+class Runtime:
+    """An open index or bundle with retriever, policy, projection and decoder. Build it with `open`.
+
+    Threads may share it. A request answers from the generation that was current when it came in, whatever a
+    `reload` does meanwhile.
+    """
+
+    def __init__(self, generation: _Generation, options: RuntimeOptions) -> None:
+        self._generation = generation
+        self._options = options
+        self._reloading = threading.Lock()
 
     @classmethod
     def open(
@@ -182,39 +211,103 @@ class Runtime:
         chunk_cache: Path | None = None,
         tables: TableFormat = "parquet",
         device: str = "auto",
+        verify_keys: Sequence[Path] = (),
     ) -> "Runtime":
-        """Open a generation of the index at `location`: verify its manifest, map its tables, load the models.
+        """Open a generation of the index or bundle at `location`: verify its manifest, map its tables, load the models.
 
         Args:
             decoder, retriever, checkpoint: references in place of those that the index names.
             chunk_cache: file that keeps the chunk embeddings of text outside the index between runs.
             tables: read the mapped Parquet shards, or the LanceDB tables (the same answers, slower).
+            verify_keys: public keys; with them nothing is opened that is not signed with one, to the last byte.
 
-        Raises CorruptIndexError, ModelNotFoundError, and FingerprintMismatchError when a model is not the one that
-        the index was made for.
+        Raises CorruptIndexError, SignatureError, ModelNotFoundError, and FingerprintMismatchError when a model is not
+        the one that the index was made for.
         """
-        device = resolve_device(device)
-        reader = IndexReader(location, version, tables=tables)
-        opened = load_checkpoint(checkpoint or str(reader.store.folder(reader.manifest.checkpoint.folder)))
-        _check_encode_fingerprint(opened, reader)
-        folder = resolve_model(decoder) if decoder else opened.decoder_folder()
-        _check_tokenizer(folder, reader)
-        _check_decoder(folder, opened, reader)
-        searcher = Searcher(reader, matching_retriever(reader, retriever, device))
-        adapted = Decoder.load(folder, device=device, adapter=opened.load_adapter())
-        _check_width(adapted, opened)
-        return cls(searcher, opened, adapted, chunk_cache=chunk_cache)
+        options = RuntimeOptions(
+            location=location,
+            decoder=decoder,
+            retriever=retriever,
+            checkpoint=checkpoint,
+            tables=tables,
+            chunk_cache=chunk_cache,
+            device=resolve_device(device),
+            verify_keys=tuple(verify_keys),
+        )
+        return cls(_open_generation(options, version, None), options)
 
-    # --- text outside the index
+    def reload(self, version: int | None = None) -> int:
+        """Answer from generation `version` from now on, by default the newest; returns its number.
 
-    @cached_property
+        Requests that are under way end on the generation that they began with; models that stay the same are not
+        loaded again. An older number rolls back. When opening it fails, the error is raised and the runtime
+        goes on with the generation that it has.
+        """
+        with self._reloading:
+            current = self._generation
+            store = current.searcher.reader.store
+            wanted = read_manifest(store, version)
+            if wanted != current.searcher.reader.manifest:
+                opened = _open_generation(self._options, wanted.version, current)
+                opened.searcher.reader.map_all()
+                self._generation = opened
+            return wanted.version
+
+    def pinned(self) -> "Runtime":
+        """This runtime with the generation that it has now, for good: a reload of this one does not change it."""
+        return Runtime(self._generation, self._options)
+
+    @property
+    def version(self) -> int:
+        """Generation that the next request is answered from."""
+        return self.reader.manifest.version
+
+    @property
+    def searcher(self) -> Searcher:
+        """Retriever and index."""
+        return self._generation.searcher
+
+    @property
+    def reader(self) -> IndexReader:
+        """The index's tables."""
+        return self._generation.searcher.reader
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The trained REFRAG model, or an untrained one."""
+        return self._generation.checkpoint
+
+    @property
+    def decoder(self) -> Decoder:
+        """What generates."""
+        return self._generation.decoder
+
+    @property
+    def projection(self) -> Projection:
+        """φ on the decoder's device."""
+        return self._generation.projection
+
+    @property
+    def policy(self) -> PointerPolicy:
+        """Who chooses the chunks to expand, on the decoder's device."""
+        return self._generation.policy
+
+    @property
+    def template(self) -> PromptTemplate:
+        """The parts of a prompt, as token ids."""
+        return self._generation.checkpoint.config.template
+
+    @property
+    def trained(self) -> bool:
+        """Whether compressed chunks mean anything to the decoder."""
+        return self._generation.checkpoint.config.trained
+
+    @property
     def chunk_encoder(self) -> CachedChunkEncoder:
         """The checkpoint's encoder behind the chunk cache: loaded only for chunks that neither index nor cache has."""
-        encoder = _DeferredEncoder(self.checkpoint, str(self.decoder.device))
-        caches: list[ChunkCache] = [MemoryChunkCache(encoder.dim)]
-        if self.chunk_cache is not None:
-            caches.append(DiskChunkCache(self.chunk_cache, encoder.dim))
-        return CachedChunkEncoder(encoder, caches)
+        return self._generation.text_encoder.chunks
+
+    # --- text outside the index
 
     def encode_text(self, name: str, text: str) -> list[tuple["GivenPassage", FetchedPassage]]:
         """A text cut into passages and encoded now, as the index would have done it; the cache spares repetition."""
@@ -298,7 +391,15 @@ class Runtime:
             given: texts by name that stand before the retrieved passages; encoded now, through the chunk cache.
             on_text: gets each piece of the answer's text as soon as it is certain.
         """
-        options = options or AskOptions()
+        return self.pinned()._ask(question, options or AskOptions(), given or {}, on_text)
+
+    def _ask(
+        self,
+        question: str,
+        options: AskOptions,
+        given: Mapping[str, str],
+        on_text: Callable[[str], object] | None,
+    ) -> Answer:
         clock = _Clock()
         query = self.searcher.embed(question)
         refs = self.searcher.nearest(question, query, options.top_k, options.retrieval)
@@ -307,7 +408,7 @@ class Runtime:
             return self._answer(question, options, "", Stats(retrieval_ms=round(clock.laps["retrieval"], 3)))
         fetched = self.fetch(refs)
         clock.lap("fetch")
-        extra = [made for name, text in (given or {}).items() for made in self.encode_text(name, text)]
+        extra = [made for name, text in given.items() for made in self.encode_text(name, text)]
         clock.lap("encode")
         columns = [*(columns for _, columns in extra), *fetched]
         mask = self.select(columns, options, query)
@@ -317,7 +418,13 @@ class Runtime:
         return self._generate(question, options, Selection(sources, columns, mask), clock, on_text)
 
     def answer_from(self, question: str, passages: Sequence[PassageRef], options: AskOptions) -> Answer:
-        """Answer from these passages instead of retrieved ones; none at all is the closed-book answer."""
+        """Answer from these passages instead of retrieved ones; none at all is the closed-book answer.
+
+        A passage is a place in one generation: where another thread may reload, take both from one `pinned` runtime.
+        """
+        return self.pinned()._answer_from(question, passages, options)
+
+    def _answer_from(self, question: str, passages: Sequence[PassageRef], options: AskOptions) -> Answer:
         clock = _Clock()
         sources = [(ref, None) for ref in passages]
         fetched = self.reader.fetch(passages)
@@ -424,6 +531,68 @@ class Runtime:
             source.name if isinstance(source, GivenPassage) else self.reader.describe(source).document_id
             for source in sources
         )
+
+
+def _open_generation(options: RuntimeOptions, version: int | None, current: _Generation | None) -> _Generation:
+    """Open one generation; models that `current` has already loaded are shared with it."""
+    reader = IndexReader(options.location, version, tables=options.tables)
+    if options.verify_keys:
+        check_signed(reader.store, reader.manifest, options.verify_keys)
+        check_files(reader.store, reader.manifest)
+    opened = load_checkpoint(options.checkpoint or str(reader.store.folder(reader.manifest.checkpoint.folder)))
+    _check_encode_fingerprint(opened, reader)
+    folder = _decoder_folder(options, opened, reader)
+    _check_tokenizer(folder, reader)
+    _check_decoder(folder, opened, reader)
+    if options.verify_keys and options.decoder is None:
+        opened.verify_decoder(folder)  # the signed checkpoint says which weights it was made for
+    searcher = Searcher(reader, _retriever(options, reader, current))
+    if current is not None and _same_models(current, opened, folder):
+        return replace(current, searcher=searcher)
+    decoder = Decoder.load(folder, device=options.device, adapter=opened.load_adapter())
+    _check_width(decoder, opened)
+    return _Generation(
+        searcher=searcher,
+        checkpoint=opened,
+        decoder=decoder,
+        decoder_folder=folder,
+        projection=opened.projection.to(decoder.device).requires_grad_(False),
+        policy=opened.policy.to(decoder.device).requires_grad_(False),
+        text_encoder=_TextEncoder(opened, str(decoder.device), options.chunk_cache),
+    )
+
+
+def _same_models(current: _Generation, checkpoint: Checkpoint, decoder_folder: Path) -> bool:
+    return current.checkpoint.fingerprint == checkpoint.fingerprint and current.decoder_folder == decoder_folder
+
+
+def _decoder_folder(options: RuntimeOptions, checkpoint: Checkpoint, reader: IndexReader) -> Path:
+    if options.decoder:
+        return resolve_model(options.decoder)
+    return reader.included("decoder") or checkpoint.decoder_folder()
+
+
+def _retriever(options: RuntimeOptions, reader: IndexReader, current: _Generation | None) -> Retriever:
+    needed = reader.manifest.components.retriever.fingerprint
+    if current is not None and current.searcher.retriever.fingerprint == needed:
+        return current.searcher.retriever
+    return matching_retriever(reader, options.retriever, options.device)
+
+
+class _TextEncoder:
+    """What encodes text outside the index, made when there is some; generations with the same models share it."""
+
+    def __init__(self, checkpoint: Checkpoint, device: str, chunk_cache: Path | None) -> None:
+        self._encoder = _DeferredEncoder(checkpoint, device)
+        self._chunk_cache = chunk_cache
+
+    @cached_property
+    def chunks(self) -> CachedChunkEncoder:
+        """The encoder behind its caches."""
+        caches: list[ChunkCache] = [MemoryChunkCache(self._encoder.dim)]
+        if self._chunk_cache is not None:
+            caches.append(DiskChunkCache(self._chunk_cache, self._encoder.dim))
+        return CachedChunkEncoder(self._encoder, caches)
 
 
 class _DeferredEncoder:

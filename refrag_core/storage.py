@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import os
 import shutil
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -19,7 +18,8 @@ from urllib.parse import unquote, urlsplit
 
 from refrag_core.digests import digest_file
 from refrag_core.errors import CorruptIndexError, IndexLockedError
-from refrag_core.object_store import FolderObjects, sync_file, sync_folder
+from refrag_core.holds import Hold, hold, unheld
+from refrag_core.object_store import FolderObjects, make_folder, sync_file, sync_folder
 
 IndexLocation: TypeAlias = Path | str
 """Where an index is: a folder, or a URI like s3://bucket/prefix."""
@@ -55,22 +55,6 @@ def check_name(name: str) -> str:
             "do not use this index, fetch it again from where it was built"
         )
     return name
-
-
-class Hold:
-    """A claim on a file of an index; it ends with `release`, with the object, or with the process.
-
-    Args:
-        handle: a locked file; None for a claim that nothing enforces.
-    """
-
-    def __init__(self, handle: int | None = None) -> None:
-        self._close = None if handle is None else weakref.finalize(self, os.close, handle)
-
-    def release(self) -> None:
-        """Give the claim up; a second time does nothing."""
-        if self._close is not None:
-            self._close()
 
 
 class Store(Protocol):
@@ -134,11 +118,11 @@ class Store(Protocol):
     def hold(self, name: str) -> Hold | None:
         """Claim a file as in use, so that `remove_unheld` spares it; None when it is gone or being removed.
 
-        Writes nothing. Where nothing can enforce a claim it is empty, and only a grace period protects a reader.
+        Writes nothing. On an object store nothing can enforce a claim: it is empty, and a grace period protects.
         """
 
     def is_held(self, name: str) -> bool:
-        """Whether somebody, this process included, holds the file."""
+        """Whether somebody, this process included, holds the file, or nobody can tell."""
 
     def remove_unheld(self, name: str) -> bool:
         """Remove a file unless somebody holds it; False, and nothing done, when somebody does."""
@@ -163,14 +147,6 @@ class Store(Protocol):
 
     def finish_work(self) -> None:
         """Remove this process's intermediate files, and the receipts unless another run is under way."""
-
-
-def _is_still(path: Path, handle: int) -> bool:
-    """Whether `path` names the open file."""
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(handle))
-    except FileNotFoundError:
-        return False
 
 
 class FolderStore:
@@ -241,6 +217,24 @@ class FolderStore:
         """See Store."""
         self._objects.put(check_name(name), data)
 
+    def install(self, record: FileRecord, temporary: Path) -> None:
+        """Give the file `temporary` (on this file system) its name, over whatever the name holds.
+
+        For files whose digest is known beforehand. Raises CorruptIndexError, and leaves the name as it is, when the
+        bytes are not those of `record`.
+        """
+        found = FileRecord(record.name, temporary.stat().st_size, digest_file(temporary))
+        if found != record:
+            raise CorruptIndexError(
+                f"{record.name} arrived with {found.bytes} bytes and SHA-256 {found.digest[:16]}…, expected "
+                f"{record.bytes} and {record.digest[:16]}…: it is damaged where it came from; make it again there"
+            )
+        final = self.path(record.name)
+        sync_file(temporary)
+        make_folder(final.parent)
+        os.replace(temporary, final)
+        sync_folder(final.parent)
+
     def remove(self, name: str) -> None:
         """See Store."""
         path = self.path(name)
@@ -259,52 +253,22 @@ class FolderStore:
         return self.path(name).stat().st_mtime
 
     def hold(self, name: str) -> Hold | None:
-        """See Store: the claim is a shared lock of the kernel on the file itself, which a read-only mount has too."""
-        path = self.path(name)
-        try:
-            handle = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:
-            return None
-        hold = Hold(handle)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            hold.release()
-            return None
-        except OSError:
-            return hold
-        if not _is_still(path, handle):  # removed between the opening and the claim
-            hold.release()
-            return None
-        return hold
+        """See Store: a shared lock of the kernel on the file itself, which a read-only mount has too."""
+        return hold(self.path(name))
 
     def is_held(self, name: str) -> bool:
         """See Store."""
-        with contextlib.suppress(OSError), self.path(name).open("rb") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-        return False
+        with unheld(self.path(name)) as free:
+            return not free
 
     def remove_unheld(self, name: str) -> bool:
         """See Store."""
         path = self.path(name)
-        try:
-            handle = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:
-            return True
-        try:
-            with contextlib.suppress(OSError):  # without locks there are no claims
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    return False
-            path.unlink(missing_ok=True)
-        finally:
-            os.close(handle)
+        with unheld(path) as free:
+            if free:
+                path.unlink(missing_ok=True)
         sync_folder(path.parent)
-        return True
+        return free
 
     def prune(self) -> None:
         """See Store."""

@@ -39,6 +39,7 @@ __all__ = [
     "exact_search",
     "measure_recall",
     "sample_rows",
+    "sweep_nprobe",
     "train_quantizer",
     "training_size",
     "tune_nprobe",
@@ -669,6 +670,27 @@ def tune_nprobe(
         if recall >= target or nprobe >= index.nlist:
             return NprobeTuning(nprobe=nprobe, recall=recall, table=tuple(table))
         nprobe = min(2 * nprobe, index.nlist)
+
+
+def sweep_nprobe(
+    index: VectorIndex,
+    exact_hits: SearchResult,
+    queries: Floats,
+    *,
+    k: int = RECALL_DEPTH,
+    live: Masks | None = None,
+) -> tuple[NprobeMeasurement, ...]:
+    """Recall@k and milliseconds a query at every power of two up to all lists: what speed costs. One row if flat."""
+    values = [1 << power for power in range(max(1, index.nlist).bit_length())]
+    values += [index.nlist] if index.nlist > values[-1] else []
+    return tuple(
+        NprobeMeasurement(
+            nprobe=nprobe,
+            recall=measure_recall(index, exact_hits, queries, k, live=live, nprobe=nprobe),
+            milliseconds=_median_milliseconds(index, queries, k, live, nprobe),
+        )
+        for nprobe in values
+    )
 
 
 def _median_milliseconds(index: VectorIndex, queries: Floats, k: int, live: Masks | None, nprobe: int) -> float:

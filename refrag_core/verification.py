@@ -17,6 +17,7 @@ from refrag_core.manifest import (
     Manifest,
     Parameters,
     Shard,
+    beside,
     content_id,
     list_versions,
     live_documents,
@@ -69,7 +70,8 @@ def verify_index(store: Store, on_file: Callable[[FileRecord], None] | None = No
     damaged = {problem.file for problem in problems}
     if newest is not None and not damaged & set(newest.files):
         problems += _check_content(store, newest)
-    named = set(files) | {version_name(version) for version in list_versions(store)} | {CURRENT, REMOVED}
+    versions = list_versions(store)
+    named = set(files) | {CURRENT, REMOVED} | {name for version in versions for name in beside(version)}
     return Verification(
         version=newest.version if newest else None,
         content_id=newest.content_id if newest else None,
@@ -187,7 +189,6 @@ def _columns(store: Store, name: str, *columns: str) -> dict[str, Any]:
 def _check_references(store: Store, shard: Shard) -> Iterator[Problem]:
     """Passages partition the chunks in order, and documents the passages."""
     passages = _columns(store, shard.tables["passages"], "document_id", "first_chunk", "num_chunks", "num_tokens")
-    documents = _columns(store, shard.tables["documents"], "document_id", "num_passages")
     chunks = _columns(store, shard.tables["chunks"], "passage")
     starts = np.cumsum(passages["num_chunks"]) - passages["num_chunks"]
     if not np.array_equal(starts, passages["first_chunk"]):
@@ -196,6 +197,7 @@ def _check_references(store: Store, shard: Shard) -> Iterator[Problem]:
         yield Problem(shard.tables["passages"], "a passage's number of chunks does not follow from its tokens")
     if not np.array_equal(chunks["passage"], np.repeat(np.arange(shard.passages), passages["num_chunks"])):
         yield Problem(shard.tables["chunks"], "its chunks refer to other passages than those that hold them")
+    documents = _columns(store, shard.tables["documents"], "document_id", "num_passages")
     if not np.array_equal(np.repeat(documents["document_id"], documents["num_passages"]), passages["document_id"]):
         yield Problem(shard.tables["passages"], "its passages belong to other documents than the documents table says")
 

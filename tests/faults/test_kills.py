@@ -209,8 +209,8 @@ def test_a_full_disk_stops_a_build_that_then_goes_on(
         return write
 
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "publish", full(Store.publish))
-        patch.setattr(Store, "create", full(Store.create))
+        patch.setattr(FolderStore, "publish", full(FolderStore.publish))
+        patch.setattr(FolderStore, "create", full(FolderStore.create))
         with pytest.raises(OSError, match="No space left on device"):
             index.build()
     assert list_versions(FolderStore(index.path)) == []
