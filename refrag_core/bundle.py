@@ -14,19 +14,19 @@ from pathlib import Path, PurePosixPath
 from refrag_core.bundle_folder import (
     CHECKPOINTS,
     DEFAULT_JOBS,
-    FILES,
     MODELS,
     SILENT,
     Delivery,
     Meter,
     Moved,
     check_bundles,
+    file_name,
+    folder_name,
     in_parallel,
     is_whole,
     link_or_copy,
     receive,
 )
-from refrag_core.digests import digest_json
 from refrag_core.errors import ConfigError, CorruptIndexError, FingerprintMismatchError, UsageError
 from refrag_core.manifest import (
     BundleInfo,
@@ -146,7 +146,7 @@ class _Renaming:
     def by_digest(self, name: str) -> str:
         """The name that a table or segment of the index gets: its digest."""
         record = self._manifest.files[name]
-        renamed = f"{FILES}/{record.digest[:2]}/{record.digest}{PurePosixPath(name).suffix}"
+        renamed = file_name(record.digest, PurePosixPath(name).suffix)
         return self.add(renamed, record.digest, record.bytes, self._store.path(name))
 
     def folder(self, parent: str, members: Mapping[str, tuple[Path, str]]) -> str:
@@ -155,10 +155,10 @@ class _Renaming:
         Args:
             members: path and digest by name below the folder.
         """
-        key = digest_json({name: digest for name, (_, digest) in members.items()})[:32]
+        folder = folder_name(parent, {name: digest for name, (_, digest) in members.items()})
         for name, (source, digest) in members.items():
-            self.add(f"{parent}/{key}/{name}", digest, source.stat().st_size, source)
-        return f"{parent}/{key}"
+            self.add(f"{folder}/{name}", digest, source.stat().st_size, source)
+        return folder
 
 
 def export_bundle(index: IndexLocation, bundle: Path, options: ExportOptions, meter: Meter = SILENT) -> BundleReport:

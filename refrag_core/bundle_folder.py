@@ -15,14 +15,14 @@ import itertools
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Protocol, TypeVar
 
-from refrag_core.digests import digest_file
-from refrag_core.errors import CommitConflictError, ConfigError, UsageError
+from refrag_core.digests import digest_file, digest_json
+from refrag_core.errors import CommitConflictError, ConfigError, CorruptIndexError, UsageError
 from refrag_core.holds import folder_lock, hold, unheld
 from refrag_core.manifest import (
     CURRENT,
@@ -133,17 +133,59 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
+def folder_name(parent: str, digests: Mapping[str, str]) -> str:
+    """The folder of files that keep names of their own, by those names and their digests."""
+    return f"{parent}/{digest_json(dict(digests))[:32]}"
+
+
+def file_name(digest: str, suffix: str) -> str:
+    """The name of a table or segment."""
+    return f"{FILES}/{digest[:2]}/{digest}{suffix}"
+
+
+def check_names(manifest: Manifest) -> None:
+    """Raise CorruptIndexError for a file whose name does not follow from its bytes.
+
+    Else one generation could put other bytes under the names of another, a manifest or a signature.
+    """
+    for name in manifest.files.keys() - _following_names(manifest):
+        raise CorruptIndexError(
+            f"{manifest.name} lists a file {name!r}, expected names that follow from the bytes, below {FILES}/, "
+            f"{CHECKPOINTS}/ or {MODELS}/: nothing of it is used; have the bundle exported again"
+        )
+
+
+def _following_names(manifest: Manifest) -> set[str]:
+    """Those of the names that follow from digests."""
+    following, folders = set(), dict[tuple[str, str], dict[str, str]]()
+    for name, record in manifest.files.items():
+        parent, _, rest = name.partition("/")
+        key, _, member = rest.partition("/")
+        if parent == FILES and name == file_name(record.digest, PurePosixPath(name).suffix):
+            following.add(name)
+        elif parent in (CHECKPOINTS, MODELS) and member:
+            folders.setdefault((parent, key), {})[member] = record.digest
+    for (parent, key), members in folders.items():
+        if folder_name(parent, members) == f"{parent}/{key}":
+            following |= {f"{parent}/{key}/{member}" for member in members}
+    return following
+
+
 # --- arriving ---------------------------------------------------------------------------------------
 
 
 def receive(store: FolderStore, delivery: Delivery, *, jobs: int = DEFAULT_JOBS, meter: Meter = SILENT) -> Moved:
     """Bring one generation into the folder: its missing files, each checked, then its manifest.
 
-    Raises CommitConflictError when the folder has another generation of that number, and CorruptIndexError for a
-    file that does not arrive as its manifest says; the generations that are there stay as they are.
+    Raises CommitConflictError when the folder has another generation of that number, UsageError when it is an index,
+    and CorruptIndexError for a file that does not arrive as its manifest says; the generations that are there stay as
+    they are.
     """
     manifest = delivery.manifest
+    check_names(manifest)
     _check_free(store, delivery)
+    if list_versions(store):
+        refuse_index(read_manifest(store), store.location)
     store.root.mkdir(parents=True, exist_ok=True)
     with _arrival(store, delivery.data) as stage:
         present = _names_by_digest(store)
@@ -303,6 +345,15 @@ def check_bundles(store: FolderStore) -> Manifest:
             f"{store.root} is an index, expected a bundle: export one with `refrag bundle export {store.root} BUNDLE`"
         )
     return manifest
+
+
+def refuse_index(newest: Manifest, location: str) -> None:
+    """Raise UsageError where bundles were to be brought to an index."""
+    if newest.bundle is None:
+        raise UsageError(
+            f"{location} is an index, expected a place for bundles: nothing was changed; name an empty place, or one "
+            "that holds bundles of this index"
+        )
 
 
 def _retire(store: FolderStore, version: int) -> bool:

@@ -4,6 +4,7 @@ Only files that the other side lacks travel, several at once, each checked again
 last. A transfer that is killed at any moment is begun again and goes on with the files that are missing.
 """
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,10 +21,12 @@ from refrag_core.bundle_folder import (
     Meter,
     Moved,
     check_bundles,
+    check_names,
     in_parallel,
     is_whole,
     moved_of,
     receive,
+    refuse_index,
 )
 from refrag_core.errors import CommitConflictError, CorruptIndexError, IndexNotFoundError, UsageError
 from refrag_core.holds import Hold, hold
@@ -60,7 +63,7 @@ def push_bundle(
     """Bring one generation of a bundle to a folder or URI; run again to go on after an interruption.
 
     Raises CommitConflictError when another generation of that number is there, CorruptIndexError for a damaged
-    bundle, and UsageError for an index.
+    bundle, and UsageError for an index at either end.
     """
     started = time.perf_counter()
     store = FolderStore(bundle)
@@ -99,7 +102,9 @@ def _whole(store: FolderStore, record: FileRecord) -> Path:
 
 def _upload(store: FolderStore, delivery: Delivery, objects: ObjectStore, jobs: int, meter: Meter) -> Moved:
     """Names follow from the bytes, so that an object of that name and size is that file."""
+    check_names(delivery.manifest)
     _check_remote(objects, delivery)
+    _refuse_remote_index(objects)
     present = _sizes(objects)
 
     def bring(record: FileRecord) -> bool:
@@ -129,6 +134,13 @@ def _check_remote(objects: ObjectStore, delivery: Delivery) -> None:
             f"{delivery.manifest.build_id[:12]}, as the one that was to come): nothing was changed; take another place "
             "for bundles of another index"
         )
+
+
+def _refuse_remote_index(objects: ObjectStore) -> None:
+    for version in _remote_versions(objects)[-1:]:
+        name = version_name(version)
+        with contextlib.suppress(CorruptIndexError):  # which is for whoever pulls it to say
+            refuse_index(decode_manifest(objects.get(name), where=f"{objects.location}/{name}"), objects.location)
 
 
 def _sizes(objects: ObjectStore) -> Mapping[str, int]:

@@ -309,16 +309,17 @@ def test_bytes_that_are_there_under_another_name_do_not_move(two: SmallIndex, tm
     export_bundle(two.path, source, ExportOptions(include_decoder=True, version=1))
     pull_bundle(str(source), host)
     manifest = read_manifest(FolderStore(source))
+    assert manifest.bundle is not None
     decoder = [record for record in manifest.files.values() if record.name.startswith("models/")]
-    renamed = {r.name: replace(r, name=r.name.replace("models/", "models/again/")) for r in decoder}
+    again = bundle_folder.folder_name("models", {f"again/{Path(r.name).name}": r.digest for r in decoder})
+    renamed = {r.name: replace(r, name=f"{again}/again/{Path(r.name).name}") for r in decoder}
     for old, new in renamed.items():
         (source / new.name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source / old, source / new.name)
     files = {r.name: r for r in manifest.files.values() if r.name not in renamed} | {
         r.name: r for r in renamed.values()
     }
-    assert manifest.bundle is not None
-    info = replace(manifest.bundle, decoder=str(manifest.bundle.decoder).replace("models/", "models/again/"))
+    info = replace(manifest.bundle, decoder=again)
     second = replace(manifest, version=2, files=files, bundle=info)
     (source / "versions/2.json").write_bytes(encode_manifest(second))
     report = pull_bundle(str(source), host)
@@ -372,6 +373,39 @@ def test_a_manifest_with_an_unsafe_name_is_refused_before_any_file(two: SmallInd
         with pytest.raises(CorruptIndexError, match="unsafe file name"):
             pull_bundle(str(source), host)
         assert not host.exists()
+
+
+def test_names_that_do_not_follow_from_the_bytes_are_refused(two: SmallIndex, tmp_path: Path) -> None:
+    source, host = tmp_path / "source", tmp_path / "host"
+    export_bundle(two.path, source, ExportOptions(include_decoder=True))
+    pull_bundle(str(source), host)
+    manifest, before = read_manifest(FolderStore(source)), tree(host)
+    files = manifest.files
+    model = next(name for name in files if name.startswith("models/"))
+    first, second = [name for name in files if name.startswith("files/")][:2]
+    for name in ("versions/2.json", "CURRENT", "work/x", first, str(Path(model).with_name("extra.json")), "models/x"):
+        evil = replace(manifest, version=9, files={**files, name: replace(files[second], name=name)})
+        (source / "versions/9.json").write_bytes(encode_manifest(evil))
+        with pytest.raises(CorruptIndexError, match=r"lists a file .*, expected names that follow from the bytes"):
+            pull_bundle(str(source), host)
+    assert tree(host) == before
+
+
+def test_bundles_are_not_brought_to_an_index(two: SmallIndex, library: SmallIndex, tmp_path: Path) -> None:
+    bundle, index = tmp_path / "bundle", tmp_path / "index"
+    export_bundle(two.path, bundle, PLAIN)
+    shutil.copytree(library.path, index)
+    for version in list_versions(FolderStore(index))[1:]:
+        (index / f"versions/{version}.json").unlink()
+    before = tree(index)
+    for bring in (
+        lambda: export_bundle(two.path, index, PLAIN),
+        lambda: push_bundle(bundle, str(index)),
+        lambda: pull_bundle(str(bundle), index),
+    ):
+        with pytest.raises(UsageError, match="is an index, expected a place for bundles: nothing was changed"):
+            bring()
+    assert tree(index) == before
 
 
 def test_a_link_in_the_source_arrives_as_a_file_or_not_at_all(two: SmallIndex, tmp_path: Path) -> None:
