@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate, groupby
 from math import ceil
 from pathlib import Path
@@ -202,7 +202,9 @@ class IndexReader:
 
     def map_all(self) -> None:
         """Map every table and segment now, so that no request has to wait for it."""
-        for number in range(len(self.manifest.shards)):
+        numbers = range(len(self.manifest.shards))
+        self._fetch_files(numbers)
+        for number in numbers:
             self.shard(number)
         _ = self.vectors, self.live
 
@@ -265,16 +267,12 @@ class IndexReader:
     @cached_property
     def metadata(self) -> MetadataColumns:
         """The documents' metadata, decoded field by field as filters ask for it."""
-        return MetadataColumns(self._document_column)
-
-    def _document_column(self, name: str) -> Iterator[pa.ChunkedArray]:
-        """A column of the documents of all shards, dead ones included, shard by shard."""
-        return (self.column(number, "documents", name) for number in range(len(self.manifest.shards)))
+        # Not a method of this reader: a circle of references would keep the hold until Python looks for circles.
+        return MetadataColumns(partial(_document_column, self.store, self.manifest.shards))
 
     def column(self, number: int, table: str, name: str) -> pa.ChunkedArray:
         """One column of a table of shard `number`."""
-        with open_table(self.store.path(self.manifest.shards[number].tables[table])) as file:
-            return file.read(columns=[name]).column(0)
+        return _column(self.store, self.manifest.shards[number], table, name)
 
     def live_texts(self) -> Iterator[str]:
         """Texts of the passages that a search may return, by (segment, row); one shard's in memory at a time."""
@@ -298,7 +296,7 @@ class IndexReader:
     def _select(self, where: str) -> Passing:
         documents = self.metadata.select(parse_predicate(where))
         by_shard, start = [], 0
-        for number, counts in enumerate(self._document_column("num_passages")):
+        for number, counts in enumerate(_document_column(self.store, self.manifest.shards, "num_passages")):
             chosen = np.repeat(documents[start : start + len(counts)], counts.to_numpy())
             by_shard.append(chosen & self.searchable_rows(number))
             start += len(counts)
@@ -393,6 +391,16 @@ class IndexReader:
         if self._lance is None:
             return self.shard(ref.shard).describe(ref.row)
         return _description(self._lance.passage(self.manifest.shards[ref.shard].name, ref.row))
+
+
+def _column(store: Store, shard: Shard, table: str, name: str) -> pa.ChunkedArray:
+    with open_table(store.path(shard.tables[table])) as file:
+        return file.read(columns=[name]).column(0)
+
+
+def _document_column(store: Store, shards: Sequence[Shard], name: str) -> Iterator[pa.ChunkedArray]:
+    """A column of the documents of all shards, dead ones included, shard by shard."""
+    return (_column(store, shard, "documents", name) for shard in shards)
 
 
 def check_sizes(store: Store, files: Collection[FileRecord]) -> None:

@@ -1,6 +1,8 @@
 """A running runtime takes up generations: without a pause, and without ever mixing two in one answer."""
 
+import gc
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,9 @@ import pytest
 from refrag_core.bundle import ExportOptions, export_bundle
 from refrag_core.bundle_folder import collect
 from refrag_core.errors import CorruptIndexError, IndexNotFoundError
+from refrag_core.generations import collect_garbage
 from refrag_core.manifest import read_manifest
+from refrag_core.retrieval import RetrievalOptions
 from refrag_core.runtime import Answer, AskOptions, Runtime
 from refrag_core.storage import FolderStore
 from tests.small_index import SmallIndex
@@ -120,6 +124,37 @@ def test_what_a_runtime_has_left_can_be_collected(small: SmallIndex, tmp_path: P
     runtime.reload()
     assert collect(host, keep=1, grace_seconds=0).removed == (1,)
     check_whole(runtime.ask(QUESTION, OPTIONS))
+
+
+@pytest.mark.parametrize("tables", ["parquet", "lance"])
+def test_filters_words_and_caches_are_those_of_the_generation(
+    tmp_path: Path, tables: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = [{**record, "mark": "old"} for record in marked(1)]
+    small = SmallIndex(tmp_path, old, shard_bytes=100_000, tables=tables)
+    small.build()
+    runtime = Runtime.open(small.path, device="cpu", tables=tables, chunk_cache=tmp_path / "chunks.sqlite")
+    options = replace(OPTIONS, retrieval=RetrievalOptions(where="mark = 'old'", hybrid=True))
+    given = {"notes": "A bridge of stone over the silent river."}
+    first = runtime.ask(QUESTION, options, given=given)
+    assert (first.passing, first.passages[0].doc_id) == (4, "notes")
+    check_whole(replace(first, passages=first.passages[1:]))
+    small.write([{**record, "mark": record["id"]} for record in marked(2)])
+    small.build()
+    gc.disable()  # nothing but the end of its last use ends a hold
+    try:
+        runtime.reload()
+        assert not FolderStore(small.path).is_held("versions/1.json")
+    finally:
+        gc.enable()
+    collect_garbage(FolderStore(small.path), keep=1, grace_seconds=0)
+    encoder = runtime.chunk_encoder
+    monkeypatch.setattr(type(encoder._encoder), "encode", None)  # the text from outside is in the cache
+    options = replace(options, retrieval=RetrievalOptions(where="mark < 'doc-3'", hybrid=True))
+    second = runtime.ask(QUESTION, options, given=given)
+    assert (second.version, second.passing) == (2, 3)
+    check_whole(replace(second, passages=second.passages[1:]))
+    assert {passage.doc_id for passage in second.passages[1:]} == {"doc-0", "doc-1", "doc-2"}
 
 
 class Readers:
