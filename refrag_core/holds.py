@@ -13,7 +13,8 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
+"""The last: NFS gives exclusive locks only to who may write."""
 
 
 class Hold:
@@ -78,7 +79,7 @@ def unheld(path: Path) -> Iterator[bool]:
     False where that cannot be known. A file that is gone is held by nobody.
     """
     try:
-        handle = os.open(path, os.O_RDWR)
+        handle = _open_for_lock(path)
     except FileNotFoundError:
         yield True
         return
@@ -86,6 +87,16 @@ def unheld(path: Path) -> Iterator[bool]:
         yield _try_exclusive(handle)
     finally:
         os.close(handle)
+
+
+def _open_for_lock(path: Path) -> int:
+    """For writing, which a lock over a network may need, or for reading alone: a manifest is never written to."""
+    try:
+        return os.open(path, os.O_RDWR)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+    return os.open(path, os.O_RDONLY)
 
 
 def _try_exclusive(handle: int) -> bool:
