@@ -250,7 +250,7 @@ def roll_back(store: Store, version: int | None = None) -> RollbackReport:
     read_manifest(store)
     with store.lock():
         newest = read_manifest(store)
-        target, hold = hold_manifest(store, version or _before(store, newest))
+        target, hold = hold_manifest(store, _before(store, newest) if version is None else version)
         check_sizes(store, target.files.values())
         same = target.version == newest.version or target.files == newest.files
         manifest = newest if same else _again(target, newest)

@@ -56,8 +56,8 @@ def check_writable(root: IndexLocation) -> None:
     _library()
     if is_uri(root):
         raise ConfigError(
-            f"Lance tables were asked for at {root}; they are only written to a folder of this machine: build there, "
-            "or leave out --tables lance"
+            f"Lance tables were asked for at {root}; they are only written to a folder of this machine: work there, "
+            "or have a build leave them out with --tables parquet"
         )
 
 
@@ -218,6 +218,7 @@ def with_lance(store: Store, draft: Manifest, parent: Manifest | None) -> Manife
     Raises CommitConflictError when another writer changed a table meanwhile; the manifest of neither names the
     mixture, and the next build sets it right.
     """
+    check_writable(store.location)
     rows = LiveRows(draft.shards, draft.parameters, read_tombstones(store, draft))
     info, names = write_tables(store, rows, draft.content_id, parent)
     # Fragments that stay need not be read again. Without any, a name may come back with other bytes.
@@ -299,7 +300,9 @@ def _newest_again(store: Store, table: str, dataset: Any) -> Any:
 
 def make_newest(store: Store, manifest: Manifest) -> None:
     """Let `lancedb.connect` show this generation again, after a killed build or a rollback."""
-    for table, recorded in manifest.lance.tables.items() if manifest.lance else ():
+    if manifest.lance is None or is_uri(store.location):  # where nothing is written in place
+        return
+    for table, recorded in manifest.lance.tables.items():
         _newest_again(store, table, _at(store, recorded))
 
 
@@ -308,6 +311,8 @@ def drop_versions(store: Store, kept: Sequence[Manifest]) -> int:
 
     The newest version of a table stays in any case. Only with the index's lock held. Returns the bytes removed.
     """
+    if is_uri(store.location):
+        return 0
     return sum(_drop_versions(store, table, kept) for table in TABLES if _exists(store.path(_folder(table))))
 
 
@@ -456,6 +461,11 @@ class LanceReader:
             raise ConfigError(
                 f"{store.location} has no Lance tables in version {manifest.version}, expected an index built with "
                 "--tables lance: build it so, or leave out --tables"
+            )
+        if is_uri(store.location):
+            raise ConfigError(
+                f"the Lance tables of {store.location} were asked for, expected a folder of this machine: copy "
+                "the index to one, or leave out --tables"
             )
         if {shard.name for shard in manifest.shards} != set(manifest.lance.shards):
             raise CorruptIndexError(

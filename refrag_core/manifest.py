@@ -413,7 +413,7 @@ def read_manifest(store: Store, version: int | None = None) -> Manifest:
             f"{store.location} holds no {wanted.removeprefix('a ')}: expected {wanted} under {VERSIONS}/; "
             f"build one with `refrag index build CORPUS -o {store.location}`"
         )
-    name = version_name(version or versions[-1])
+    name = version_name(versions[-1] if version is None else version)
     where = f"{store.location}/{name}"
     manifest = decode_manifest(store.read(name), where=where)
     if manifest.name != name:
@@ -428,7 +428,7 @@ def hold_manifest(store: Store, version: int | None = None) -> tuple[Manifest, H
     Raises as `read_manifest` does, and IndexNotFoundError for a generation that is being removed.
     """
     while True:
-        number = version or read_manifest(store).version
+        number = read_manifest(store).version if version is None else version
         hold = store.hold(version_name(number))
         if hold is not None:
             return read_manifest(store, number), hold

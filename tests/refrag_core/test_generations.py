@@ -139,6 +139,12 @@ def test_a_rollback_to_a_damaged_or_missing_generation_is_refused(store: FolderS
 # --- gc -----------------------------------------------------------------------------------------------
 
 
+def test_generation_0_is_not_the_newest(store: FolderStore) -> None:
+    for wanted in (lambda: roll_back(store, 0), lambda: diff_generations(store, 0, 1), lambda: read_manifest(store, 0)):
+        with pytest.raises(IndexNotFoundError, match="holds no generation 0"):
+            wanted()
+
+
 def test_gc_removes_generations_and_what_only_they_name(store: FolderStore) -> None:
     old, new = read_manifest(store, 2), read_manifest(store, 3)
     report = collect(store, 1)
