@@ -174,7 +174,19 @@ Questions = Annotated[
     typer.Option(help='JSON lines: {"id", "question", "answers": […], "gold": [document ids]}.', show_default=False),
 ]
 
-BundleArgument = Annotated[Path, typer.Argument(help="Folder of the bundle.", show_default=False)]
+
+def _folder(text: str) -> Path:
+    if "://" in text:
+        raise UsageError(
+            f"{text} is a URI, expected a folder of this machine: bring a bundle there with `refrag bundle push`, and "
+            "here with `refrag bundle pull`"
+        )
+    return Path(text)
+
+
+BundleArgument = Annotated[
+    Path, typer.Argument(help="Folder of the bundle.", show_default=False, parser=_folder, metavar="FOLDER")
+]
 BundleVersion = Annotated[int | None, typer.Option("--version", help="Generation; default: the newest.", min=1)]
 VerifyKey = Annotated[
     list[Path] | None,
@@ -752,7 +764,7 @@ def _print_diff(report: "GenerationDiff") -> None:
 def index_rollback(
     index: IndexArgument,
     version: Annotated[
-        int | None, typer.Argument(help="Generation to go back to; default: the one before the newest content.")
+        int | None, typer.Argument(help="Generation to go back to; default: the one before the newest content.", min=1)
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:

@@ -205,6 +205,7 @@ def _check_source(manifest: Manifest, index: IndexLocation, bundle: Path) -> Non
 
 def bundle_manifest(store: Store, manifest: Manifest, options: ExportOptions) -> tuple[Manifest, Mapping[str, Path]]:
     """The manifest that a generation gets in a bundle, and where each file's bytes lie now."""
+    store.fetch(_exported_files(manifest))
     renaming = _Renaming(store, manifest)
     shards = [_exported_shard(shard, renaming) for shard in manifest.shards]
     tombstones, duplicates = manifest.tombstones, manifest.duplicates
@@ -227,6 +228,12 @@ def bundle_manifest(store: Store, manifest: Manifest, options: ExportOptions) ->
         files=dict(sorted(renaming.files.items())),
     )
     return exported, renaming.sources
+
+
+def _exported_files(manifest: Manifest) -> list[str]:
+    """Files of the index that go into a bundle: all but its LanceDB tables and the quarantine's records."""
+    left = tuple(f"{table.folder}/" for table in manifest.lance.tables.values()) if manifest.lance else ()
+    return [name for name in manifest.files if name != manifest.quarantine.file and not name.startswith(left)]
 
 
 def _exported_shard(shard: Shard, renaming: _Renaming) -> Shard:

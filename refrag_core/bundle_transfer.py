@@ -41,12 +41,14 @@ from refrag_core.manifest import (
     signature_name,
     version_name,
 )
-from refrag_core.object_store import ObjectStore, is_object_store, open_objects
+from refrag_core.object_store import FolderObjects, ObjectStore, open_objects
 from refrag_core.signing import check_signature
 from refrag_core.storage import FileRecord, FolderStore
 
 MAX_MANIFEST_BYTES = 1 << 30
 """A longer manifest is refused unread: it is held in memory."""
+
+MAX_SIGNATURE_BYTES = 4096
 
 
 # --- push -------------------------------------------------------------------------------------------
@@ -70,10 +72,11 @@ def push_bundle(
     check_bundles(store)
     manifest, held = hold_manifest(store, version)
     delivery = _delivery_from(store, manifest)
-    if is_object_store(destination):
-        moved = _upload(store, delivery, open_objects(destination), jobs, meter)
+    objects = open_objects(destination)
+    if isinstance(objects, FolderObjects):
+        moved = receive(FolderStore(objects.root), delivery, jobs=jobs, meter=meter)
     else:
-        moved = receive(FolderStore(Path(destination)), delivery, jobs=jobs, meter=meter)
+        moved = _upload(store, delivery, objects, jobs, meter)
     if held is not None:
         held.release()
     signed = delivery.signature is not None
@@ -179,8 +182,8 @@ def pull_bundle(
     """
     started = time.perf_counter()
     objects = open_objects(source)
-    number = version or _newest(objects)
-    held = _hold_source(objects, source, number)
+    number = _newest(objects) if version is None else version
+    held = _hold_source(objects, number)
     delivery = _read_delivery(objects, number, verify_keys)
     moved = receive(FolderStore(folder), delivery, jobs=jobs, meter=meter)
     if held is not None:
@@ -199,9 +202,9 @@ def _newest(objects: ObjectStore) -> int:
     return versions[-1]
 
 
-def _hold_source(objects: ObjectStore, source: str, version: int) -> Hold | None:
+def _hold_source(objects: ObjectStore, version: int) -> Hold | None:
     """A folder's generation is held while it is read; None for an object store, which no `gc` of a host touches."""
-    return None if is_object_store(source) else hold(Path(objects.location) / version_name(version))
+    return hold(objects.root / version_name(version)) if isinstance(objects, FolderObjects) else None
 
 
 def _read_delivery(objects: ObjectStore, version: int, keys: Sequence[Path]) -> Delivery:
@@ -213,7 +216,7 @@ def _read_delivery(objects: ObjectStore, version: int, keys: Sequence[Path]) -> 
             f"{where} is not there; expected a generation among {_remote_versions(objects)}: leave --version out for "
             "the newest"
         )
-    signature = _read_small(objects, signature_name(version))
+    signature = _read_small(objects, signature_name(version), MAX_SIGNATURE_BYTES)
     if keys:
         check_signature(data, signature, keys, where=where)
     manifest = decode_manifest(data, where=where)
@@ -226,15 +229,14 @@ def _read_delivery(objects: ObjectStore, version: int, keys: Sequence[Path]) -> 
     return Delivery(manifest, data, signature, _fetch_from(objects, _sizes(objects)))
 
 
-def _read_small(objects: ObjectStore, name: str) -> bytes | None:
+def _read_small(objects: ObjectStore, name: str, most: int = MAX_MANIFEST_BYTES) -> bytes | None:
     """A manifest or signature; None where there is none."""
     info = objects.head(name)
     if info is None:
         return None
-    if info.bytes > MAX_MANIFEST_BYTES:
+    if info.bytes > most:
         raise CorruptIndexError(
-            f"{objects.location}/{name} has {info.bytes} bytes, expected at most {MAX_MANIFEST_BYTES}: have the "
-            "bundle pushed again"
+            f"{objects.location}/{name} has {info.bytes} bytes, expected at most {most}: have the bundle pushed again"
         )
     return objects.get(name)
 

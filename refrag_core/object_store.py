@@ -24,7 +24,7 @@ from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from refrag_core.errors import MissingExtraError, ObjectStoreError, UsageError
 
@@ -118,9 +118,10 @@ def open_objects(location: str | Path) -> ObjectStore:
     Raises UsageError for a scheme that is no object store's, and MissingExtraError without the library.
     """
     text = str(location)
-    if "://" not in text:
-        return FolderObjects(Path(text))
-    return RemoteObjects(text)
+    parts = urlsplit(text)
+    if parts.scheme == "file":
+        return FolderObjects(Path(unquote(parts.path)))
+    return RemoteObjects(text) if "://" in text else FolderObjects(Path(text))
 
 
 # --- a folder ---------------------------------------------------------------------------------------
@@ -269,12 +270,13 @@ _METADATA_SERVICE = ("169.254.169.254", 80)
 _NO_ROLE = re.compile(r"/latest/(api/token|meta-data)|Missing (AccessKeyId|SecretAccessKey)")
 _NO_BUCKET = re.compile(r"NoSuchBucket|specified bucket does not exist|ContainerNotFound|InvalidBucketName")
 _REFUSED = re.compile(r"status code: 4(?!08|09|29)\d\d")
+_SECRETS = re.compile(r"((?i:\b(?:sig|token|signature|credential)|x-amz-[\w-]+)=|://(?=[^/\s]*@))[^&@\s\"')]*")
 _CODE = re.compile(r"<Code>(\w+)</Code>(?:\s*<Message>([^<]*)</Message>)?")
 
 
 def _reason(error: BaseException) -> str:
-    """What the server said, in one line without markup."""
-    text = str(error)
+    """What the server said, in one line without markup, nor what a URL may hold of credentials."""
+    text = _SECRETS.sub(r"\1…", str(error))
     if found := _CODE.search(text):
         return ": ".join(part for part in found.groups() if part)
     return " ".join(text.split("<?xml")[0].split("\n\n")[0].split())[:300]
@@ -327,6 +329,11 @@ class RemoteObjects:
         if not has_client():
             raise MissingExtraError(
                 f"{location} is an object store, which needs the extra `s3`: run `pip install 'refrag[s3]'`"
+            )
+        if urlsplit(location).password is not None:
+            raise UsageError(
+                f"a URI of {urlsplit(location).hostname} has a password in it, expected none: put credentials into the "
+                "environment, where messages and records do not repeat them"
             )
         self._location = location.rstrip("/")
 

@@ -118,7 +118,8 @@ class Store(Protocol):
     def hold(self, name: str) -> Hold | None:
         """Claim a file as in use, so that `remove_unheld` spares it; None when it is gone or being removed.
 
-        Writes nothing. On an object store nothing can enforce a claim: it is empty, and a grace period protects.
+        Writes nothing. On an object store nothing can enforce a claim: it is empty, `is_held` and `remove_unheld` know
+        of none, and a grace period alone protects.
         """
 
     def is_held(self, name: str) -> bool:
@@ -227,7 +228,8 @@ class FolderStore:
         if found != record:
             raise CorruptIndexError(
                 f"{record.name} arrived with {found.bytes} bytes and SHA-256 {found.digest[:16]}…, expected "
-                f"{record.bytes} and {record.digest[:16]}…: it is damaged where it came from; make it again there"
+                f"{record.bytes} and {record.digest[:16]}…: it is damaged where it came from; remove it there and make "
+                "it again (`refrag bundle push` sends no file that is there already)"
             )
         final = self.path(record.name)
         sync_file(temporary)

@@ -81,12 +81,31 @@ def test_failures_are_one_line(library: SmallIndex, tmp_path: Path) -> None:
         (("push", tmp_path / "nothing", tmp_path / "host"), 1, "holds no"),
         (("gc", tmp_path / "nothing"), 1, "holds no"),
         (("pull", "ftp://somewhere/else", tmp_path / "host"), 2, "expected a folder, or a bucket"),
+        (("export", library.path, "s3://bucket/bundle"), 2, "s3://bucket/bundle is a URI, expected a folder of this"),
+        (("open", "s3://bucket/bundle"), 2, "is a URI, expected a folder of this machine"),
+        (("gc", "s3://bucket/bundle"), 2, "is a URI, expected a folder of this machine"),
+        (("pull", tmp_path / "nothing", "s3://bucket/bundle"), 2, "is a URI, expected a folder of this machine"),
     ):
         done = call("bundle", *arguments)
         assert done.code == code, (arguments, done.err)
         assert said in done.err
         assert done.err.startswith("error: ")
     assert not (tmp_path / "host").exists()
+
+
+def test_places_that_are_no_folders(library: SmallIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    call("bundle", "export", library.path, "bundle")
+    refused = call("bundle", "push", "bundle", "ftp://somewhere/else")
+    assert (refused.code, "expected a folder, or a bucket" in refused.err) == (2, True)
+    secret = call("bundle", "push", "bundle", "s3://key:very-secret@bucket/else")
+    assert (secret.code, "very-secret" in secret.err) == (2, False)
+    assert "expected none: put credentials into the environment" in secret.err
+    assert {path.name for path in tmp_path.iterdir()} <= {"bundle", "cache"}
+    uri = (tmp_path / "there").as_uri()
+    assert call("bundle", "push", "bundle", uri).code == 0
+    assert call("bundle", "pull", uri, "host").code == 0
+    assert call("bundle", "open", "host").code == 0
 
 
 def test_a_bundle_is_no_index_to_build_into(library: SmallIndex, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from refrag_core.bundle import ExportOptions, export_bundle, open_bundle
 from refrag_core.bundle_transfer import pull_bundle, push_bundle
-from refrag_core.errors import CommitConflictError, CorruptIndexError, IndexNotFoundError
+from refrag_core.errors import CommitConflictError, CorruptIndexError, IndexNotFoundError, UsageError
 from refrag_core.manifest import list_versions, read_manifest
 from refrag_core.object_store import RemoteObjects, open_objects
 from refrag_core.storage import FolderStore
@@ -52,6 +52,15 @@ def test_a_push_that_broke_off_goes_on(
         pull_bundle(place, tmp_path / "host")
     assert push_bundle(source, place).spared_files == 5
     assert pull_bundle(place, tmp_path / "host").version == 2
+
+
+def test_an_index_in_a_bucket_is_left_alone(library: SmallIndex, tmp_path: Path, bucket: str) -> None:
+    objects, store = open_objects(f"{bucket}/index"), FolderStore(library.path)
+    objects.put("versions/1.json", store.read("versions/1.json"))
+    export_bundle(library.path, tmp_path / "source", ExportOptions())
+    with pytest.raises(UsageError, match="is an index, expected a place for bundles: nothing was changed"):
+        push_bundle(tmp_path / "source", objects.location)
+    assert [info.name for info in objects.list()] == ["versions/1.json"]
 
 
 def test_a_bucket_that_was_tampered_with(library: SmallIndex, tmp_path: Path, bucket: str) -> None:

@@ -222,6 +222,11 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def test_no_message_holds_what_a_url_may_hold_of_credentials() -> None:
+    said = object_store._reason(Exception("GET https://me:pass@host/b?prefix=i&sig=abc%3D&X-Amz-Signature=123 failed"))
+    assert said == "GET https://…@host/b?prefix=i&sig=…&X-Amz-Signature=… failed"
+
+
 def test_a_bucket_that_does_not_exist(bucket: str) -> None:
     objects = RemoteObjects("s3://no-such-bucket/x")
     for request in (lambda: objects.get("a"), lambda: objects.put("a", b""), lambda: list(objects.list())):
