@@ -305,7 +305,7 @@ def check_signed(store: Store, manifest: Manifest, keys: Sequence[Path]) -> bool
 def check_files(store: Store, manifest: Manifest, *, jobs: int = DEFAULT_JOBS, meter: Meter = SILENT) -> None:
     """Compare every file of a generation with its digest, which also brings it into the page cache.
 
-    Raises CorruptIndexError that names what is damaged.
+    Raises CorruptIndexError that names what is damaged, or lies among a bundle's models without being of them.
     """
 
     def check(record: FileRecord) -> str | None:
@@ -322,6 +322,21 @@ def check_files(store: Store, manifest: Manifest, *, jobs: int = DEFAULT_JOBS, m
             f"{len(damaged)} of {len(manifest.files)} files of {store.location}/{manifest.name} are missing or do not "
             f"have the bytes that it lists ({shown}): nothing of it is used; {remedy}"
         )
+    _refuse_strangers(store, manifest)
+
+
+def _refuse_strangers(store: Store, manifest: Manifest) -> None:
+    """Raise CorruptIndexError for a file that a model or checkpoint would be read with, and no digest vouches for."""
+    info = manifest.bundle
+    for folder in (manifest.checkpoint.folder, info.decoder, info.retriever) if info is not None else ():
+        root = None if folder is None else store.folder(folder)
+        for path in root.rglob("*") if root is not None else ():
+            name = f"{folder}/{path.relative_to(root).as_posix()}"
+            if not path.is_dir() and name not in manifest.files:
+                raise CorruptIndexError(
+                    f"{path} is none of the files that {manifest.name} lists, and lies where a model would be read "
+                    "with it: nothing of this bundle is used; remove that file"
+                )
 
 
 def open_bundle(

@@ -143,7 +143,9 @@ class RemoteStore:
     def folder(self, name: str) -> Path:
         """See Store."""
         path = self._copy(name)
-        self.fetch(info.name for info in self._objects.list(name))
+        names = [info.name for info in self._objects.list(name)]
+        # What a manifest does not list is none of its files, whoever laid it there.
+        self.fetch([each for each in names if each in self._known] or names)
         return path
 
     def fetch(self, names: Iterable[str]) -> None:

@@ -642,6 +642,22 @@ def test_a_runtime_with_a_key_checks_every_byte(two: SmallIndex, tmp_path: Path)
         Runtime.open(root, device="cpu", verify_keys=[public])
 
 
+def test_a_file_that_nobody_signed_is_not_read_with_a_model(two: SmallIndex, tmp_path: Path) -> None:
+    root = tmp_path / "bundle"
+    public = write_key_pair(tmp_path / "key")
+    export_bundle(two.path, root, ExportOptions(include_decoder=True, copy=True, sign_key=tmp_path / "key"))
+    info = read_manifest(FolderStore(root)).bundle
+    assert info is not None
+    stranger = root / str(info.decoder) / "adapter_config.json"
+    assert not stranger.exists()
+    ask(root, verify_keys=(public,))
+    stranger.write_text("{}")
+    with pytest.raises(CorruptIndexError, match=r"adapter_config.json is none of the files that .* lists"):
+        ask(root, verify_keys=(public,))
+    with pytest.raises(CorruptIndexError, match="remove that file"):
+        open_bundle(root)
+
+
 def test_a_signed_bundle_answers_with_the_decoder_that_it_was_made_for_alone(two: SmallIndex, tmp_path: Path) -> None:
     pytest.importorskip("cryptography")
     public = write_key_pair(tmp_path / "key")

@@ -6,9 +6,11 @@ import pytest
 
 from refrag_core.bundle import ExportOptions, export_bundle, open_bundle
 from refrag_core.bundle_transfer import pull_bundle, push_bundle
-from refrag_core.errors import CommitConflictError, CorruptIndexError, IndexNotFoundError, UsageError
+from refrag_core.errors import CommitConflictError, CorruptIndexError, IndexNotFoundError, SignatureError, UsageError
 from refrag_core.manifest import list_versions, read_manifest
 from refrag_core.object_store import RemoteObjects, open_objects
+from refrag_core.runtime import AskOptions, Runtime
+from refrag_core.signing import write_key_pair
 from refrag_core.storage import FolderStore
 from tests.small_index import SmallIndex
 
@@ -52,6 +54,24 @@ def test_a_push_that_broke_off_goes_on(
         pull_bundle(place, tmp_path / "host")
     assert push_bundle(source, place).spared_files == 5
     assert pull_bundle(place, tmp_path / "host").version == 2
+
+
+def test_a_signed_bundle_answers_from_the_bucket_and_takes_no_strangers(
+    library: SmallIndex, tmp_path: Path, bucket: str
+) -> None:
+    public, place = write_key_pair(tmp_path / "key"), f"{bucket}/bundles"
+    options = ExportOptions(sign_key=tmp_path / "key", include_decoder=True)
+    export_bundle(library.path, tmp_path / "source", options)
+    push_bundle(tmp_path / "source", place)
+    info = read_manifest(FolderStore(tmp_path / "source")).bundle
+    assert info is not None
+    open_objects(place).put(f"{info.decoder}/adapter_config.json", b"not even JSON")
+    runtime = Runtime.open(place, device="cpu", verify_keys=(public,))
+    assert not (runtime._generation.decoder_folder / "adapter_config.json").exists()
+    assert runtime.ask("Which river?", AskOptions(top_k=1, policy="all", max_new_tokens=2)).version == 2
+    open_objects(place).delete("versions/2.json.sig")
+    with pytest.raises(SignatureError, match="is not signed"):
+        Runtime.open(place, device="cpu", verify_keys=(public,))
 
 
 def test_an_index_in_a_bucket_is_left_alone(library: SmallIndex, tmp_path: Path, bucket: str) -> None:
