@@ -328,9 +328,10 @@ def check_files(store: Store, manifest: Manifest, *, jobs: int = DEFAULT_JOBS, m
 def _refuse_strangers(store: Store, manifest: Manifest) -> None:
     """Raise CorruptIndexError for a file that a model or checkpoint would be read with, and no digest vouches for."""
     info = manifest.bundle
-    for folder in (manifest.checkpoint.folder, info.decoder, info.retriever) if info is not None else ():
-        root = None if folder is None else store.folder(folder)
-        for path in root.rglob("*") if root is not None else ():
+    folders = () if info is None else (manifest.checkpoint.folder, info.decoder, info.retriever)
+    for folder in filter(None, folders):
+        root = store.folder(folder)
+        for path in root.rglob("*"):
             name = f"{folder}/{path.relative_to(root).as_posix()}"
             if not path.is_dir() and name not in manifest.files:
                 raise CorruptIndexError(

@@ -281,5 +281,8 @@ def write_report(
     """Write the page about one generation to `output`, in place of what is there."""
     page = render(gather(root, version, retriever=retriever, device=device))
     temporary = output.with_name(f"{output.name}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(output)
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(output)
+    finally:
+        temporary.unlink(missing_ok=True)

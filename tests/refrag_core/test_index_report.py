@@ -142,3 +142,10 @@ def test_what_the_browser_would_have_told(tmp_path: Path) -> None:
     seen = visit(browser, bad, tmp_path / "bad.png")
     assert seen.requests == ("http://example.invalid/a.png",)
     assert any("planted" in message for message in seen.console)
+
+
+def test_a_page_that_cannot_be_written_leaves_nothing(library: SmallIndex, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_report(library.path, tmp_path / "folder")
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("folder")] == ["folder"]
