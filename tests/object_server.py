@@ -9,9 +9,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import urlsplit
+
+from refrag_core.object_store import RemoteObjects
+from refrag_core.storage import FolderStore
 
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "testing",
@@ -64,6 +69,14 @@ def make_bucket(endpoint: str, name: str) -> None:
     answer = connection.getresponse()
     assert answer.status == 200, answer.read()
     connection.close()
+
+
+def copy_to_bucket(index: Path, uri: str) -> str:
+    """Copy the files of an index to a URI, which is returned."""
+    store, objects = FolderStore(index), RemoteObjects(uri)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: objects.put(name, store.path(name)), store.files()))
+    return uri
 
 
 @dataclass(slots=True)

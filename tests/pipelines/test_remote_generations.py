@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,10 @@ from refrag_core.bundle import ExportOptions, export_bundle, open_bundle
 from refrag_core.generations import collect_garbage, diff_generations, generation_log, roll_back
 from refrag_core.index_reader import IndexReader
 from refrag_core.manifest import list_versions, read_manifest
-from refrag_core.object_store import RemoteObjects
 from refrag_core.storage import open_store
 from refrag_core.verification import verify_index
 from tests.command_line import call
+from tests.object_server import copy_to_bucket
 from tests.small_index import SmallIndex, documents
 
 
@@ -38,10 +37,7 @@ def lived(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallIndex]:
 @pytest.fixture
 def uri(lived: SmallIndex, bucket: str) -> str:
     """The same index on S3."""
-    store, objects = open_store(lived.path), RemoteObjects(f"{bucket}/index")
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda name: objects.put(name, store.path(name)), store.files()))
-    return objects.location
+    return copy_to_bucket(lived.path, f"{bucket}/index")
 
 
 def all_good(uri: str) -> None:
@@ -107,10 +103,7 @@ def test_lance_tables_of_a_copied_index(bucket: str, tmp_path: Path) -> None:
     small.build()
     small.write(documents(3))
     small.build(delete_missing=True)
-    store, objects = open_store(small.path), RemoteObjects(f"{bucket}/index")
-    for name in store.files():
-        objects.put(name, store.path(name))
-    uri = objects.location
+    uri = copy_to_bucket(small.path, f"{bucket}/index")
     asked = call("ask", uri, "Which river?", "--tables", "lance", "--device", "cpu")
     assert (asked.code, "or leave out --tables" in asked.err) == (2, True)
     compacted = call("index", "compact", uri, "--workers", 0)

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from refrag_core.remote_store import RemoteStore
 from refrag_core.storage import open_store
 from refrag_core.verification import verify_index
 from tests.command_line import call, kill_group, start, wait_until, without_traceback
-from tests.object_server import Fault, FaultyServer
+from tests.object_server import Fault, FaultyServer, copy_to_bucket
 from tests.small_index import SmallIndex, documents
 
 
@@ -44,10 +43,7 @@ def remote(bucket: str, calm: SmallIndex, tmp_path: Path) -> SmallIndex:
 @pytest.fixture
 def built(calm: SmallIndex, remote: SmallIndex) -> str:
     """URI of the index on S3, built: it holds what the folder holds, so a copy of that will do."""
-    store, objects = open_store(calm.path), RemoteObjects(str(remote.options.output))
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda name: objects.put(name, store.path(name)), store.files()))
-    return objects.location
+    return copy_to_bucket(calm.path, str(remote.options.output))
 
 
 def other_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
