@@ -13,7 +13,7 @@ from refrag_core import generations
 from refrag_core.errors import ConfigError, CorruptIndexError, IndexLockedError, IndexNotFoundError, UsageError
 from refrag_core.generations import collect_garbage, diff_generations, generation_log, roll_back
 from refrag_core.index_reader import IndexReader
-from refrag_core.manifest import REMOVED, commit, list_versions, read_manifest
+from refrag_core.manifest import REMOVED, commit, list_versions, read_manifest, run_record_name
 from refrag_core.storage import FolderStore
 from refrag_core.verification import verify_index
 from tests.small_index import SmallIndex, documents
@@ -150,8 +150,11 @@ def test_gc_removes_generations_and_what_only_they_name(store: FolderStore) -> N
     report = collect(store, 1)
     assert (report.kept, report.removed, report.spared) == ([3], [1, 2], {})
     only_old = old.files.keys() - new.files.keys()
-    assert report.files == len(only_old) > 0  # its list of tombstones: tables are shared
-    assert not any(store.exists(name) for name in only_old)
+    assert len(only_old) == 1  # its list of tombstones: tables are shared
+    records = [run_record_name(version) for version in (1, 2)]
+    assert report.files == len(only_old) + len(records)
+    assert not any(store.exists(name) for name in (*only_old, *records))
+    assert store.exists(run_record_name(3))
     assert all(store.exists(name) for name in new.files)
     result = verify_index(store)
     assert (result.problems, result.unlisted) == ((), ())
