@@ -8,8 +8,10 @@ ends in a new generation.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from refrag.pipelines.assembly import publish_duplicates
 from refrag.pipelines.build import BuildOptions, build_from, lock_and_clear
 from refrag.pipelines.components import ModelOptions, Models, resolve_models
+from refrag.pipelines.duplicates import duplicate_passages
 from refrag.pipelines.engines import Engine
 from refrag.pipelines.indexing import remake_segment
 from refrag.pipelines.progress import Progress
@@ -27,6 +29,7 @@ from refrag_core.manifest import (
     commit,
     list_versions,
     read_manifest,
+    read_tombstones,
 )
 from refrag_core.storage import IndexLocation, Store, open_store
 from refrag_core.verification import Problem, verify_index
@@ -126,6 +129,8 @@ def _make_again(
     for segment in manifest.segments:
         if segment.file in damaged:
             remake_segment(store, manifest, segment)
+    if manifest.duplicates is not None and manifest.duplicates.file in damaged:
+        publish_duplicates(store, duplicate_passages(store, manifest.shards, read_tombstones(store, manifest)))
     return _recorded(store, manifest, lance_lost=base.lance is None and manifest.lance is not None)
 
 

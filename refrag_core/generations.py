@@ -252,7 +252,7 @@ def roll_back(store: Store, version: int | None = None) -> RollbackReport:
         newest = read_manifest(store)
         target, hold = hold_manifest(store, _before(store, newest) if version is None else version)
         check_sizes(store, target.files.values())
-        same = target.version == newest.version or target.files == newest.files
+        same = (target.content_id, target.files) == (newest.content_id, newest.files)
         manifest = newest if same else _again(target, newest)
         if not same:
             commit(store, manifest)
