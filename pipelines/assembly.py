@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -171,18 +169,13 @@ def publish_tombstones(store: Store, removed: Removed) -> tuple[TombstoneInfo | 
     return TombstoneInfo(record.name, len(rows), sum(row["num_passages"] for row in rows)), record
 
 
-def publish_duplicates(
-    store: Store, hidden: Mapping[str, npt.NDArray[np.int64]]
-) -> tuple[DuplicateInfo | None, FileRecord | None]:
-    """Write down the passages that stay out of search because an earlier one says the same."""
-    if not hidden:
+def publish_duplicates(store: Store, duplicates: pa.Table) -> tuple[DuplicateInfo | None, FileRecord | None]:
+    """Write down the passages (`arrow.DUPLICATES`) that stay out of search because an earlier one says the same."""
+    if not duplicates.num_rows:
         return None, None
-    places = [(name, int(row)) for name, passages in hidden.items() for row in passages]
-    rows = [{"shard": name, "passage": row} for name, row in places]
-    table = pa.Table.from_pylist(rows, schema=arrow.DUPLICATES)
-    key = digest_json(places)[:32]
-    record = store.publish(f"duplicates/{key}.parquet", lambda path: write_table(path, table))
-    return DuplicateInfo(record.name, len(rows)), record
+    key = digest_json([list(row.values()) for row in duplicates.to_pylist()])[:32]
+    record = store.publish(f"duplicates/{key}.parquet", lambda path: write_table(path, duplicates))
+    return DuplicateInfo(record.name, duplicates.num_rows), record
 
 
 # --- identity and accounts --------------------------------------------------------------------------

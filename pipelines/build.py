@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
+import pyarrow as pa
+
 from refrag.pipelines import assembly
 from refrag.pipelines.components import ModelOptions, Models, resolve_models
-from refrag.pipelines.duplicates import Hidden, duplicate_passages
+from refrag.pipelines.duplicates import NO_DUPLICATES, duplicate_passages, rows_by_shard
 from refrag.pipelines.engines import Engine
 from refrag.pipelines.indexing import BuiltIndex, build_vector_index, live_passages
 from refrag.pipelines.plan import Plan, Row, ShardSpec, default_shard_bytes, make_plan, without
@@ -191,7 +193,7 @@ class _Build:
         outcome = self._run_stages(models, plan, parent)
         shards, removed = self._all_shards(models, parent, plan, outcome)
         assembly.check_not_empty(shards, scan.documents_in, scan.reasons)
-        hidden = duplicate_passages(self.store, shards, removed) if self._dedup(latest) else {}
+        hidden = duplicate_passages(self.store, shards, removed) if self._dedup(latest) else NO_DUPLICATES
         index = self._index(models, parent, shards, removed, hidden)
         shards, removed = self._covered(index, shards, removed)
         manifest, dispositions = self._assemble(
@@ -352,7 +354,7 @@ class _Build:
         parent: Manifest | None,
         shards: Sequence[Shard],
         removed: assembly.Removed,
-        hidden: Hidden,
+        hidden: pa.Table,
     ) -> BuiltIndex:
         self.progress.start("index", None, "passages")
         started = time.perf_counter()
@@ -361,7 +363,7 @@ class _Build:
             self.engine,
             shards,
             dim=models.parameters.vector_dim,
-            live=live_passages(shards, removed, hidden),
+            live=live_passages(shards, removed, rows_by_shard(hidden)),
             dead=[shard.name for shard in shards if len(removed.get(shard.name, ())) == shard.documents],
             retriever=models.embed_stage().load(),
             parent=parent,
@@ -383,7 +385,7 @@ class _Build:
         outcome: _Outcome,
         shards: Sequence[Shard],
         removed: assembly.Removed,
-        hidden: Hidden,
+        hidden: pa.Table,
         index: BuiltIndex,
     ) -> tuple[Manifest, Counter[str]]:
         quarantine, quarantine_file, dispositions = assembly.publish_quarantine(

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from refrag.pipelines import assembly
 from refrag.pipelines.build import lock_and_clear
-from refrag.pipelines.duplicates import duplicate_passages
+from refrag.pipelines.duplicates import NO_DUPLICATES, duplicate_passages
 from refrag.pipelines.engines import Engine
 from refrag.pipelines.indexing import regroup
 from refrag.pipelines.plan import ShardName, ShardSpec, default_shard_bytes, ends_shard
@@ -155,7 +155,7 @@ def _compacted(
     segments, records = regroup(store, engine, parent, shards)
     progress.finish()
     tombstones, tombstone_file = assembly.publish_tombstones(store, assembly.within(removed, staying))
-    hidden = duplicate_passages(store, shards, assembly.within(removed, staying)) if _dedups(parent) else {}
+    hidden = duplicate_passages(store, shards, assembly.within(removed, staying)) if _dedups(parent) else NO_DUPLICATES
     duplicates, duplicate_file = assembly.publish_duplicates(store, hidden)
     known = dict(parent.files) | {record.name: record for receipt in receipts for record in receipt.files.values()}
     kept = [parent.files[segment.file] for segment in segments if segment.file in parent.files]

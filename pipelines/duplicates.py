@@ -1,7 +1,8 @@
 """Passages that say what another one says: found by their tokens, so that a search returns each text once.
 
 Of equal passages the first counts, by document id and place in the document. Which are hidden is therefore a
-function of the documents alone, and a passage comes back into search when the one before it leaves the index.
+function of the documents alone, and a passage comes back into search when the one before it leaves the index, or
+fails a search's filter.
 """
 
 import hashlib
@@ -9,8 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from refrag.pipelines.assembly import Removed
+from refrag.schemas import arrow
 from refrag_core.manifest import LiveDocument, Shard, documents_of
 from refrag_core.storage import Store
 from refrag_core.tables import MappedColumn
@@ -18,8 +21,7 @@ from refrag_core.tables import MappedColumn
 ROWS_A_PASS = 1 << 24
 """Passages compared at once (24 bytes each); a larger index is gone through several times."""
 
-Hidden = Mapping[str, npt.NDArray[np.int64]]
-"""Per shard the rows of passages that equal an earlier one, ascending."""
+NO_DUPLICATES = arrow.DUPLICATES.empty_table()
 
 
 class _PassageTokens:
@@ -41,36 +43,48 @@ class _PassageTokens:
 
 def duplicate_passages(
     store: Store, shards: Sequence[Shard], removed: Removed, *, rows_a_pass: int = ROWS_A_PASS
-) -> Hidden:
-    """The live passages whose tokens an earlier live passage has.
+) -> pa.Table:
+    """The live passages whose tokens an earlier live passage has, and that passage (`arrow.DUPLICATES`), in order.
 
     Args:
         rows_a_pass: bounds the memory; the result does not depend on it.
     """
     passes = max(1, -(-sum(shard.passages for shard in shards) // rows_a_pass))
-    found = [_in_pass(store, shards, removed, number, passes) for number in range(passes)]
-    hidden: dict[str, npt.NDArray[np.int64]] = {}
-    places = np.concatenate(found)
-    for number in np.unique(places[:, 0]):
-        hidden[shards[int(number)].name] = np.sort(places[places[:, 0] == number, 1])
-    return dict(sorted(hidden.items()))
+    found = np.concatenate([_in_pass(store, shards, removed, number, passes) for number in range(passes)])
+    places = found[np.argsort(found[:, 0])]
+    names = pa.array([shard.name for shard in shards], pa.string())
+    rows = [pa.array(places[:, at], pa.int32()) for at in (2, 4)]
+    columns = [names.take(pa.array(places[:, 1])), rows[0], names.take(pa.array(places[:, 3])), rows[1]]
+    return pa.Table.from_arrays(columns, schema=arrow.DUPLICATES)
+
+
+def rows_by_shard(duplicates: pa.Table) -> Mapping[str, npt.NDArray[np.int64]]:
+    """Per shard the rows of its passages that equal an earlier one."""
+    names, rows = (duplicates.column(name).to_numpy() for name in ("shard", "passage"))
+    return {str(name): rows[names == name].astype(np.int64) for name in np.unique(names.astype(str))}
 
 
 def _in_pass(
     store: Store, shards: Sequence[Shard], removed: Removed, number: int, passes: int
 ) -> npt.NDArray[np.int64]:
-    """`[n, 2]` int64 (shard, row) of the hidden passages among those whose digest falls to this pass."""
+    """`[n, 5]` int64 of the hidden passages among those whose digest falls to this pass.
+
+    Columns: place in the order of all passages; shard and row; shard and row of the first of the equal ones.
+    """
     digests = bytearray()
-    places: list[tuple[int, int]] = []
-    for shard, row, digest in _digests(store, shards, removed):
+    places: list[tuple[int, int, int]] = []
+    for order, (shard, row, digest) in enumerate(_digests(store, shards, removed)):
         if int.from_bytes(digest[:8], "little") % passes == number:
             digests += digest
-            places.append((shard, row))
+            places.append((order, shard, row))
+    if not places:
+        return np.empty((0, 5), np.int64)
     keys = np.frombuffer(bytes(digests), "<u8").reshape(-1, 2)
-    hidden = np.ones(len(keys), bool)
-    if len(keys):
-        hidden[np.unique(keys, axis=0, return_index=True)[1]] = False  # the first of each
-    return np.array(places, np.int64).reshape(-1, 2)[hidden]
+    _, first_of, group = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    table, first = np.array(places, np.int64), first_of[group.reshape(-1)]
+    with_first = np.column_stack([table, table[first, 1:]])
+    hidden: npt.NDArray[np.int64] = with_first[first != np.arange(len(table))]
+    return hidden
 
 
 def _digests(store: Store, shards: Sequence[Shard], removed: Removed) -> Iterator[tuple[int, int, bytes]]:

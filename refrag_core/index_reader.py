@@ -5,7 +5,7 @@ import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import accumulate, groupby
 from math import ceil
@@ -57,6 +57,8 @@ class Passing:
     """For each segment a read-only bool `[rows]`."""
     rows: int
     """How many they are."""
+    stand_ins: Mapping[PassageRef, PassageRef] = field(default_factory=dict)
+    """For passages that fail the filter, their first equal that passes: a search may return it in their place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +186,11 @@ class IndexReader:
         numbers = {shard.name: number for number, shard in enumerate(self.manifest.shards)}
         self._segment_shards = [[numbers[name] for name in segment.shards] for segment in self.manifest.segments]
         self._segment_starts = [self._starts(shards) for shards in self._segment_shards]
+        self._places = {
+            number: (segment, start)
+            for segment, shards in enumerate(self._segment_shards)
+            for number, start in zip(shards, self._segment_starts[segment], strict=False)
+        }
         self._passing: OrderedDict[str, Passing] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -262,6 +269,11 @@ class IndexReader:
         at = bisect_right(self._segment_starts[segment], row) - 1
         return PassageRef(self._segment_shards[segment][at], row - self._segment_starts[segment][at])
 
+    def place(self, ref: PassageRef) -> tuple[int, int]:
+        """Segment and row of a passage in the vector index: the inverse of `locate`."""
+        segment, start = self._places[ref.shard]
+        return segment, start + ref.row
+
     # --- filters
 
     @cached_property
@@ -280,6 +292,14 @@ class IndexReader:
             texts = self.column(number, "passages", "text")
             yield from texts.filter(pa.array(self.searchable_rows(number))).to_pylist()
 
+    def searchable_ids(self) -> npt.NDArray[np.void]:
+        """Ids of the passages that a search may return, 16 bytes each, by (segment, row)."""
+        numbers = [number for shards in self._segment_shards for number in shards]
+        passages = (self.store.path(self.manifest.shards[number].tables["passages"]) for number in numbers)
+        columns = (MappedColumn(path, "passage_id", "|u1", 16).slice_all() for path in passages)
+        ids = [rows[self.searchable_rows(number)] for number, rows in zip(numbers, columns, strict=True)]
+        return np.ascontiguousarray(np.concatenate(ids)).view("V16").reshape(-1)
+
     def passing(self, where: str) -> Passing:
         """The live passages whose documents fulfil the condition `where`; the last filters asked for are remembered.
 
@@ -295,15 +315,46 @@ class IndexReader:
 
     def _select(self, where: str) -> Passing:
         documents = self.metadata.select(parse_predicate(where))
-        by_shard, start = [], 0
-        for number, counts in enumerate(_document_column(self.store, self.manifest.shards, "num_passages")):
-            chosen = np.repeat(documents[start : start + len(counts)], counts.to_numpy())
-            by_shard.append(chosen & self.searchable_rows(number))
-            start += len(counts)
+        counts = [column.to_numpy() for column in _document_column(self.store, self.manifest.shards, "num_passages")]
+        live = [self.live_rows(number) for number in range(len(counts))]
+        passing = np.repeat(documents, np.concatenate(counts)) & np.concatenate(live)
+        stand_ins = self._stand_ins(passing)
+        passing[self._copies[:, 0]] = False
+        passing[stand_ins[:, 0]] = True
+        by_shard = np.split(passing, self._shard_starts[1:-1])
         masks = [np.concatenate([by_shard[number] for number in shards]) for shards in self._segment_shards]
         for mask in masks:
             mask.flags.writeable = False
-        return Passing(tuple(masks), sum(int(mask.sum()) for mask in masks))
+        places = {self._numbered(first): self._numbered(copy) for copy, first in stand_ins.tolist()}
+        return Passing(tuple(masks), sum(int(mask.sum()) for mask in masks), places)
+
+    @cached_property
+    def _shard_starts(self) -> npt.NDArray[np.int64]:
+        """`[shards + 1]`: number of each shard's first passage, all shards laid end to end."""
+        return np.cumsum([0, *(shard.passages for shard in self.manifest.shards)])
+
+    def _numbered(self, passage: int) -> PassageRef:
+        shard = int(np.searchsorted(self._shard_starts, passage, side="right")) - 1
+        return PassageRef(shard, passage - int(self._shard_starts[shard]))
+
+    @cached_property
+    def _copies(self) -> npt.NDArray[np.int64]:
+        """`[n, 2]`: numbers of the hidden duplicates, in the order of documents, and of what each of them equals."""
+        if self.manifest.duplicates is None:
+            return np.empty((0, 2), np.int64)
+        with open_table(self.store.path(self.manifest.duplicates.file)) as file:
+            table = file.read()
+        starts = {shard.name: int(at) for shard, at in zip(self.manifest.shards, self._shard_starts, strict=False)}
+        columns = (("shard", "passage"), ("first_shard", "first_passage"))
+        shards = [np.array([starts[name] for name in table.column(shard).to_pylist()]) for shard, _ in columns]
+        return np.stack(
+            [start + table.column(row).to_numpy() for start, (_, row) in zip(shards, columns, strict=True)], 1
+        )
+
+    def _stand_ins(self, passing: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+        """The rows of `_copies` that are the first to pass where what they equal does not."""
+        candidates = self._copies[passing[self._copies[:, 0]] & ~passing[self._copies[:, 1]]]
+        return candidates[np.unique(candidates[:, 1], return_index=True)[1]]
 
     # --- search
 

@@ -45,11 +45,18 @@ class BM25:
         self._index: Any = self._library.BM25(k1=K1, b=B, method="lucene")
         self._index.index(corpus, show_progress=False)
 
-    def rank(self, query: str, k: int, allowed: npt.NDArray[np.bool_] | None = None) -> npt.NDArray[np.int64]:
+    def rank(
+        self,
+        query: str,
+        k: int,
+        allowed: npt.NDArray[np.bool_] | None = None,
+        ties: npt.NDArray[np.int64] | None = None,
+    ) -> npt.NDArray[np.int64]:
         """Rows of the up to `k` best texts that share a word with `query`, best first, ties by row.
 
         Args:
             allowed: only these texts, bool `[texts]`.
+            ties: `[texts]`, distinct: of equal texts the one with the lower number comes first, in place of its row.
         """
         words = self._library.tokenize([query], stopwords="en", return_ids=False, show_progress=False)[0]
         if not words:
@@ -57,17 +64,17 @@ class BM25:
         scores = self._index.get_scores(words)
         if allowed is not None:
             scores = np.where(allowed, scores, 0)
-        return _best(scores, k)
+        return _best(scores, k, np.arange(len(scores)) if ties is None else ties)
 
 
-def _best(scores: npt.NDArray[np.float32], k: int) -> npt.NDArray[np.int64]:
-    """Rows of the `k` highest scores above 0, ties by row, without sorting them all."""
+def _best(scores: npt.NDArray[np.float32], k: int, ties: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Rows of the `k` highest scores above 0, ties by `ties`, without sorting them all."""
     if len(scores) > k:
         least = np.partition(scores, len(scores) - k)[len(scores) - k]
         rows = np.flatnonzero((scores >= least) & (scores > 0))
     else:
         rows = np.flatnonzero(scores > 0)
-    best: npt.NDArray[np.int64] = rows[np.argsort(-scores[rows], kind="stable")][:k]
+    best: npt.NDArray[np.int64] = rows[np.lexsort((ties[rows], -scores[rows]))][:k]
     return best
 
 
@@ -79,12 +86,23 @@ class LexicalIndex:
         live = [np.ones(rows, bool) if mask is None else mask for rows, mask in zip(*_segments(reader), strict=True)]
         self._starts = np.cumsum([0, *(len(mask) for mask in live)])
         self._rows = np.flatnonzero(np.concatenate(live))
+        # By passage id, as the vector index orders them: where rows lie is history, not content.
+        self._ties = np.argsort(np.argsort(reader.searchable_ids(), kind="stable"))
         self._bm25 = BM25(text for text in reader.live_texts())
 
     def rank(self, query: str, k: int, passing: Passing | None = None) -> list[PassageRef]:
-        """The up to `k` best live (and passing) passages that share a word with `query`, best first."""
-        allowed = None if passing is None else np.concatenate(passing.masks)[self._rows]
-        return [self._locate(int(self._rows[row])) for row in self._bm25.rank(query, k, allowed)]
+        """The up to `k` best live (and passing) passages that share a word with `query`, best first, ties by id."""
+        allowed = None if passing is None else self._allowed(passing)
+        found = [self._locate(int(self._rows[row])) for row in self._bm25.rank(query, k, allowed, self._ties)]
+        return found if passing is None else [passing.stand_ins.get(ref, ref) for ref in found]
+
+    def _allowed(self, passing: Passing) -> npt.NDArray[np.bool_]:
+        """Of the indexed texts those that pass, or that an equal passage stands in for."""
+        every = np.concatenate(passing.masks)
+        for first in passing.stand_ins:
+            segment, row = self._reader.place(first)
+            every[self._starts[segment] + row] = True
+        return every[self._rows]
 
     def _locate(self, row: int) -> PassageRef:
         segment = int(np.searchsorted(self._starts, row, side="right")) - 1

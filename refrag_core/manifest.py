@@ -512,7 +512,7 @@ def read_duplicates(store: Store, manifest: Manifest) -> dict[str, list[int]]:
     """Rows of the passages of each shard that equal an earlier one and stay out of search."""
     hidden: dict[str, list[int]] = {}
     if manifest.duplicates is not None:
-        for row in iterate_rows(store.path(manifest.duplicates.file)):
+        for row in iterate_rows(store.path(manifest.duplicates.file), ("shard", "passage")):
             hidden.setdefault(row["shard"], []).append(row["passage"])
     return hidden
 

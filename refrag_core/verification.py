@@ -1,6 +1,6 @@
 """Verification: every file of an index against its digest, every table against what refers to it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +21,11 @@ from refrag_core.manifest import (
     content_id,
     list_versions,
     live_documents,
-    read_duplicates,
     read_manifest,
     version_name,
 )
 from refrag_core.storage import FileRecord, Store
-from refrag_core.tables import MappedInt8Rows, open_table
+from refrag_core.tables import MappedInt8Rows, iterate_rows, open_table
 from refrag_core.vector_index import VectorIndex
 
 _ROWS_A_BLOCK = 1 << 16
@@ -211,8 +210,24 @@ def _check_segments(store: Store, manifest: Manifest) -> Iterator[Problem]:
         rows = VectorIndex.open([store.path(segment.file)], nprobe=1).num_rows
         if not rows == segment.rows == sum(passages[name] for name in segment.shards):
             yield Problem(segment.file, f"{rows} vectors, expected {segment.rows}")
-    for name, hidden in read_duplicates(store, manifest).items():
-        if max(hidden) >= passages.get(name, 0) and manifest.duplicates is not None:
+    yield from _check_duplicates(store, manifest, passages)
+
+
+def _check_duplicates(store: Store, manifest: Manifest, passages: Mapping[str, int]) -> Iterator[Problem]:
+    """Hidden passages and what they equal are rows that there are."""
+    if manifest.duplicates is None:
+        return
+    with open_table(store.path(manifest.duplicates.file)) as file:
+        found = file.schema_arrow
+    if not found.equals(arrow.DUPLICATES):
+        yield Problem(manifest.duplicates.file, f"its columns are {', '.join(found.names)}")
+        return
+    largest: dict[str, int] = {}
+    for row in iterate_rows(store.path(manifest.duplicates.file)):
+        for shard, passage in ((row["shard"], row["passage"]), (row["first_shard"], row["first_passage"])):
+            largest[shard] = max(largest.get(shard, 0), passage)
+    for name, passage in largest.items():
+        if passage >= passages.get(name, 0):
             yield Problem(manifest.duplicates.file, f"lists a passage that shard {name} does not have")
 
 

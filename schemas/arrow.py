@@ -89,6 +89,8 @@ DUPLICATES = pa.schema(
     [
         _required("shard", pa.string()),
         _required("passage", pa.int32(), note="row in the shard's passages"),
+        _required("first_shard", pa.string(), note="of the passage that it equals"),
+        _required("first_passage", pa.int32()),
     ]
 )
 

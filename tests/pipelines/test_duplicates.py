@@ -4,13 +4,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from refrag.pipelines.assembly import publish_duplicates, removed_documents
 from refrag.pipelines.compact import CompactOptions, compact_index
 from refrag.pipelines.duplicates import duplicate_passages
 from refrag.pipelines.engines.local import LocalEngine
+from refrag.pipelines.progress import Silent
+from refrag.pipelines.repair import RepairOptions, repair_index
+from refrag.schemas import arrow
+from refrag_core.generations import roll_back
 from refrag_core.index_reader import IndexReader
+from refrag_core.lexical import LexicalIndex
 from refrag_core.manifest import ParentInfo, commit, read_manifest
 from refrag_core.storage import FolderStore
 from refrag_core.verification import verify_index
@@ -84,7 +90,9 @@ def test_verify_finds_a_list_of_other_rows(small: SmallIndex) -> None:
     small.build(dedup_passages=True)
     store = FolderStore(small.path)
     manifest = read_manifest(store)
-    info, record = publish_duplicates(store, {manifest.shards[0].name: np.array([99])})
+    shard = manifest.shards[0].name
+    places = {"shard": [shard], "passage": [99], "first_shard": [shard], "first_passage": [0]}
+    info, record = publish_duplicates(store, pa.table(places, schema=arrow.DUPLICATES))
     assert info is not None
     assert record is not None
     parent = ParentInfo(manifest.version, manifest.build_id)
@@ -94,6 +102,20 @@ def test_verify_finds_a_list_of_other_rows(small: SmallIndex) -> None:
     assert found == [(record.name, f"lists a passage that shard {manifest.shards[0].name} does not have")]
 
 
+def by_words(index: SmallIndex) -> list[bytes]:
+    """Ids of the passages that share words with what several documents say, best first."""
+    reader = IndexReader(index.path)
+    return [reader.passage_id(ref) for ref in LexicalIndex(reader).rank(SAME, 100)]
+
+
+def test_equal_passages_are_ranked_by_words_in_the_order_of_their_ids(small: SmallIndex) -> None:
+    small.build()
+    ranked = by_words(small)
+    assert ranked[:3] == sorted(ranked[:3])
+    compact_index(CompactOptions(index=small.path, shard_bytes=100_000), LocalEngine(0))
+    assert by_words(small) == ranked
+
+
 @pytest.mark.parametrize("rows_a_pass", [1, 2, 1000])
 def test_memory_does_not_change_the_result(small: SmallIndex, rows_a_pass: int) -> None:
     small.build()
@@ -101,4 +123,62 @@ def test_memory_does_not_change_the_result(small: SmallIndex, rows_a_pass: int) 
     manifest = read_manifest(store)
     removed = removed_documents(store, manifest, ())
     hidden = duplicate_passages(store, manifest.shards, removed, rows_a_pass=rows_a_pass)
-    assert sum(len(rows) for rows in hidden.values()) == 2
+    assert hidden.num_rows == 2
+    assert hidden == duplicate_passages(store, manifest.shards, removed)
+
+
+YEARS = [{**record, "year": 2000 + number} for number, record in enumerate(RECORDS)]
+
+
+def passing(index: SmallIndex, where: str) -> list[str]:
+    """Documents that a filtered search can reach, by vectors and by words alike."""
+    reader = IndexReader(index.path)
+    query = np.ones(48, np.float32) / np.float32(48**0.5)
+    among = reader.passing(where)
+    ids = sorted(reader.describe(ref).document_id for ref, _ in reader.search(query, 100, among))
+    words = LexicalIndex(reader).rank("something very same words documents says", 100, among)
+    assert sorted(reader.describe(ref).document_id for ref in words) == ids
+    assert among.rows == len(ids)
+    return ids
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_the_first_equal_that_passes_a_filter_is_found(small: SmallIndex, *, compacted: bool) -> None:
+    small.write(YEARS)
+    small.build(dedup_passages=True)
+    if compacted:
+        compact_index(CompactOptions(index=small.path, shard_bytes=100_000), LocalEngine(0))
+    assert passing(small, "year >= 2000") == ["a", "b", "e"]
+    assert passing(small, "year >= 2002") == ["c", "e"]
+    assert passing(small, "year = 2000 or year = 2003") == ["a", "d"]
+    assert passing(small, "year = 2004") == ["e"]
+
+
+def test_no_tombstoned_passage_stands_in(small: SmallIndex) -> None:
+    small.write(YEARS)
+    small.build(dedup_passages=True, shard_bytes=100_000)
+    small.write([record for record in YEARS if record["id"] != "c"])
+    small.build(dedup_passages=True, delete_missing=True)
+    assert passing(small, "year >= 2002") == ["d", "e"]
+
+
+def test_a_damaged_list_is_made_again(small: SmallIndex) -> None:
+    small.build(dedup_passages=True)
+    store = FolderStore(small.path)
+    before = read_manifest(store)
+    assert before.duplicates is not None
+    path = store.path(before.duplicates.file)
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[:-1])
+    options = RepairOptions(index=small.path, checkpoint=small.options.models.checkpoint, device="cpu")
+    report = repair_index(options, LocalEngine(0), Silent())
+    assert (report.version, report.repaired) == (1, (before.duplicates.file,))
+    assert found(small) == ["a", "b", "e"]
+
+
+def test_a_rollback_takes_the_switch_back_where_nothing_is_hidden(small: SmallIndex) -> None:
+    small.write(RECORDS[:2])
+    plain = small.build()
+    small.build(dedup_passages=True)
+    report = roll_back(FolderStore(small.path), 1)
+    assert (report.committed, report.content_id) == (True, plain.content_id)

@@ -26,6 +26,14 @@ def test_texts_that_share_words_are_ranked_ties_by_row() -> None:
     assert index.rank("krill zebra", 5).tolist() == [3, 0]
 
 
+def test_ties_fall_by_the_numbers_given() -> None:
+    index = BM25(TEXTS)
+    ties = np.array([4, 3, 2, 1, 0])
+    assert index.rank("spinach", 5, ties=ties).tolist() == [4, 1]
+    assert index.rank("spinach", 1, ties=ties).tolist() == [4]
+    assert index.rank("krill", 5, ties=ties).tolist() == [3, 0]
+
+
 def test_only_allowed_texts_are_ranked() -> None:
     index = BM25(TEXTS)
     assert index.rank("krill spinach", 5, np.array([True, True, True, False, False])).tolist() == [1, 0]
