@@ -490,7 +490,7 @@ def index_verify(index: IndexArgument, as_json: JsonFlag = False) -> None:
         for problem in result.problems:
             print(f"{problem.file}: {problem.found}")
         for name in result.unlisted:
-            print(f"{name}: not part of any generation (left by an interrupted build; harmless)")
+            print(f"{name}: not part of any generation (left by an interrupted build or a rollback; harmless)")
         state = f"{len(result.problems)} problems" if result.problems else "all good"
         print(f"{result.files:,} files, {_bytes(result.bytes)}: {state}")
     if result.problems:

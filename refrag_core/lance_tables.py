@@ -292,10 +292,16 @@ def _base(store: Store, rows: LiveRows, parent: Manifest | None, table: str) -> 
 
 def _newest_again(store: Store, table: str, dataset: Any) -> Any:
     """The same rows as the newest version of their table: what lies after them belongs to no generation."""
-    if dataset.latest_version == dataset.version:
-        return dataset
+    newest = _library().dataset(str(store.path(_folder(table))))
+    if not newest.describe_indices() and _fragments_of(newest) == _fragments_of(dataset):  # restored before
+        return newest
     dataset.restore()
     return _library().dataset(str(store.path(_folder(table))))
+
+
+def _fragments_of(dataset: Any) -> list[Any]:
+    """What a version's rows are: its fragments with their data and deletion files."""
+    return [fragment.metadata.to_json() for fragment in dataset.get_fragments()]
 
 
 def make_newest(store: Store, manifest: Manifest) -> None:

@@ -381,6 +381,20 @@ def test_a_rollback_is_what_anybody_reads(small: SmallIndex) -> None:
     assert verify_index(FolderStore(small.path)).problems == ()
 
 
+def test_a_build_without_changes_after_a_rollback_writes_no_version(small: SmallIndex) -> None:
+    roll_back(FolderStore(small.path), 1)
+    before = [entry["version"] for entry in lance.dataset(str(small.path / "lance" / "chunks.lance")).versions()]
+    small.write(FIRST)
+    assert not small.build().committed
+    roll_back(FolderStore(small.path), 1)
+    after = [entry["version"] for entry in lance.dataset(str(small.path / "lance" / "chunks.lance")).versions()]
+    assert after == before == [1, 2, 3]
+    small.write(SECOND)
+    assert small.build(delete_missing=True).committed
+    assert by_place(lance_rows(small.path)) == by_place(parquet_rows(small.path))
+    assert verify_index(FolderStore(small.path)).problems == ()
+
+
 def test_gc_drops_the_versions_of_removed_generations(small: SmallIndex) -> None:
     store = FolderStore(small.path)
     first = read_manifest(store, 1)
