@@ -457,7 +457,9 @@ def index_plan(
     if as_json:
         _print_json(report)
         return
-    changes = f"{report.new:,} new, {report.changed:,} changed, {report.unchanged:,} unchanged"
+    changes = (
+        f"{report.new:,} new, {report.changed:,} changed, {report.unchanged:,} unchanged, {report.deleted:,} deleted"
+    )
     _print_rows(
         [
             ("documents in", f"{report.documents_in:,} ({changes})"),
@@ -472,6 +474,8 @@ def index_plan(
             *((f"  {stage}", f"~{seconds:,.1f} s") for stage, seconds in report.seconds.items()),
         ]
     )
+    if report.missing:
+        print(f"{report.missing:,} documents are no longer in the corpus and stay; --delete-missing removes them")
     print(f"Estimated from a sample of {report.sample_documents:,} documents; models' loading time comes on top.")
     for difference in report.differences:
         print(f"needs --rebuild: {difference}")
@@ -531,6 +535,8 @@ def index_repair(
         print(f"repaired {name}")
     for name in report.lost:
         print(f"lost {name}: only older generations need it; they can no longer be rolled back to")
+    if report.lost:
+        print(f"`refrag index gc {index} --keep N` lets those generations go; until then `verify` misses these files")
     print(f"{len(report.repaired)} files repaired, version {report.version}, build id {report.build_id}")
 
 

@@ -74,6 +74,9 @@ def repair_index(options: RepairOptions, engine: Engine, progress: Progress) -> 
         damaged = condemned & set(manifest.files)
         if damaged:
             _check_corpus(options, manifest, damaged)
+        for name in condemned - damaged - {CURRENT}:
+            store.remove(name)  # an older generation's: a build that makes it again must not find its name taken
+        if damaged:
             for name in damaged:
                 store.remove(name)
             manifest = _make_again(store, manifest, damaged, options, engine, progress)
@@ -100,10 +103,8 @@ def _newest_intact(store: Store, problems: Sequence[Problem]) -> Manifest:
 
 def _check_corpus(options: RepairOptions, manifest: Manifest, damaged: set[str]) -> None:
     sources = {shard.tables[table] for shard in manifest.shards for table in _FROM_CORPUS}
-    lost = manifest.tombstones is not None and manifest.tombstones.file in damaged
-    quarantine = manifest.quarantine.file in damaged
     needed = sorted(damaged & sources) or sorted(damaged)
-    if (damaged & sources or lost or quarantine) and options.corpus is None:
+    if (damaged & sources or _needs_build(manifest, damaged)) and options.corpus is None:
         raise UsageError(
             f"{needed[0]} can only be made from the corpus: expected it after the index; run "
             f"`refrag index repair {options.index} CORPUS` with the same --id-field and --text-field as the build"

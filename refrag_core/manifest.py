@@ -408,11 +408,7 @@ def read_manifest(store: Store, version: int | None = None) -> Manifest:
     """
     versions = list_versions(store)
     if not versions or (version is not None and version not in versions):
-        wanted = "a committed generation" if version is None else f"generation {version}"
-        raise IndexNotFoundError(
-            f"{store.location} holds no {wanted.removeprefix('a ')}: expected {wanted} under {VERSIONS}/; "
-            f"build one with `refrag index build CORPUS -o {store.location}`"
-        )
+        raise _not_found(store, version, versions)
     name = version_name(versions[-1] if version is None else version)
     where = f"{store.location}/{name}"
     manifest = decode_manifest(store.read(name), where=where)
@@ -420,6 +416,20 @@ def read_manifest(store: Store, version: int | None = None) -> Manifest:
         raise CorruptIndexError(f"{where} is the manifest of version {manifest.version}. {_REFETCH}")
     store.expect(manifest.files.values())
     return manifest
+
+
+def _not_found(store: Store, version: int | None, versions: Sequence[int]) -> IndexNotFoundError:
+    """What to say of an index without generations, or of one that lacks this one."""
+    if version is not None and versions:
+        return IndexNotFoundError(
+            f"{store.location} holds no generation {version}: expected generation {version} under {VERSIONS}/, where "
+            f"the newest is {versions[-1]}; `refrag index log {store.location}` lists all that there are and were"
+        )
+    wanted = "a committed generation" if version is None else f"generation {version}"
+    return IndexNotFoundError(
+        f"{store.location} holds no {wanted.removeprefix('a ')}: expected {wanted} under {VERSIONS}/; "
+        f"build one with `refrag index build CORPUS -o {store.location}`"
+    )
 
 
 def hold_manifest(store: Store, version: int | None = None) -> tuple[Manifest, Hold]:

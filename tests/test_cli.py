@@ -146,7 +146,7 @@ def test_plan_writes_nothing(root: Path, index: Path, tmp_path: Path) -> None:
         done.json
     )
     shown = call("index", "plan", root / "corpus", "-o", tmp_path / "new", *model_options(), "--workers", "0")
-    assert "documents in  27 (24 new, 0 changed, 0 unchanged)" in shown.out
+    assert "documents in  27 (24 new, 0 changed, 0 unchanged, 0 deleted)" in shown.out
 
 
 # --- refrag index verify, repair, inspect, search -----------------------------------------------------------

@@ -66,7 +66,7 @@ def test_every_command_in_words_and_in_json(index: SmallIndex) -> None:
     [
         (("log", "{none}"), 1, "holds no committed generation"),
         (("diff", "{index}", "1", "7"), 1, "holds no generation 7"),
-        (("rollback", "{index}", "7"), 1, "holds no generation 7"),
+        (("rollback", "{index}", "7"), 1, "where the newest is 2; `refrag index log"),
         (("rollback", "{none}"), 1, "holds no committed generation"),
         (("gc", "{none}", "--keep", "1"), 1, "holds no committed generation"),
         (("compact", "{none}"), 1, "holds no committed generation"),
@@ -91,3 +91,10 @@ def test_a_search_of_equal_passages(index: SmallIndex) -> None:
     built = command_line.call("index", "build", index.corpus, "-o", index.path, *arguments)
     assert built.code == 0
     assert "1 passages equal an earlier one and stay out of search" in built.out
+    assert command_line.call("index", "inspect", index.path, "--json").json["counts"]["hidden_duplicates"] == 1
+    index.write(same)
+    kept = command_line.call("index", "plan", index.corpus, "-o", index.path, *arguments[:10])
+    assert "0 new, 0 changed, 2 unchanged, 0 deleted" in kept.out
+    assert "7 documents are no longer in the corpus and stay" in kept.out
+    planned = command_line.call("index", "plan", index.corpus, "-o", index.path, *arguments[:10], "--delete-missing")
+    assert "0 changed, 2 unchanged, 7 deleted" in planned.out

@@ -14,6 +14,7 @@ from refrag.pipelines.engines.local import LocalEngine
 from refrag.pipelines.progress import Silent
 from refrag.pipelines.repair import RepairOptions, repair_index
 from refrag.schemas import arrow
+from refrag_core.errors import CorruptIndexError
 from refrag_core.generations import roll_back
 from refrag_core.index_reader import IndexReader
 from refrag_core.lexical import LexicalIndex
@@ -174,6 +175,25 @@ def test_a_damaged_list_is_made_again(small: SmallIndex) -> None:
     report = repair_index(options, LocalEngine(0), Silent())
     assert (report.version, report.repaired) == (1, (before.duplicates.file,))
     assert found(small) == ["a", "b", "e"]
+
+
+def test_a_damaged_list_of_an_older_generation_is_not_taken_over(small: SmallIndex) -> None:
+    small.build(dedup_passages=True)
+    store = FolderStore(small.path)
+    first = read_manifest(store)
+    assert first.duplicates is not None
+    small.build(dedup_passages=False)
+    path = store.path(first.duplicates.file)
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[:-1] + b"?")  # as long as it was
+    options = RepairOptions(index=small.path, checkpoint=small.options.models.checkpoint, device="cpu")
+    report = repair_index(options, LocalEngine(0), Silent())
+    assert (report.version, report.lost) == (2, (first.duplicates.file,))
+    with pytest.raises(CorruptIndexError, match="is missing"):
+        roll_back(store, 1)
+    small.build(dedup_passages=True)
+    assert read_manifest(store).duplicates == first.duplicates
+    assert verify_index(store).problems == ()
 
 
 def test_a_rollback_takes_the_switch_back_where_nothing_is_hidden(small: SmallIndex) -> None:

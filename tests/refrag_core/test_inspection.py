@@ -28,6 +28,8 @@ def test_the_summary_says_what_the_manifest_says(library: SmallIndex) -> None:
     assert shown["counts"]["documents"] == 40
     assert shown["counts"]["shards"] == len(manifest.shards)
     assert shown["counts"]["segments"] == len(manifest.segments)
+    assert manifest.tombstones is not None
+    assert shown["counts"]["tombstoned_passages"] == manifest.tombstones.passages > 0
     assert shown["quarantine"] == {"malformed_json": 1}
     assert set(shown["models"]) == {"tokenizer", "encoder", "retriever", "scorer"}
     assert shown["models"]["encoder"].endswith(manifest.components.encoder.fingerprint[:16])
