@@ -57,8 +57,11 @@ class Passing:
     """For each segment a read-only bool `[rows]`."""
     rows: int
     """How many they are."""
-    stand_ins: Mapping[PassageRef, PassageRef] = field(default_factory=dict)
-    """For passages that fail the filter, their first equal that passes: a search may return it in their place."""
+    stand_ins: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty((2, 0), np.int64))
+    """`[2, n]`: passages that fail, ascending, and for each its first equal that passes and may be returned instead.
+
+    Numbered by (segment, row), all segments laid end to end.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,11 +189,6 @@ class IndexReader:
         numbers = {shard.name: number for number, shard in enumerate(self.manifest.shards)}
         self._segment_shards = [[numbers[name] for name in segment.shards] for segment in self.manifest.segments]
         self._segment_starts = [self._starts(shards) for shards in self._segment_shards]
-        self._places = {
-            number: (segment, start)
-            for segment, shards in enumerate(self._segment_shards)
-            for number, start in zip(shards, self._segment_starts[segment], strict=False)
-        }
         self._passing: OrderedDict[str, Passing] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -269,11 +267,6 @@ class IndexReader:
         at = bisect_right(self._segment_starts[segment], row) - 1
         return PassageRef(self._segment_shards[segment][at], row - self._segment_starts[segment][at])
 
-    def place(self, ref: PassageRef) -> tuple[int, int]:
-        """Segment and row of a passage in the vector index: the inverse of `locate`."""
-        segment, start = self._places[ref.shard]
-        return segment, start + ref.row
-
     # --- filters
 
     @cached_property
@@ -315,46 +308,45 @@ class IndexReader:
 
     def _select(self, where: str) -> Passing:
         documents = self.metadata.select(parse_predicate(where))
-        counts = [column.to_numpy() for column in _document_column(self.store, self.manifest.shards, "num_passages")]
-        live = [self.live_rows(number) for number in range(len(counts))]
-        passing = np.repeat(documents, np.concatenate(counts)) & np.concatenate(live)
+        by_shard, start = [], 0
+        for number, counts in enumerate(_document_column(self.store, self.manifest.shards, "num_passages")):
+            chosen = np.repeat(documents[start : start + len(counts)], counts.to_numpy())
+            by_shard.append(chosen & self.live_rows(number))
+            start += len(counts)
+        passing = np.concatenate([by_shard[number] for shards in self._segment_shards for number in shards])
         stand_ins = self._stand_ins(passing)
-        passing[self._copies[:, 0]] = False
-        passing[stand_ins[:, 0]] = True
-        by_shard = np.split(passing, self._shard_starts[1:-1])
-        masks = [np.concatenate([by_shard[number] for number in shards]) for shards in self._segment_shards]
-        for mask in masks:
-            mask.flags.writeable = False
-        places = {self._numbered(first): self._numbered(copy) for copy, first in stand_ins.tolist()}
-        return Passing(tuple(masks), sum(int(mask.sum()) for mask in masks), places)
+        passing[self._copies[1]] = False
+        passing[stand_ins[1]] = True
+        passing.flags.writeable = False
+        ends = np.cumsum([starts[-1] for starts in self._segment_starts])
+        return Passing(tuple(np.split(passing, ends[:-1])), int(passing.sum()), stand_ins)
 
-    @cached_property
-    def _shard_starts(self) -> npt.NDArray[np.int64]:
-        """`[shards + 1]`: number of each shard's first passage, all shards laid end to end."""
-        return np.cumsum([0, *(shard.passages for shard in self.manifest.shards)])
-
-    def _numbered(self, passage: int) -> PassageRef:
-        shard = int(np.searchsorted(self._shard_starts, passage, side="right")) - 1
-        return PassageRef(shard, passage - int(self._shard_starts[shard]))
+    def _stand_ins(self, passing: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+        """The columns of `_copies` that are the first to pass where what they equal does not, by what they equal."""
+        first, copy = self._copies
+        candidates = self._copies[:, passing[copy] & ~passing[first]]
+        return candidates[:, np.unique(candidates[0], return_index=True)[1]]
 
     @cached_property
     def _copies(self) -> npt.NDArray[np.int64]:
-        """`[n, 2]`: numbers of the hidden duplicates, in the order of documents, and of what each of them equals."""
+        """`[2, n]`: what hidden duplicates equal, and they themselves, in the order of documents.
+
+        Passages are numbered by (segment, row), all segments laid end to end.
+        """
         if self.manifest.duplicates is None:
-            return np.empty((0, 2), np.int64)
+            return np.empty((2, 0), np.int64)
         with open_table(self.store.path(self.manifest.duplicates.file)) as file:
             table = file.read()
-        starts = {shard.name: int(at) for shard, at in zip(self.manifest.shards, self._shard_starts, strict=False)}
-        columns = (("shard", "passage"), ("first_shard", "first_passage"))
-        shards = [np.array([starts[name] for name in table.column(shard).to_pylist()]) for shard, _ in columns]
-        return np.stack(
-            [start + table.column(row).to_numpy() for start, (_, row) in zip(shards, columns, strict=True)], 1
-        )
+        shards = [self.manifest.shards[number] for numbers in self._segment_shards for number in numbers]
+        ends = accumulate((shard.passages for shard in shards), initial=0)
+        starts = {shard.name: start for shard, start in zip(shards, ends, strict=False)}
 
-    def _stand_ins(self, passing: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-        """The rows of `_copies` that are the first to pass where what they equal does not."""
-        candidates = self._copies[passing[self._copies[:, 0]] & ~passing[self._copies[:, 1]]]
-        return candidates[np.unique(candidates[:, 1], return_index=True)[1]]
+        def numbered(shard: str, row: str) -> npt.NDArray[np.int64]:
+            places = zip(table.column(shard).to_pylist(), table.column(row).to_pylist(), strict=True)
+            return np.array([starts[name] + passage for name, passage in places], np.int64)
+
+        copies = [numbered("first_shard", "first_passage"), numbered("shard", "passage")]
+        return np.asarray(copies, np.int64)
 
     # --- search
 

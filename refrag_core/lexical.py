@@ -92,17 +92,16 @@ class LexicalIndex:
 
     def rank(self, query: str, k: int, passing: Passing | None = None) -> list[PassageRef]:
         """The up to `k` best live (and passing) passages that share a word with `query`, best first, ties by id."""
-        allowed = None if passing is None else self._allowed(passing)
-        found = [self._locate(int(self._rows[row])) for row in self._bm25.rank(query, k, allowed, self._ties)]
-        return found if passing is None else [passing.stand_ins.get(ref, ref) for ref in found]
-
-    def _allowed(self, passing: Passing) -> npt.NDArray[np.bool_]:
-        """Of the indexed texts those that pass, or that an equal passage stands in for."""
+        if passing is None:
+            return [self._locate(row) for row in self._rows[self._bm25.rank(query, k, None, self._ties)].tolist()]
+        first, copy = passing.stand_ins
         every = np.concatenate(passing.masks)
-        for first in passing.stand_ins:
-            segment, row = self._reader.place(first)
-            every[self._starts[segment] + row] = True
-        return every[self._rows]
+        every[first] = True  # its words are those of what stands in for it
+        found = self._rows[self._bm25.rank(query, k, every[self._rows], self._ties)]
+        at = np.searchsorted(first, found)
+        failing = np.append(first, -1)[at] == found
+        found[failing] = copy[at[failing]]
+        return [self._locate(row) for row in found.tolist()]
 
     def _locate(self, row: int) -> PassageRef:
         segment = int(np.searchsorted(self._starts, row, side="right")) - 1

@@ -250,6 +250,8 @@ class Runtime:
             if wanted != current.searcher.reader.manifest:
                 opened = _open_generation(self._options, wanted.version, current)
                 opened.searcher.reader.map_all()
+                if "lexical" in vars(current.searcher):  # hybrid questions are asked here: none is to wait for it
+                    _ = opened.searcher.lexical
                 self._generation = opened
             return wanted.version
 

@@ -49,7 +49,7 @@ class PassageSource:
         self._seed = seed
         self.describe = cache(runtime.reader.describe)
         self._queries = runtime.searcher.retriever.embed_queries([question.question for question in questions])
-        self._rows = _live_rows(runtime) if mode != "strong" else np.empty((0, 2), dtype=np.int64)
+        self._rows = _rows(runtime, retrieval.where) if mode != "strong" else np.empty((0, 2), dtype=np.int64)
         self._documents = self._passages_of_gold() if mode == "gold" else {}
 
     def given(self, number: int) -> list[PassageRef]:
@@ -109,6 +109,15 @@ class PassageSource:
             holding = (ref for ref in refs if contains_answer(self.describe(ref).text, question.answers))
             chosen += [found] if (found := next(holding, refs[0] if refs else None)) is not None else []
         return chosen
+
+
+def _rows(runtime: Runtime, where: str | None) -> npt.NDArray[np.int64]:
+    """Int64 `[passages, 2]`: shard and row of all live passages, or of those that pass the filter."""
+    if where is None:
+        return _live_rows(runtime)
+    masks = runtime.reader.passing(where).masks
+    refs = [runtime.reader.locate(n, int(row)) for n, mask in enumerate(masks) for row in np.flatnonzero(mask)]
+    return np.array([(ref.shard, ref.row) for ref in refs], dtype=np.int64).reshape(-1, 2)
 
 
 def _live_rows(runtime: Runtime) -> npt.NDArray[np.int64]:

@@ -68,6 +68,16 @@ def test_it_takes_up_the_newest_and_rolls_back(small: SmallIndex) -> None:
         check_whole(answer)
 
 
+def test_a_ranking_by_words_in_use_is_built_before_it_is_asked(small: SmallIndex) -> None:
+    runtime = Runtime.open(small.path, version=1, device="cpu")
+    runtime.reload(2)
+    assert "lexical" not in vars(runtime.searcher)
+    assert runtime.searcher.lexical.rank("generation 002", 1)
+    runtime.reload(1)
+    assert "lexical" in vars(runtime.searcher)
+    assert len(runtime.searcher.lexical.rank("generation", 10)) == 4
+
+
 def test_where_nothing_is_new_nothing_is_opened(small: SmallIndex) -> None:
     runtime = Runtime.open(small.path, device="cpu")
     reader = runtime.reader

@@ -9,10 +9,11 @@ from refrag_core.errors import UsageError
 from refrag_core.evaluation import qa_answers
 from refrag_core.evaluation.qa import ABSTENTION, contains_answer, exact_match, f1
 from refrag_core.evaluation.qa_answers import closest_passages
-from refrag_core.evaluation.qa_passages import PassageSource
+from refrag_core.evaluation.qa_passages import PassageSource, RetrieverMode
 from refrag_core.evaluation.qa_table import table_lines
 from refrag_core.evaluation.questions import Question, question_lines
 from refrag_core.evaluation.run_qa import QaOptions, evaluate_qa
+from refrag_core.retrieval import RetrievalOptions
 from refrag_core.runtime import AskOptions, Runtime
 from tests.small_index import SmallIndex
 
@@ -216,6 +217,16 @@ def test_a_weak_retriever_loses_about_half_of_its_passages(runtime: Runtime) -> 
     weak = PassageSource(runtime, asked, mode="weak", top_k=4, seed=0)
     kept = [a == b for n in range(30) for a, b in zip(strong.given(n), weak.given(n), strict=True)]
     assert 40 <= sum(kept) <= 80  # of 120
+
+
+@pytest.mark.parametrize("mode", ["gold", "weak"])
+def test_random_passages_pass_the_filter(runtime: Runtime, mode: RetrieverMode) -> None:
+    asked = [Question(str(n), f"Question {n}?", (), ("doc-0011",)) for n in range(10)]
+    retrieval = RetrievalOptions(where="year < 1920")
+    source = PassageSource(runtime, asked, mode=mode, top_k=4, seed=0, retrieval=retrieval)
+    given = [runtime.reader.describe(ref) for number in range(10) for ref in source.given(number)]
+    assert len(given) == 40
+    assert all(shown.metadata["year"] < 1920 for shown in given)
 
 
 def test_abstentions_are_counted(runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
