@@ -60,8 +60,13 @@ def duplicate_passages(
 
 def rows_by_shard(duplicates: pa.Table) -> Mapping[str, npt.NDArray[np.int64]]:
     """Per shard the rows of its passages that equal an earlier one."""
-    names, rows = (duplicates.column(name).to_numpy() for name in ("shard", "passage"))
-    return {str(name): rows[names == name].astype(np.int64) for name in np.unique(names.astype(str))}
+    if not duplicates.num_rows:
+        return {}
+    names = duplicates.column("shard").combine_chunks().dictionary_encode()
+    shards, rows = names.indices.to_numpy(), duplicates.column("passage").to_numpy().astype(np.int64)
+    order = np.argsort(shards, kind="stable")
+    parts = np.split(rows[order], np.cumsum(np.bincount(shards))[:-1])
+    return dict(zip(names.dictionary.to_pylist(), parts, strict=True))
 
 
 def _in_pass(
