@@ -4,6 +4,7 @@ retrieve → fetch → select → compose → prefill → decode, each a small s
 is not loaded: chunk embeddings come from the index's memory map.
 """
 
+import contextlib
 import threading
 import time
 from collections import Counter
@@ -25,7 +26,7 @@ from refrag_core.decoder import FINISHED, Decoder, TextStream
 from refrag_core.devices import resolve_device
 from refrag_core.embedding_storage import concatenate_rows, store_rows
 from refrag_core.encoder import ChunkEncoder
-from refrag_core.errors import FingerprintMismatchError, UntrainedProjectionError
+from refrag_core.errors import FingerprintMismatchError, UntrainedProjectionError, UsageError
 from refrag_core.index_reader import FetchedPassage, IndexReader, PassageRef
 from refrag_core.manifest import read_manifest
 from refrag_core.models import fingerprint_tokenizer, resolve_model
@@ -251,7 +252,8 @@ class Runtime:
                 opened = _open_generation(self._options, wanted.version, current)
                 opened.searcher.reader.map_all()
                 if "lexical" in vars(current.searcher):  # hybrid questions are asked here: none is to wait for it
-                    _ = opened.searcher.lexical
+                    with contextlib.suppress(UsageError):  # no words: told to whoever asks for them
+                        _ = opened.searcher.lexical
                 self._generation = opened
             return wanted.version
 
