@@ -23,6 +23,7 @@ Made = TypeVar("Made")
 
 _ATTEMPTS = 3
 _PARENT_CHECK_SECONDS = 0.5
+_CLOSING_SECONDS = 5.0
 
 
 def default_workers() -> int:
@@ -65,7 +66,11 @@ class LocalEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._pool is not None:
-            self._pool.shutdown(wait=error is None, cancel_futures=True)
+            # An interrupted run does not wait for long work, but for what ends now it does: an interpreter that ends
+            # beside its executor may find the executor's pipes just closed.
+            closing = threading.Thread(target=self._pool.shutdown, kwargs={"cancel_futures": True}, daemon=True)
+            closing.start()
+            closing.join(None if error is None else _CLOSING_SECONDS)
             self._pool = None
 
     def _submit(self, function: Callable[[Item], Made], item: Item) -> "Future[Made]":
