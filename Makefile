@@ -27,7 +27,7 @@ demo: $(STAMP)
 	@BIN=$(BIN) DEMO=$(DEMO) bash benchmarks/demo.sh
 
 test: $(STAMP)
-	@echo "== tests (about 5 minutes on 2 cores)"
+	@echo "== tests (about 12 minutes on 2 cores)"
 	$(BIN)/python -m pytest
 
 test-slow: $(STAMP)

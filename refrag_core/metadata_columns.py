@@ -45,7 +45,8 @@ SELECT CASE WHEN kind = 'VARCHAR' THEN value END AS text,
        CASE WHEN kind = 'ARRAY' THEN value END AS list,
        kind IS NOT NULL AND kind <> 'NULL' AS present,
        kind IS NOT NULL AS named
-FROM (SELECT json_type(metadata, $1) AS kind, json_extract_string(metadata, $1) AS value FROM documents)
+FROM (SELECT json_type(metadata, $1) AS kind, json_extract_string(metadata, $1) AS value, place FROM documents)
+ORDER BY place
 """
 _KEYS = "SELECT DISTINCT unnest(json_keys(metadata)) AS field FROM documents"
 
@@ -92,7 +93,9 @@ class MetadataColumns:
             columns |= {column_name(number, kind): column for kind, column in found.values.items()}
         if not columns:
             raise FilterError(f"the filter {predicate.shown} names no field; expected a condition over at least one")
-        made = _run(f"SELECT COALESCE({sql}, FALSE) AS passes FROM documents", pa.table(columns), parameters)
+        made = _run(
+            f"SELECT COALESCE({sql}, FALSE) AS passes FROM documents ORDER BY place", pa.table(columns), parameters
+        )
         return np.asarray(made.column("passes").to_numpy())
 
     def _field(self, path: Field, predicate: Predicate) -> FieldColumns:
@@ -171,10 +174,14 @@ def _database() -> Any:
 
 
 def _run(sql: str, documents: pa.Table, parameters: list[Any]) -> pa.Table:
-    """The result of a query over the one table `documents`, in its order."""
+    """The result of a query over the one table `documents`, whose column `place` counts its rows.
+
+    A query that wants them in order says so: what several threads read of an Arrow table comes back in any.
+    """
+    placed = documents.append_column("place", [np.arange(len(documents))])
     try:
         with _database().cursor() as connection:  # a connection of its own, so that threads do not meet
-            connection.register("documents", documents)
+            connection.register("documents", placed)
             return connection.sql(sql, params=parameters).to_arrow_table()
     except _duckdb().Error as error:
         raise FilterError(
