@@ -21,6 +21,7 @@ from refrag.pipelines.scan import RejectWriter, ScanResult, merge_runs, resolve_
 from refrag.pipelines.stages import ShardResult, add_table
 from refrag_core import lance_tables
 from refrag_core.corpus.sources import CorpusOptions
+from refrag_core.devices import available_cores
 from refrag_core.errors import FingerprintMismatchError, UsageError
 from refrag_core.manifest import (
     NOTHING,
@@ -34,7 +35,7 @@ from refrag_core.manifest import (
     live_documents,
     refuse_bundle,
 )
-from refrag_core.run_record import RunRecord, StageRecord, available_cores, write_run_record
+from refrag_core.run_record import RunRecord, StageRecord, write_run_record
 from refrag_core.storage import IndexLocation, Store, open_store
 from refrag_core.tables import TableFormat
 

@@ -1,5 +1,6 @@
 """Devices: where a model runs when nobody says, and how chunk embeddings get there."""
 
+import os
 from typing import TYPE_CHECKING
 
 from refrag_core.embedding_storage import Int8Rows, StoredRows
@@ -7,6 +8,11 @@ from refrag_core.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
+
+
+def available_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def resolve_device(device: str) -> str:

@@ -5,7 +5,6 @@ and a generation without one is as good. It holds no content of any document.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -54,11 +53,6 @@ _ORDER = ("scan", "tokenize", "embeddings", "vectors", "scores", "index")
 
 def _in_order(stage: tuple[str, Any]) -> int:
     return _ORDER.index(stage[0]) if stage[0] in _ORDER else len(_ORDER)
-
-
-def available_cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def write_run_record(store: Store, version: int, record: RunRecord) -> None:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from refrag.pipelines.plan import ShardSpec
 from refrag.pipelines.stages import ShardResult, Stages, run_device_stages
+from refrag_core.devices import available_cores
 from refrag_core.errors import StageError
 from refrag_core.storage import Store
 
@@ -28,7 +29,7 @@ _CLOSING_SECONDS = 5.0
 
 def default_workers() -> int:
     """Worker processes: the CPUs of this process less one for the device stages, at least 1, at most 16."""
-    return max(1, min(16, len(os.sched_getaffinity(0)) - 1))
+    return max(1, min(16, available_cores() - 1))
 
 
 def _start_worker(parent: int) -> None:
