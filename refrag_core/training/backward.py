@@ -64,6 +64,11 @@ class Backward:
         self._gradients = gradients
         self._scale = scale
 
+    @property
+    def shapes(self) -> int:
+        """Kinds of micro-batches that were made ready so far."""
+        return 0
+
     def __call__(self, compute: Compute, inputs: Inputs, key: object) -> Losses:  # noqa: ARG002
         """The losses of one micro-batch. Equal keys and shapes of inputs mean equal computations."""
         return self._add(compute, inputs)
@@ -81,6 +86,11 @@ class CapturedBackward(Backward):
         super().__init__(gradients, scale)
         self._pool = torch.cuda.graph_pool_handle()
         self._captured: dict[object, tuple[torch.cuda.CUDAGraph, Inputs, Losses]] = {}
+
+    @property
+    def shapes(self) -> int:
+        """Kinds of micro-batches that were captured so far."""
+        return len(self._captured)
 
     def __call__(self, compute: Compute, inputs: Inputs, key: object) -> Losses:
         """The losses of one micro-batch."""
@@ -115,7 +125,5 @@ class CapturedBackward(Backward):
 
 
 def upload(arrays: Sequence[Tensor], device: torch.device) -> Inputs:
-    """CPU tensors on `device`, without waiting for it."""
-    if device.type != "cuda":
-        return tuple(arrays)
-    return tuple(array.pin_memory().to(device, non_blocking=True) for array in arrays)
+    """CPU tensors on `device`, without waiting for it where they are in pinned memory."""
+    return tuple(array.to(device, non_blocking=True) for array in arrays)

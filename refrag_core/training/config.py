@@ -33,6 +33,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "encoder_embedding": get_args(EmbeddingForm),
     "encoder_pooling": get_args(Pooling),
     "encoder_optimizer": ("adamw", "muon"),
+    "decoder_optimizer": ("adamw", "muon"),
     "encoder_dtype": get_args(StoredDtype),
     "adapter_dtype": get_args(StoredDtype),
 }
@@ -124,7 +125,8 @@ class TrainingConfig:
     steps: int = 1000
     """Optimizer steps after which the run ends."""
     seconds: float | None = None
-    """Training time after which the run ends, resumed parts counted together; the schedule follows what is nearer."""
+    """Training time after which the run ends, resumed parts counted together and steps in which a shape is captured
+    left out; the schedule follows what is nearer."""
     stop_after_seconds: float | None = None
     """Time after which this process saves its state and stops, to be resumed."""
     seed: int = 0
@@ -149,6 +151,8 @@ class TrainingConfig:
     """Names of the layers that get one."""
     encoder_optimizer: Literal["adamw", "muon"] = "adamw"
     """Of the encoder body's matrices; AdamW has all else."""
+    decoder_optimizer: Literal["adamw", "muon"] = "adamw"
+    """Of the updates of the decoder's matrices."""
     encoder_learning_rate: float = 2e-4
     """Peak, of the encoder body."""
     projection_learning_rate: float = 1e-3
@@ -165,6 +169,9 @@ class TrainingConfig:
     """Gradients are scaled down to this norm."""
     micro_batches: int = 1
     """Micro-batches a step, their gradients averaged."""
+    alike: int = 1
+    """Neighbouring micro-batches that share task, chunk size and expansion fraction: as many as there are GPUs, so that
+    none of them waits for another."""
     log_every: int = 10
     """Steps between two lines of metrics.jsonl."""
     save_every: int = 500
@@ -322,5 +329,7 @@ def _check_fit(config: TrainingConfig) -> None:
             f"instructions is {config.instructions!r}; expected the file of an instruct task's examples exactly where "
             f"there is such a task"
         )
+    if config.micro_batches % config.alike:
+        raise ConfigError(f"micro_batches is {config.micro_batches}; expected a multiple of alike, {config.alike}")
     if config.warmup >= 1.0:
         raise ConfigError(f"warmup is {config.warmup}; expected a share of the training below 1")

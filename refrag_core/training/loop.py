@@ -19,7 +19,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,12 +29,11 @@ from refrag_core.digests import digest_json
 from refrag_core.errors import ConfigError
 from refrag_core.models import DEFAULT_DECODER, DEFAULT_ENCODER, fingerprint_model, load_tokenizer, resolve_model
 from refrag_core.training.backward import Backward, CapturedBackward, Gradients, Inputs, Losses, upload
-from refrag_core.training.batches import TrainingBatch
 from refrag_core.training.config import TaskConfig, TrainingConfig
 from refrag_core.training.evaluate import EvaluationOptions, evaluate
+from refrag_core.training.example_stream import ExampleStream, PreparedExample
 from refrag_core.training.instruct_data import InstructionSet
 from refrag_core.training.losses import vocabulary_loss
-from refrag_core.training.micro_batches import Example, make_example, plan_step
 from refrag_core.training.model import TrainingModel, compile_layers, without_adapter
 from refrag_core.training.optimizer import make_optimizer
 from refrag_core.training.processes import join_processes
@@ -62,11 +60,6 @@ _SHORT_EVALUATION_WINDOWS = 64
 def autocast_of(device: torch.device, precision: str) -> Callable[[], AbstractContextManager[Any]]:
     """What makes the context that a model of that precision computes in."""
     return lambda: torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
-def _tensors(batch: TrainingBatch) -> tuple[Tensor, ...]:
-    arrays = (batch.ids, batch.chunk_ids, batch.places, batch.predict_at, batch.targets)
-    return tuple(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
 
 
 class Trainer:
@@ -101,6 +94,7 @@ class Trainer:
         self.gradients = Gradients(self.optimizer.weights)
         make_backward = CapturedBackward if config.captures(self.device.type) else Backward
         self.backward = make_backward(self.gradients, 1.0 / config.micro_batches)
+        self.examples = ExampleStream(config, self.windows, self.instructions, self.processes, self.device)
         self.flops = FlopModel.of(self.model, config.decoder_training)
         self.step, self.position, self.elapsed = 0, 0, 0.0
         self.last_report: dict[str, Any] = {}
@@ -142,11 +136,14 @@ class Trainer:
         # All processes follow the first one's clock, or they would take different steps.
         while self.progress < 1.0 and self.processes.from_first(time.perf_counter() - began) < limit:
             started = time.perf_counter()
+            shapes = self.backward.shapes
             self._train_step(meter)
             if self.step % self.config.log_every == 0 or self.step % self.config.save_every == 0:
                 self._log(meter)
                 meter = Meter()
-            self.elapsed = self.processes.from_first(self.elapsed + time.perf_counter() - started)
+            # Schedules would be far on before anything is learnt if the time of compiling counted.
+            taken = time.perf_counter() - started if self.backward.shapes == shapes else 0.0
+            self.elapsed = self.processes.from_first(self.elapsed + taken)
             self._at_intervals()
             meter.started = meter.started if meter.losses else time.perf_counter()
         if meter.losses:
@@ -162,29 +159,24 @@ class Trainer:
         return True
 
     def _train_step(self, meter: Meter) -> None:
-        progress = self.progress
-        factor = learning_rate_factor(progress, warmup=self.config.warmup, floor=self.config.learning_rate_floor)
+        factor = learning_rate_factor(self.progress, warmup=self.config.warmup, floor=self.config.learning_rate_floor)
         # The first step would have a factor of 0: nothing learnt, and a first moment of stale gradients.
         factor = max(factor, 1e-3)
         self.optimizer.set_factor(factor)
-        planned = plan_step(self.config, position=self.position, step=self.step, progress=progress)
+        prepared = self.examples.take(step=self.step, position=self.position, elapsed=self.elapsed)
         self.gradients.clear()
-        for micro_batch in self.processes.own(planned):
-            example = make_example(
-                self.config, self.windows, micro_batch, progress=progress, instructions=self.instructions
-            )
-            meter.add(example, self._backward(example), self.flops.of_example(example))
-        self.position = planned[-1].position + planned[-1].task.batch_rows
+        for made in prepared.examples:
+            meter.add(made.example, self._backward(made), self.flops.of_example(made.example))
+        self.position = prepared.next_position
         self.processes.sum(self.gradients.flat)
         self.gradients.clip(self.config.max_gradient_norm)
         self.optimizer.step()
         self.step += 1
 
-    def _backward(self, example: Example) -> Losses:
+    def _backward(self, made: PreparedExample) -> Losses:
         """Losses of an example, whose gradients are added to the others' of the step."""
-        task, ragged = example.task, example.batch.ragged
-        own = _tensors(example.batch)
-        full = () if example.full is None else _tensors(example.full)
+        task, ragged = made.example.task, made.example.batch.ragged
+        own, full = made.own, made.full
 
         def compute(inputs: Inputs) -> tuple[Tensor, Losses]:
             *student, targets = inputs[: len(own)]

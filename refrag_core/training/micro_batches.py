@@ -38,19 +38,31 @@ class MicroBatch:
     task: TaskConfig
     position: int
     """Number of its first window."""
+    chunk_size: int
+    expansion_fraction: float
+    """0 in tasks that expand nothing."""
     random: np.random.Generator
 
 
 def plan_step(config: TrainingConfig, *, position: int, step: int, progress: float) -> list[MicroBatch]:
     """The micro-batches of a step, which follow from these numbers and the seed; cheap, so every process plans all."""
-    planned = []
-    shares = normalised([task.weight_at(progress) for task in config.tasks])
+    planned: list[MicroBatch] = []
     for micro in range(config.micro_batches):
         random = np.random.default_rng([config.seed, step, micro])
-        task = config.tasks[int(random.choice(len(config.tasks), p=shares))]
-        planned.append(MicroBatch(task, position, random))
+        if micro % config.alike == 0:
+            task, size, fraction = _drawn(config, progress, random)
+        planned.append(MicroBatch(task, position, size, fraction, random))
         position += task.batch_rows
     return planned
+
+
+def _drawn(config: TrainingConfig, progress: float, random: np.random.Generator) -> tuple[TaskConfig, int, float]:
+    """Task, chunk size and expansion fraction."""
+    shares = normalised([task.weight_at(progress) for task in config.tasks])
+    task = config.tasks[int(random.choice(len(config.tasks), p=shares))]
+    size = int(random.choice(config.chunk_sizes))
+    expands = task.kind in ("next-paragraph", "instruct")
+    return task, size, float(random.choice(task.expansion_fractions)) if expands else 0.0
 
 
 def make_example(
@@ -61,11 +73,10 @@ def make_example(
     progress: float,
     instructions: InstructionSet | None = None,
 ) -> Example:
-    """A planned micro-batch; chunk size, lengths and masks are drawn by its generator."""
-    task, random = planned.task, planned.random
-    size = int(random.choice(config.chunk_sizes))
+    """A planned micro-batch; lengths and masks are drawn by its generator."""
+    task, random, size = planned.task, planned.random, planned.chunk_size
     if task.kind == "instruct":
-        return instruct_example(instructions, planned, size)
+        return instruct_example(instructions, planned)
     tokens = windows.take(planned.position, task.batch_rows)
     context, output = tokens[:, : config.context_tokens], tokens[:, config.context_tokens :]
     if task.kind == "text":
@@ -77,25 +88,24 @@ def make_example(
         pieces = random.permutation(context.reshape(-1, count * size)).reshape(context.shape)
         batch = reconstruction_batch(pieces, chunk_size=size, num_chunks=count)
         return Example(f"reconstruct/k{size}", task, batch, None)
-    fraction = float(random.choice(task.expansion_fractions))
-    chunks = config.context_tokens // size
+    fraction, chunks = planned.expansion_fraction, config.context_tokens // size
     masks = random_masks(len(context), chunks, num_expanded(chunks, fraction), random)
     batch = next_paragraph_batch(context, output, chunk_size=size, expansion_mask=masks)
     full = text_batch(tokens, first=config.context_tokens) if task.distillation else None
     return Example(f"next-paragraph/k{size}/p{fraction:g}", task, batch, full)
 
 
-def instruct_example(instructions: InstructionSet | None, planned: MicroBatch, chunk_size: int) -> Example:
+def instruct_example(instructions: InstructionSet | None, planned: MicroBatch) -> Example:
     """A micro-batch of questions with passages. Raises ConfigError without an instruction file."""
     if instructions is None:
         raise ConfigError("an instruct task has no examples; expected the setting instructions to name their file")
-    fraction = float(planned.random.choice(planned.task.expansion_fractions))
     batch = instructions.batch(
         planned.position,
         planned.task.batch_rows,
-        chunk_size=chunk_size,
-        expansion_fraction=fraction,
+        chunk_size=planned.chunk_size,
+        expansion_fraction=planned.expansion_fraction,
         gold_weight=planned.task.gold_expansion_weight,
         random=planned.random,
     )
-    return Example(f"instruct/k{chunk_size}/p{fraction:g}", planned.task, batch, None)
+    name = f"instruct/k{planned.chunk_size}/p{planned.expansion_fraction:g}"
+    return Example(name, planned.task, batch, None)

@@ -98,10 +98,19 @@ class FullLinear(AdaptedLinear):
         return (self.base.weight.float() + self.update).to(self.base.weight.dtype)
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
-        """Of the update's `rank` largest singular values (Eckart-Young), each factor with half of their scale."""
-        left, values, right = torch.linalg.svd(self.update.detach(), full_matrices=False)
-        root = (values[:rank] / self.scale).sqrt()
-        return root[:, None] * right[:rank], left[:, :rank] * root
+        """Of the update's `rank` largest singular values (Eckart-Young), each factor with half of their scale.
+
+        By eigenvectors of the smaller Gram matrix: a few hundred matrices take seconds that way, not minutes.
+        """
+        update = self.update.detach().double()
+        tall = update.shape[0] > update.shape[1]
+        wide = update.T if tall else update
+        squares, vectors = torch.linalg.eigh(wide @ wide.T)
+        root = (squares[-rank:].clamp_min(0.0).sqrt() / self.scale).sqrt().flip(0)
+        own = vectors[:, -rank:].flip(1)
+        other = own.T @ wide / (self.scale * root[:, None]).clamp_min(torch.finfo(torch.float64).tiny)
+        down, up = ((own * root).T, other.T) if tall else (other, own * root)
+        return down.float(), up.float()
 
     def takes(self, down: Tensor, up: Tensor) -> bool:
         """Factors of any rank."""

@@ -1,4 +1,4 @@
-"""The optimizers of a run as one: AdamW and, for the encoder body's matrices where the config says so, Muon."""
+"""The optimizers of a run as one: AdamW and, for matrices of body and decoder where the config says so, Muon."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from refrag_core.training.config import TrainingConfig
 from refrag_core.training.model import TrainingModel
+from refrag_core.training.muon import BatchedMuon
 
 _BETAS = (0.9, 0.95)
 _MOMENTUM = 0.95
@@ -73,31 +74,34 @@ def make_optimizer(model: TrainingModel, config: TrainingConfig) -> Optimizers:
         "decoder": config.decoder_learning_rate,
     }
     groups = {part: [weight for _, weight in weights] for part, weights in model.groups().items()}
-    body = _matrices(model) if config.encoder_optimizer == "muon" else []
-    chosen = {id(weight) for weight in body}
+    chosen = {
+        "encoder": _body_matrices(model) if config.encoder_optimizer == "muon" else [],
+        "decoder": _decoder_matrices(model) if config.decoder_optimizer == "muon" else [],
+    }
+    taken = {id(weight) for weights in chosen.values() for weight in weights}
     adamw = [
         {"params": rest, "lr": rates[part], "peak": rates[part]}
         for part, weights in groups.items()
-        if (rest := [weight for weight in weights if id(weight) not in chosen])
+        if (rest := [weight for weight in weights if id(weight) not in taken])
     ]
+    muon = [{"params": weights, "lr": rates[part], "peak": rates[part]} for part, weights in chosen.items() if weights]
     members: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(adamw, betas=_BETAS, weight_decay=config.weight_decay, fused=model.head.is_cuda)
     ]
-    if body:
-        group = {"params": body, "lr": rates["encoder"], "peak": rates["encoder"]}
-        # The update's scale is brought to AdamW's, so that one learning rate means the same for both.
-        members.append(
-            torch.optim.Muon(
-                [group], momentum=_MOMENTUM, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-            )
-        )
+    if muon:
+        members.append(BatchedMuon(muon, momentum=_MOMENTUM, weight_decay=config.weight_decay))
     return Optimizers(members)
 
 
-def _matrices(model: TrainingModel) -> list[nn.Parameter]:
+def _body_matrices(model: TrainingModel) -> list[nn.Parameter]:
     """The body's weights that multiply hidden states; not its embeddings of positions and types."""
     return [
         weight
         for name, weight in model.encoder.body.named_parameters()
         if weight.requires_grad and weight.ndim == 2 and "embeddings" not in name
     ]
+
+
+def _decoder_matrices(model: TrainingModel) -> list[nn.Parameter]:
+    """The updates of the decoder's matrices, or their factors."""
+    return [weight for weight in model.decoder.parameters() if weight.requires_grad and weight.ndim == 2]

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from refrag_core.training.backward import Backward, Gradients
+from refrag_core.training.example_stream import prepared
 from refrag_core.training.loop import Trainer
 from refrag_core.training.micro_batches import MicroBatch, make_example
 from refrag_core.training.model import read_rows_causally
@@ -96,10 +97,9 @@ def test_passes_wait_for_no_value_and_make_no_mask(
             lambda _, given, named: masks.append(named.get("attention_mask", (*given, None)[1])), with_kwargs=True
         )
     for position, task in enumerate(trainer.config.tasks):
-        example = make_example(
-            trainer.config, trainer.windows, MicroBatch(task, position, np.random.default_rng(0)), progress=0.0
-        )
+        planned = MicroBatch(task, position, 4, 0.0, np.random.default_rng(0))
+        example = make_example(trainer.config, trainer.windows, planned, progress=0.0)
         with NothingWaits():
-            trainer._backward(example)
+            trainer._backward(prepared(example, pinned=False))
     assert len(masks) >= 5
     assert set(masks) == {None}

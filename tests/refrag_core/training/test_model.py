@@ -34,6 +34,23 @@ def test_a_full_update_is_saved_as_its_closest_of_low_rank() -> None:
     assert torch.allclose(2.0 * up @ down, layer.update.detach(), atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5)])
+def test_the_closest_of_low_rank_is_that_of_the_singular_values(shape: tuple[int, int]) -> None:
+    layer = FullLinear(nn.Linear(shape[1], shape[0], bias=False), scale=2.0)
+    with torch.no_grad():
+        layer.update.normal_()
+    down, up = layer.factors(3)
+    left, values, right = torch.linalg.svd(layer.update.detach())
+    assert torch.allclose(2.0 * up @ down, left[:, :3] * values[:3] @ right[:3], atol=1e-5)
+    assert torch.allclose(down.norm(dim=1), up.norm(dim=0), atol=1e-5)
+
+
+def test_an_update_of_nothing_has_factors_of_nothing() -> None:
+    down, up = FullLinear(linear(), scale=2.0).factors(2)
+    assert not down.any()
+    assert not up.any()
+
+
 def test_a_full_update_goes_on_from_factors_of_any_rank() -> None:
     layer = FullLinear(linear(), scale=2.0)
     down, up = torch.ones((1, 3)), torch.full((4, 1), 0.5)
