@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 Inputs = tuple[Tensor, ...]
-Losses = tuple[Tensor, Tensor]
-"""Cross-entropy and divergence, without gradients."""
+Losses = tuple[Tensor, Tensor, Tensor]
+"""Cross-entropy, divergence and the readout's cross-entropy (0 where there is none), without gradients."""
 Compute = Callable[[Inputs], tuple[Tensor, Losses]]
 """Inputs → the loss that has gradients, and what is reported of it."""
 
@@ -102,7 +102,8 @@ class CapturedBackward(Backward):
             own.copy_(new, non_blocking=True)
         graph.replay()
         # The next replay overwrites what this one reports.
-        return reported[0].clone(), reported[1].clone()
+        cross_entropy, divergence, readout = (loss.clone() for loss in reported)
+        return cross_entropy, divergence, readout
 
     def _capture(self, compute: Compute, inputs: Inputs) -> tuple[torch.cuda.CUDAGraph, Inputs, Losses]:
         static = tuple(torch.empty_like(tensor).copy_(tensor) for tensor in inputs)

@@ -44,6 +44,7 @@ _MAY_BE_ZERO = (
     "warmup",
     "learning_rate_floor",
     "distillation",
+    "readout",
     "weight",
     "final_weight",
     "shuffled_share",
@@ -165,6 +166,9 @@ class TrainingConfig:
     """Of the peak, at the end."""
     weight_decay: float = 0.01
     """AdamW's."""
+    readout: float = 0.0
+    """Weight, in reconstruct, of the loss of each token read from its chunk's vector alone, by a linear map for its
+    place that only teaches: vectors then keep their tokens apart before the decoder has learnt to look."""
     max_gradient_norm: float = 1.0
     """Gradients are scaled down to this norm."""
     micro_batches: int = 1

@@ -56,7 +56,8 @@ class ExampleStream:
         self._instructions = instructions
         self._processes = processes
         self._pinned = device.type == "cuda"
-        start = (lambda: torch.cuda.set_device(device)) if self._pinned else None
+        current = torch.cuda.current_device() if self._pinned else 0
+        start = (lambda: torch.cuda.set_device(current)) if self._pinned else None
         self._thread = ThreadPoolExecutor(1, "examples", initializer=start)
         self._ahead: tuple[tuple[int, int], Future[PreparedStep]] | None = None
 

@@ -185,6 +185,25 @@ def without_adapter(decoder: Any) -> Iterator[None]:
             layer.enabled = True
 
 
+class ChunkReadout(nn.Module):
+    """A linear map for each place in a chunk, from the chunk's vector to what the output layer reads that token from.
+
+    It teaches encoder and projection to keep every token apart before the decoder has learnt to look, which is slow as
+    long as the vectors say nothing. Of a checkpoint it is no part.
+    """
+
+    def __init__(self, size: int, width: int, seed: int) -> None:
+        super().__init__()
+        random = torch.Generator().manual_seed(seed)
+        self.maps = nn.Parameter(torch.randn((size, width, width), generator=random) / math.sqrt(width))
+        self.norm = nn.RMSNorm(width)
+
+    def forward(self, vectors: Tensor, size: int) -> Tensor:
+        """Projected vectors `[n, d_dec]` of chunks of `size` tokens → `[n·size, d_dec]`."""
+        made: Tensor = self.norm(torch.einsum("nd,ked->nke", vectors, self.maps[:size].to(vectors.dtype)))
+        return made.flatten(0, 1)
+
+
 class TrainingModel(nn.Module):
     """Encoder (frozen embedding table, trained body), projection, and a decoder that is frozen or has an adapter.
 
@@ -193,14 +212,18 @@ class TrainingModel(nn.Module):
         projection: φ, float32.
         decoder: a transformers causal language model whose logits are its output layer over its last hidden
             state; UnsupportedDecoderError for others.
+        readout: what reads tokens from vectors without the decoder, None for a model without it.
     """
 
-    def __init__(self, encoder: EncoderModule, projection: nn.Module, decoder: Any) -> None:
+    def __init__(
+        self, encoder: EncoderModule, projection: nn.Module, decoder: Any, readout: ChunkReadout | None = None
+    ) -> None:
         super().__init__()
         refuse_other_heads(decoder)
         self.encoder = encoder
         self.projection = projection
         self.decoder = decoder
+        self.readout = readout
         self._causal = read_rows_causally(decoder)
         mask_where_given(encoder.body)
         for name, parameter in encoder.named_parameters():
@@ -216,32 +239,45 @@ class TrainingModel(nn.Module):
         self, ids: Tensor, chunk_ids: Tensor, places: Tensor, predict_at: Tensor, ragged: bool = False
     ) -> Tensor:
         """Last hidden states `[b·m, d_dec]` of the slots `predict_at`. Arguments as in `TrainingBatch`."""
+        return self.read(ids, self.vectors(chunk_ids, ragged), places, predict_at)
+
+    def read(self, ids: Tensor, vectors: Tensor | None, places: Tensor, predict_at: Tensor) -> Tensor:
+        """The same from `vectors` of the chunks."""
         mask = torch.ones_like(ids, dtype=torch.bool) if self._causal else None
         hidden: Tensor = self.decoder.base_model(
-            inputs_embeds=self.embed(ids, chunk_ids, places, ragged), attention_mask=mask, use_cache=False
+            inputs_embeds=self.embed(ids, vectors, places), attention_mask=mask, use_cache=False
         ).last_hidden_state
         index = predict_at[:, :, None].expand(-1, -1, hidden.shape[2])
         return hidden.gather(1, index).flatten(0, 1)
 
-    def embed(self, ids: Tensor, chunk_ids: Tensor, places: Tensor, ragged: bool = False) -> Tensor:
-        """Decoder input `[b, t, d_dec]`: token embeddings with the projected chunk vectors in their slots."""
-        embeds: Tensor = self.decoder.get_input_embeddings()(ids.clamp_min(0))
+    def vectors(self, chunk_ids: Tensor, ragged: bool = False) -> Tensor | None:
+        """Projected chunk vectors `[b, n, d_dec]` of `[b, n, k]`; None where n is 0."""
         rows, count, size = chunk_ids.shape
         if count == 0:
-            return embeds
+            return None
         chunks = chunk_ids.reshape(rows * count, size)
         encoded = self.encoder(chunks.clamp_min(0), chunks >= 0) if ragged else self.encoder(chunks)
-        vectors = self.projection(encoded)
+        projected: Tensor = self.projection(encoded)
+        return projected.view(rows, count, -1)
+
+    def embed(self, ids: Tensor, vectors: Tensor | None, places: Tensor) -> Tensor:
+        """Decoder input `[b, t, d_dec]`: token embeddings with the projected chunk vectors in their slots."""
+        embeds: Tensor = self.decoder.get_input_embeddings()(ids.clamp_min(0))
+        if vectors is None:
+            return embeds
         index = places[:, :, None].expand(-1, -1, embeds.shape[2])
-        return embeds.scatter(1, index, vectors.view(rows, count, -1).to(embeds.dtype))
+        return embeds.scatter(1, index, vectors.to(embeds.dtype))
 
     def groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Trained parameters by part: encoder, projection, decoder; sorted by name."""
+        """Trained parameters by part: encoder, projection, decoder and perhaps readout; sorted by name."""
+        parts: dict[str, nn.Module] = {
+            "encoder": self.encoder,
+            "projection": self.projection,
+            "decoder": self.decoder,
+        } | ({} if self.readout is None else {"readout": self.readout})
         return {
-            part: sorted(
-                (name, weight) for name, weight in getattr(self, part).named_parameters() if weight.requires_grad
-            )
-            for part in ("encoder", "projection", "decoder")
+            part: sorted((name, weight) for name, weight in module.named_parameters() if weight.requires_grad)
+            for part, module in parts.items()
         }
 
 

@@ -5,7 +5,7 @@
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class BatchedMuon(torch.optim.Optimizer):
             for weights in _by_shape(group["params"]):
                 self._update(weights, group)
 
-    def _update(self, weights: Sequence[Tensor], group: dict[str, Any]) -> None:
+    def _update(self, weights: list[Tensor], group: dict[str, Any]) -> None:
         gradients = [weight.grad for weight in weights if weight.grad is not None]
         buffers = [self._buffer(weight) for weight in weights]
         torch._foreach_lerp_(buffers, gradients, 1.0 - group["momentum"])

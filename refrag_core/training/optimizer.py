@@ -67,10 +67,11 @@ class Optimizers:
 
 
 def make_optimizer(model: TrainingModel, config: TrainingConfig) -> Optimizers:
-    """Optimizers with a learning rate for encoder, projection and decoder each."""
+    """Optimizers with a learning rate for encoder, projection (and readout) and decoder each."""
     rates = {
         "encoder": config.encoder_learning_rate,
         "projection": config.projection_learning_rate,
+        "readout": config.projection_learning_rate,
         "decoder": config.decoder_learning_rate,
     }
     groups = {part: [weight for _, weight in weights] for part, weights in model.groups().items()}

@@ -76,6 +76,7 @@ class Meter:
 
     losses: dict[str, list[Tensor]] = field(default_factory=dict)
     divergences: dict[str, list[Tensor]] = field(default_factory=dict)
+    readouts: dict[str, list[Tensor]] = field(default_factory=dict)
     positions: int = 0
     tokens: int = 0
     flops: float = 0.0
@@ -86,6 +87,8 @@ class Meter:
         self.losses.setdefault(example.name, []).append(losses[0])
         if example.full is not None:
             self.divergences.setdefault(example.name, []).append(losses[1])
+        if example.task.kind == "reconstruct":
+            self.readouts.setdefault(example.name, []).append(losses[2])
         self.positions += example.batch.num_positions
         self.tokens += example.batch.chunk_ids.size + int((example.batch.ids >= 0).sum())
         self.flops += flops
@@ -93,13 +96,21 @@ class Meter:
     def report(self, peak_tflops: float, processes: Processes) -> dict[str, Any]:
         """Losses, rates and utilisation of all processes together. Waits for the device."""
         found = processes.gather(
-            (_numbers(self.losses), _numbers(self.divergences), self.positions, self.tokens, self.flops)
+            (
+                _numbers(self.losses),
+                _numbers(self.divergences),
+                _numbers(self.readouts),
+                self.positions,
+                self.tokens,
+                self.flops,
+            )
         )
-        losses, divergences, positions, tokens, flops = zip(*found, strict=True)
+        losses, divergences, readouts, positions, tokens, flops = zip(*found, strict=True)
         seconds = time.perf_counter() - self.started
         return {
             "losses": _means(losses),
             **({"divergences": _means(divergences)} if any(divergences) else {}),
+            **({"readouts": made} if any((made := _means(readouts)).values()) else {}),
             "decoder_positions_per_s": sum(positions) / seconds,
             "tokens_per_s": sum(tokens) / seconds,
             "mfu": sum(flops) / seconds / (processes.count * peak_tflops * 1e12),

@@ -24,7 +24,7 @@ from refrag_core.encoder import (
 from refrag_core.errors import ConfigError
 from refrag_core.stored_weights import write_weights
 from refrag_core.training.config import TrainingConfig
-from refrag_core.training.model import TrainingModel, adapter_layers, adapter_state, add_adapter, unfreeze
+from refrag_core.training.model import ChunkReadout, TrainingModel, adapter_layers, adapter_state, add_adapter, unfreeze
 from refrag_core.training.run_state import TRAINING_FILE
 
 
@@ -51,7 +51,9 @@ def load_training_model(checkpoint: Checkpoint, config: TrainingConfig) -> Train
     frozen = config.decoder_training == "frozen"
     adapter = checkpoint.load_adapter()
     decoder = Decoder.load(decoder_folder, dtype=dtype, adapter=adapter if frozen else None).model
-    model = TrainingModel(encoder, deepcopy(checkpoint.projection).requires_grad_(True), decoder)
+    width = checkpoint.config.decoder.dim
+    readout = ChunkReadout(max(config.chunk_sizes), width, config.seed + 4) if config.readout else None
+    model = TrainingModel(encoder, deepcopy(checkpoint.projection).requires_grad_(True), decoder, readout)
     scale = adapter.scale if adapter else config.adapter_scale
     if config.decoder_training == "lora":
         add_adapter(
