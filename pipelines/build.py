@@ -13,16 +13,18 @@ from refrag.pipelines import assembly
 from refrag.pipelines.components import ModelOptions, Models, resolve_models
 from refrag.pipelines.duplicates import NO_DUPLICATES, duplicate_passages, rows_by_shard
 from refrag.pipelines.engines import Engine
+from refrag.pipelines.id_ranges import PlanOptions, make_plan
 from refrag.pipelines.indexing import BuiltIndex, build_vector_index, live_passages
-from refrag.pipelines.plan import Plan, Row, ShardSpec, default_shard_bytes, make_plan, without
+from refrag.pipelines.plan import Plan, ShardSpec, default_shard_bytes, without
 from refrag.pipelines.progress import Progress, Silent
 from refrag.pipelines.receipts import Receipt, Rejected
-from refrag.pipelines.scan import RejectWriter, ScanResult, merge_runs, resolve_duplicates, scan_corpus
+from refrag.pipelines.scan import RejectWriter, ScanResult, scan_corpus
 from refrag.pipelines.stages import ShardResult, add_table
 from refrag_core import lance_tables
 from refrag_core.corpus.sources import CorpusOptions
 from refrag_core.devices import available_cores
-from refrag_core.errors import FingerprintMismatchError, UsageError
+from refrag_core.digests import digest_json
+from refrag_core.errors import ConfigError, FingerprintMismatchError, UsageError
 from refrag_core.manifest import (
     NOTHING,
     Change,
@@ -32,12 +34,13 @@ from refrag_core.manifest import (
     commit,
     finish_commit,
     latest_manifest,
-    live_documents,
     refuse_bundle,
 )
+from refrag_core.processes import process_name
 from refrag_core.run_record import RunRecord, StageRecord, write_run_record
-from refrag_core.storage import IndexLocation, Store, open_store
+from refrag_core.storage import RUNS, IndexLocation, Store, absolute, open_store
 from refrag_core.tables import TableFormat
+from refrag_core.work_folder import WorkFolder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +69,9 @@ class BuildOptions:
     """Let a search return equal passages once; None leaves it as the index has it. Encodes nothing anew."""
     retry_quarantined: bool = False
     """Try documents again that a stage has quarantined before."""
+    work: str | None = None
+    """Folder or URI for a run's intermediate files; None keeps them with the index, or on this machine where an index
+    on an object store is built by this machine alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,12 +127,12 @@ def build_index(options: BuildOptions, engine: Engine, progress: Progress | None
     """
     if options.tables == "lance":
         lance_tables.check_writable(options.output)
-    store = open_store(options.output)
+    store = open_store(absolute(options.output) if engine.spans_machines else options.output)
     with lock_and_clear(store):
         latest = latest_manifest(store)
         if lance_tables.is_wanted(options.tables, latest):
             lance_tables.check_writable(options.output)
-        models = resolve_models(store, options.models)
+        models = resolve_models(store, options.models, elsewhere=engine.spans_machines)
         parent = _base(store, latest, models, rebuild=options.rebuild)
         return build_from(
             options, engine, progress or Silent(), store=store, models=models, latest=latest, parent=parent
@@ -164,6 +170,25 @@ def lock_and_clear(store: Store) -> Iterator[None]:
         yield
 
 
+def run_work(options: BuildOptions, engine: Engine, store: Store) -> WorkFolder:
+    """Where the intermediate files of this run lie; what earlier runs left below `--work` is removed.
+
+    Raises ConfigError for a `--work` inside of the corpus, which would become part of it.
+    """
+    if options.work is None:
+        return WorkFolder(store.shared_run_location() if engine.spans_machines else str(store.run_folder().absolute()))
+    location = absolute(options.work)
+    for root in (absolute(root.split("**")[0]) for root in options.corpus.roots):
+        if f"{location}/".startswith(f"{root}/"):
+            raise ConfigError(
+                f"--work {options.work} lies in the corpus {root}, expected a place outside of it: intermediate files "
+                "would be read as documents; name another folder or URI"
+            )
+    of_this_index = WorkFolder(location).below(f"refrag-{digest_json(absolute(store.location))[:16]}")
+    of_this_index.remove()
+    return of_this_index.below(f"{RUNS}{process_name()}")
+
+
 _UNITS = {
     "tokenize": ("chunks", "chunks"),
     "embeddings": ("chunks", "embeddings"),
@@ -182,9 +207,8 @@ class _Build:
         self.progress = progress
         self.store = store
         self.steps: defaultdict[str, float] = defaultdict(float)
-        self.duplicates: str | None = None
-        # Intermediate files of this execution alone; receipts lie beside it and outlive it.
-        self.work = store.run_folder()
+        # Intermediate files of this execution alone; receipts lie with the index and outlive it.
+        self.work = run_work(options, engine, store)
 
     def run(self, models: Models, latest: Manifest | None, parent: Manifest | None) -> BuildReport:
         """The job, step by step."""
@@ -197,9 +221,7 @@ class _Build:
         hidden = duplicate_passages(self.store, shards, removed) if self._dedup(latest) else NO_DUPLICATES
         index = self._index(models, parent, shards, removed, hidden)
         shards, removed = self._covered(index, shards, removed)
-        manifest, dispositions = self._assemble(
-            models, latest, parent, scan, plan, outcome, shards, removed, hidden, index
-        )
+        manifest, dispositions = self._assemble(models, latest, scan, plan, outcome, shards, removed, hidden, index)
         manifest = self._with_lance(manifest, latest, parent)
         committed = latest is None or (latest.content_id, latest.files) != (manifest.content_id, manifest.files)
         if committed:
@@ -210,6 +232,7 @@ class _Build:
         report = self._report(standing, committed, scan, plan, outcome, dispositions, time.perf_counter() - started)
         if committed:
             write_run_record(self.store, report.version, self._record(report, models, outcome))
+        self.work.remove()
         self.store.finish_work()
         return report
 
@@ -254,7 +277,7 @@ class _Build:
         started = time.perf_counter()
         scan = scan_corpus(
             self.options.corpus,
-            self.work / "scan",
+            self.work.below("scan"),
             chunk_sizes=models.chunk_sizes,
             default_chunk_size=models.parameters.chunk_size,
             map_units=self.engine.map,
@@ -265,19 +288,21 @@ class _Build:
         return scan
 
     def _plan(self, scan: ScanResult, latest: Manifest | None, parent: Manifest | None) -> Plan:
-        before = parent or latest
+        self.progress.start("plan", None, "documents")
+        started = time.perf_counter()
         plan = make_plan(
-            self._unique_rows(scan),
-            live_documents(self.store, before) if before is not None else iter(()),
-            folder=self.work / "plan",
-            target_shard_bytes=self.options.shard_bytes or default_shard_bytes(scan.text_bytes),
-            delete_missing=self.options.delete_missing,
-            held=held_by(self.store, parent, self.options),
-            anew=parent is None,
+            scan.runs,
+            store=self.store,
+            parent=parent or latest,
+            options=plan_options(self.options, scan.text_bytes, anew=parent is None),
+            work=self.work.below("plan"),
+            map_ranges=self.engine.map,
+            on_range=self.progress.advance,
         )
+        self.progress.finish()
+        self.steps["plan"] += time.perf_counter() - started
         if parent is None:
             self._check_none_is_lost(plan)
-            plan.tombstones.clear()
         return plan
 
     def _check_none_is_lost(self, plan: Plan) -> None:
@@ -288,11 +313,6 @@ class _Build:
                 "cannot encode them anew; expected all of them in the corpus: add them, or pass --delete-missing to "
                 "let them go"
             )
-
-    def _unique_rows(self, scan: ScanResult) -> Iterator[Row]:
-        with RejectWriter(self.work, "duplicates") as duplicates:
-            yield from resolve_duplicates(merge_runs(scan.runs, work=self.work / "scan"), duplicates.add)
-            self.duplicates = duplicates.close()
 
     def _run_stages(self, models: Models, plan: Plan, parent: Manifest | None) -> _Outcome:
         stages = models.stages(score=self.options.score or _has_scores(parent))
@@ -314,7 +334,7 @@ class _Build:
         outcome.rejected += late or result.receipts[0].rejected
         if late:
             gone = frozenset(entry.document_id for entry in late)
-            yield from without(result.spec, gone, self.work / "plan")
+            yield from without(result.spec, gone, self.work.below("plan"))
             return
         self.progress.advance(result.spec.num_documents)
         if result.shard is not None:
@@ -366,21 +386,25 @@ class _Build:
             dim=models.parameters.vector_dim,
             live=live_passages(shards, removed, rows_by_shard(hidden)),
             dead=[shard.name for shard in shards if len(removed.get(shard.name, ())) == shard.documents],
-            retriever=models.embed_stage().load(),
+            retriever=replace(models.embed_stage(), device=self._own_device(models)).load(),
             parent=parent,
             min_recall=self.options.min_recall,
             memory_budget_bytes=self.options.index_memory_bytes,
             progress=self.progress,
+            work=self.work.below("index"),
         )
         self.progress.finish()
         self.steps["index"] += time.perf_counter() - started
         return index
 
+    def _own_device(self, models: Models) -> str:
+        """For the few sentences that the driver embeds itself, maybe on a machine without the workers' devices."""
+        return "auto" if self.engine.spans_machines else models.device
+
     def _assemble(
         self,
         models: Models,
         latest: Manifest | None,
-        parent: Manifest | None,
         scan: ScanResult,
         plan: Plan,
         outcome: _Outcome,
@@ -390,7 +414,7 @@ class _Build:
         index: BuiltIndex,
     ) -> tuple[Manifest, Counter[str]]:
         quarantine, quarantine_file, dispositions = assembly.publish_quarantine(
-            self.store, self._rejects(scan, parent, plan, outcome)
+            self.store, self._rejects(scan, plan, outcome)
         )
         tombstones, tombstone_file = assembly.publish_tombstones(self.store, removed)
         duplicates, duplicate_file = assembly.publish_duplicates(self.store, hidden)
@@ -435,13 +459,13 @@ class _Build:
         self.steps["lance"] += time.perf_counter() - started
         return manifest
 
-    def _rejects(self, scan: ScanResult, parent: Manifest | None, plan: Plan, outcome: _Outcome) -> list[str]:
-        """Parquet files of all rejects: the scan's, the duplicates', and those of the stages, then and now."""
-        rows = [assembly.stage_reject_row(entry) for entry in outcome.rejected]
-        rows += assembly.held_rows(self.store, parent, plan)
-        rows.sort(key=lambda row: str(row["document_id"]).encode())
-        stages = [assembly.write_rejects(rows, self.work / "stages.rejects.parquet")] if rows else []
-        return [*scan.rejects, *([self.duplicates] if self.duplicates else []), *stages]
+    def _rejects(self, scan: ScanResult, plan: Plan, outcome: _Outcome) -> list[str]:
+        """Locations of all rejects: the scan's, the duplicates', and those of the stages, then and now."""
+        with RejectWriter(self.work, "stages") as rejects:
+            for row in assembly.late_rejects(outcome.rejected, plan.held):
+                rejects.add_row(row)
+            stages = rejects.close()
+        return [*scan.rejects, *plan.duplicates, *([stages] if stages else [])]
 
     def _report(
         self,
@@ -497,9 +521,18 @@ def _has_scores(parent: Manifest | None) -> bool:
     return parent is not None and parent.components.scorer is not None
 
 
-def held_by(store: Store, parent: Manifest | None, options: BuildOptions) -> dict[str, bytes]:
-    """Documents that a stage has quarantined before and that this build is not to try again."""
-    return {} if parent is None or options.retry_quarantined else assembly.held_digests(store, parent)
+def plan_options(options: BuildOptions, corpus_bytes: int, *, anew: bool) -> PlanOptions:
+    """What decides the plan of a build.
+
+    Args:
+        corpus_bytes: UTF-8 bytes of the scanned documents' text, which decide the size of shards.
+    """
+    return PlanOptions(
+        target_shard_bytes=options.shard_bytes or default_shard_bytes(corpus_bytes),
+        delete_missing=options.delete_missing,
+        retry_quarantined=options.retry_quarantined,
+        anew=anew,
+    )
 
 
 def differences(latest: Manifest, models: Models) -> list[str]:

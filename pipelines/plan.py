@@ -6,7 +6,9 @@ the same documents give the same shards whatever order, worker count or file lay
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import pyarrow.parquet as pq
 
 from refrag.schemas import arrow
 from refrag_core.manifest import LiveDocument, document_key
+from refrag_core.work_folder import WorkFolder, open_location
 
 MIN_SHARD_BYTES = 256 << 10
 MAX_SHARD_BYTES = 64 << 20
@@ -32,7 +35,7 @@ class ShardSpec:
     name: str
     """32 hexadecimal characters: digest of the chunk size and the documents' ids and digests."""
     documents: str
-    """Path of the Parquet list of documents (schemas.arrow.SCAN_RUN)."""
+    """Location (path or URI) of the Parquet list of documents (schemas.arrow.SCAN_RUN)."""
     chunk_size: int
     num_documents: int
     num_bytes: int
@@ -44,8 +47,8 @@ class Plan:
     """A build's work, and what becomes of the parent's documents."""
 
     shards: list[ShardSpec] = field(default_factory=list)
-    tombstones: list[LiveDocument] = field(default_factory=list)
-    """Documents of the parent that this generation no longer has."""
+    tombstones: list[str] = field(default_factory=list)
+    """Locations of files (schemas.arrow.TOMBSTONES) of the parent's documents that this generation no longer has."""
     new: int = 0
     changed: int = 0
     unchanged: int = 0
@@ -53,8 +56,13 @@ class Plan:
     """Documents of the parent that are no longer in the corpus and leave the index."""
     missing: int = 0
     """Documents of the parent that are no longer in the corpus and stay in the index."""
-    held: list[Row] = field(default_factory=list)
-    """Scanned documents that stay quarantined: they failed in a stage before and have not changed."""
+    held: list[str] = field(default_factory=list)
+    """Locations of files (schemas.arrow.QUARANTINE) of scanned documents that stay quarantined: they failed in a
+    stage before and have not changed."""
+    duplicates: list[str] = field(default_factory=list)
+    """Locations of files (schemas.arrow.QUARANTINE) of the records whose id an earlier one has, ordered by id."""
+    reasons: Counter[str] = field(default_factory=Counter)
+    """Duplicates by reason."""
 
 
 def default_shard_bytes(corpus_bytes: int) -> int:
@@ -94,24 +102,28 @@ class ShardName:
 class _ShardWriter:
     """Cuts one stream of rows, all of one chunk size, into shards and writes their lists of documents."""
 
-    def __init__(self, folder: Path, chunk_size: int, target_shard_bytes: int) -> None:
-        self._folder = folder
+    def __init__(self, work: WorkFolder, chunk_size: int, target_shard_bytes: int) -> None:
+        self._work = work
         self._chunk_size = chunk_size
         self._target = target_shard_bytes
         self._rows: list[Row] = []
+        self._opened = ExitStack()
         self._open()
 
     def _open(self) -> None:
         self._name = ShardName(self._chunk_size)
         self._count = self._bytes = 0
+        self._path: Path | None = None
         self._writer: pq.ParquetWriter | None = None
 
-    def _flush(self) -> None:
+    def _flush(self) -> pq.ParquetWriter:
         if self._writer is None:
-            self._path = self._folder / f"open-{self._chunk_size}.parquet"
-            self._writer = pq.ParquetWriter(self._path, arrow.SCAN_RUN, compression="zstd")
+            self._path = self._opened.enter_context(self._work.temporary("shard"))
+            writer = pq.ParquetWriter(self._path, arrow.SCAN_RUN, compression="zstd")
+            self._writer = self._opened.enter_context(writer)
         self._writer.write_table(pa.Table.from_pylist(self._rows, schema=arrow.SCAN_RUN))
         self._rows = []
+        return self._writer
 
     def add(self, row: Row) -> ShardSpec | None:
         """Take one row; the finished shard when this row ends one."""
@@ -129,32 +141,39 @@ class _ShardWriter:
         """Finish the open shard; None when it has no rows."""
         if self._count == 0:
             return None
-        self._flush()
-        assert self._writer is not None
-        self._writer.close()
+        self._flush().close()
+        assert self._path is not None
         name = str(self._name)
-        path = self._path.rename(self._folder / f"{name}.parquet")
-        spec = ShardSpec(name, str(path), self._chunk_size, self._count, self._bytes)
+        location = self._work.publish(self._path, prefix=name, suffix=".parquet")
+        spec = ShardSpec(name, location, self._chunk_size, self._count, self._bytes)
+        self.discard()
         self._open()
         return spec
 
+    def discard(self) -> None:
+        """Remove what was not finished."""
+        self._opened.close()
 
-def cut_shards(rows: Iterable[Row], folder: Path, target_shard_bytes: int) -> Iterator[ShardSpec]:
+
+def cut_shards(rows: Iterable[Row], work: WorkFolder, target_shard_bytes: int) -> Iterator[ShardSpec]:
     """Shards over `rows` (ordered by document id), one stream of shards for each chunk size.
 
-    Writes each shard's list of documents into `folder`.
+    Publishes each shard's list of documents in `work`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     writers: dict[int, _ShardWriter] = {}
-    for row in rows:
-        chunk_size = row["chunk_size"]
-        if chunk_size not in writers:
-            writers[chunk_size] = _ShardWriter(folder, chunk_size, target_shard_bytes)
-        if spec := writers[chunk_size].add(row):
-            yield spec
-    for chunk_size in sorted(writers):
-        if spec := writers[chunk_size].close():
-            yield spec
+    try:
+        for row in rows:
+            chunk_size = row["chunk_size"]
+            if chunk_size not in writers:
+                writers[chunk_size] = _ShardWriter(work, chunk_size, target_shard_bytes)
+            if spec := writers[chunk_size].add(row):
+                yield spec
+        for chunk_size in sorted(writers):
+            if spec := writers[chunk_size].close():
+                yield spec
+    finally:
+        for writer in writers.values():
+            writer.discard()
 
 
 def _same(row: Row, live: LiveDocument) -> bool:
@@ -179,61 +198,68 @@ def _joined(rows: Iterable[Row], parent: Iterator[LiveDocument]) -> Iterator[tup
         live = next(parent, None)
 
 
-def make_plan(
-    rows: Iterable[Row],
-    parent: Iterator[LiveDocument],
-    *,
-    folder: Path,
-    target_shard_bytes: int,
-    delete_missing: bool,
-    held: Mapping[str, bytes],
-    anew: bool = False,
-) -> Plan:
-    """Join the scan with the parent generation and cut the new and changed documents into shards.
+@dataclass(slots=True)
+class Join:
+    """The scan joined with the parent generation: what each document is, counted, and what comes of it.
 
     Args:
-        rows: the scanned documents, unique and ordered by id (schemas.arrow.SCAN_RUN).
-        parent: the parent generation's live documents, ordered by id; empty for a first build.
-        folder: where the shards' lists of documents are written.
-        target_shard_bytes: text bytes a shard.
         delete_missing: whether documents that the corpus no longer has leave the index.
         held: source digest of each document that a stage has quarantined before.
         anew: take nothing over from the parent; its documents only tell which ones the corpus no longer has.
+        retire: told of each document of the parent that this generation no longer has.
+        hold: told of each scanned document that stays quarantined.
     """
-    plan = Plan()
 
-    def to_build() -> Iterator[Row]:
+    retire: Callable[[LiveDocument], None]
+    hold: Callable[[Row], None]
+    delete_missing: bool = False
+    held: Mapping[str, bytes] = field(default_factory=dict)
+    anew: bool = False
+    new: int = 0
+    changed: int = 0
+    unchanged: int = 0
+    deleted: int = 0
+    missing: int = 0
+
+    def to_build(self, rows: Iterable[Row], parent: Iterator[LiveDocument]) -> Iterator[Row]:
+        """The new and changed documents of `rows`; both streams are unique and ordered by id."""
         for row, live in _joined(rows, parent):
             if row is None:
                 assert live is not None
-                _retire(plan, live, delete_missing)
-            elif anew:
+                self._leave(live)
+            elif self.anew:
                 yield row
-                plan.new += 1
+                self.new += 1
             elif live is not None and _same(row, live):
-                plan.unchanged += 1
-            elif held.get(row["document_id"]) == row["source_digest"]:
-                plan.held.append(row)
+                self.unchanged += 1
+            elif self.held.get(row["document_id"]) == row["source_digest"]:
+                self.hold(row)
             else:
                 yield row
-                plan.new += live is None
-                plan.changed += live is not None
+                self.new += live is None
+                self.changed += live is not None
                 if live is not None:
-                    plan.tombstones.append(live)
+                    self.retire(live)
 
-    plan.shards.extend(cut_shards(to_build(), folder, target_shard_bytes))
-    return plan
-
-
-def _retire(plan: Plan, live: LiveDocument, delete_missing: bool) -> None:
-    if delete_missing:
-        plan.deleted += 1
-        plan.tombstones.append(live)
-    else:
-        plan.missing += 1
+    def _leave(self, live: LiveDocument) -> None:
+        if self.delete_missing:
+            self.deleted += 1
+            if not self.anew:
+                self.retire(live)
+        else:
+            self.missing += 1
 
 
-def without(spec: ShardSpec, document_ids: frozenset[str], folder: Path) -> Iterator[ShardSpec]:
+def without(spec: ShardSpec, document_ids: frozenset[str], work: WorkFolder) -> Iterator[ShardSpec]:
     """The same shard without some documents, under the name that follows from the rest."""
-    rows = (row for row in pq.read_table(spec.documents).to_pylist() if row["document_id"] not in document_ids)
-    yield from cut_shards(rows, folder / "without", 1 << 62)
+    rows = (row for row in read_specified(spec) if row["document_id"] not in document_ids)
+    yield from cut_shards(rows, work, 1 << 62)
+
+
+def read_specified(spec: ShardSpec) -> list[Row]:
+    """The rows (schemas.arrow.SCAN_RUN) of the documents that a shard is to have, in order.
+
+    Raises StageError where this machine does not reach the list.
+    """
+    with open_location(spec.documents) as file:
+        return list(file.read().to_pylist())

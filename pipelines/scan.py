@@ -6,8 +6,6 @@ reads the whole corpus: whether a document has changed is decided by its content
 """
 
 import heapq
-import os
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from refrag.schemas import arrow
@@ -34,22 +33,57 @@ from refrag_core.corpus.document import (
 )
 from refrag_core.corpus.readers import read_raw, read_unit
 from refrag_core.corpus.sources import CorpusOptions, ScanUnit, scan_units
-from refrag_core.corpus.spool import SpoolWriter, publish_file
+from refrag_core.corpus.spool import SpoolWriter
+from refrag_core.work_folder import WorkFolder, open_location, remove_location
 
 RUN_ROWS = 1 << 15
 """Rows that are sorted in memory; a unit with more gets several runs."""
 
-FAN_IN = 64
+FAN_IN = 256
 """Runs that are merged at once."""
 
 DUPLICATE_RAW_BYTES = 64 << 20
 """Bytes of duplicates kept beside their rejects in one scan; those beyond are named by position alone."""
 
-_MERGE_ROWS = 1024
+_MERGED_ROWS = 1 << 16
+"""Rows of all merged runs together that are in memory."""
+
 _REJECT_BYTES = 8 << 20
 _REJECT_ROWS = 1024
 
+MARK_ROWS = 1 << 12
+"""Every so many rows of a run their id is noted, to cut all runs into ranges of ids."""
+
 MapUnits = Callable[[Callable[[ScanUnit], "ScanReceipt"], Iterable[ScanUnit]], Iterable["ScanReceipt"]]
+
+
+@dataclass(frozen=True, slots=True)
+class IdRange:
+    """Document ids from `start` on and below `stop`, by code points; None is no bound."""
+
+    start: str | None = None
+    stop: str | None = None
+
+    def holds(self, document_id: str) -> bool:
+        """Whether the id lies in this range."""
+        return (self.start is None or document_id >= self.start) and (self.stop is None or document_id < self.stop)
+
+    def meets(self, first: str, last: str) -> bool:
+        """Whether any id from `first` to `last`, both included, may lie in this range."""
+        return (self.start is None or last >= self.start) and (self.stop is None or first < self.stop)
+
+
+EVERYTHING = IdRange()
+
+
+@dataclass(frozen=True, slots=True)
+class SortedRun:
+    """A published Parquet file of schemas.arrow.SCAN_RUN, sorted by (document id, order)."""
+
+    location: str
+    rows: int
+    marks: tuple[str, ...]
+    """The id of the first row and of every 4,096th after it, and that of the last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +92,8 @@ class ScanReceipt:
 
     Args:
         unit: the unit's name.
-        runs: Parquet files of schemas.arrow.SCAN_RUN, each sorted by (document id, order).
-        rejects: Parquet file of schemas.arrow.QUARANTINE in scan order; None when nothing was rejected.
+        runs: its rows, sorted; none are empty.
+        rejects: location of a file of schemas.arrow.QUARANTINE in scan order; None when nothing was rejected.
         documents_in: records read, rejected ones too.
         reasons: rejected records by reason.
         text_bytes: UTF-8 bytes of the accepted records' text.
@@ -67,7 +101,7 @@ class ScanReceipt:
     """
 
     unit: str
-    runs: tuple[str, ...]
+    runs: tuple[SortedRun, ...]
     rejects: str | None
     documents_in: int
     reasons: Mapping[str, int]
@@ -83,7 +117,7 @@ class ScanResult:
         ignored: files left out, by suffix.
     """
 
-    runs: tuple[str, ...]
+    runs: tuple[SortedRun, ...]
     rejects: tuple[str, ...]
     documents_in: int
     reasons: Mapping[str, int]
@@ -93,7 +127,7 @@ class ScanResult:
 
 def scan_corpus(
     options: CorpusOptions,
-    work: Path,
+    work: WorkFolder,
     *,
     chunk_sizes: Sequence[int],
     default_chunk_size: int,
@@ -103,7 +137,7 @@ def scan_corpus(
     """Scan all units of the corpus with `map_units`, which an engine provides.
 
     Args:
-        work: folder of this build that every worker can write to.
+        work: folder of this run that every worker reaches.
         chunk_sizes: what documents with a chunk size field may get, ascending.
         default_chunk_size: chunk size of the other documents.
         on_unit: called as each unit is done.
@@ -117,6 +151,7 @@ def scan_corpus(
         chunk_sizes=tuple(chunk_sizes),
         default_chunk_size=default_chunk_size,
     )
+    work.make()
     ignored: Counter[str] = Counter()
     receipts: list[ScanReceipt] = []
     for receipt in map_units(scan, scan_units(options, ignored=ignored)):
@@ -127,12 +162,11 @@ def scan_corpus(
 
 
 def scan_unit(
-    unit: ScanUnit, options: CorpusOptions, *, work: Path, chunk_sizes: Sequence[int], default_chunk_size: int
+    unit: ScanUnit, options: CorpusOptions, *, work: WorkFolder, chunk_sizes: Sequence[int], default_chunk_size: int
 ) -> ScanReceipt:
     """Read one unit and publish its runs, rejects and spool in `work`; equal units give equal files."""
     started = time.perf_counter()
-    work = work.resolve()
-    work.mkdir(parents=True, exist_ok=True)
+    work.check()
     with ExitStack() as stack:
         runs = stack.enter_context(_RunWriter(work, unit.name))
         rejects = stack.enter_context(RejectWriter(work, unit.name))
@@ -141,10 +175,10 @@ def scan_unit(
                 rejects.add(record)
             else:
                 runs.add(record, chunk_size_for(record.importance, chunk_sizes, default_chunk_size))
-        paths, reject_path = runs.close(), rejects.close()
+        written, reject_path = runs.close(), rejects.close()
     return ScanReceipt(
         unit=unit.name,
-        runs=paths,
+        runs=written,
         rejects=reject_path,
         documents_in=runs.documents + rejects.reasons.total(),
         reasons=dict(sorted(rejects.reasons.items())),
@@ -158,7 +192,7 @@ def _total(receipts: Sequence[ScanReceipt], ignored: Counter[str]) -> ScanResult
     for receipt in receipts:
         reasons.update(receipt.reasons)
     return ScanResult(
-        runs=tuple(path for receipt in receipts for path in receipt.runs),
+        runs=tuple(run for receipt in receipts for run in receipt.runs),
         rejects=tuple(receipt.rejects for receipt in receipts if receipt.rejects is not None),
         documents_in=sum(receipt.documents_in for receipt in receipts),
         reasons=dict(sorted(reasons.items())),
@@ -175,22 +209,16 @@ def _sort_key(row: ScanRow) -> tuple[str, int]:
     return row["document_id"], row["order"]
 
 
-def _temporary(folder: Path, kind: str) -> Path:
-    handle, name = tempfile.mkstemp(prefix=f".{kind}-", dir=folder)
-    os.close(handle)
-    return Path(name)
-
-
 class _RunWriter:
     """Collects rows, spools the records that cannot be sought, and publishes a sorted run when full."""
 
-    def __init__(self, folder: Path, unit: str) -> None:
+    def __init__(self, work: WorkFolder, unit: str) -> None:
         self.documents = self.text_bytes = 0
-        self._folder = folder
+        self._work = work
         self._unit = unit
         self._rows: list[dict[str, Any]] = []
-        self._paths: list[str] = []
-        self._spool = SpoolWriter(folder)
+        self._runs: list[SortedRun] = []
+        self._spool = SpoolWriter(work)
 
     def __enter__(self) -> "_RunWriter":
         return self
@@ -221,42 +249,45 @@ class _RunWriter:
         if len(self._rows) == RUN_ROWS:
             self._publish()
 
-    def close(self) -> tuple[str, ...]:
-        """Publish what is left; the paths of all runs."""
+    def close(self) -> tuple[SortedRun, ...]:
+        """Publish what is left; all runs."""
         self._publish()
-        return tuple(self._paths)
+        return tuple(self._runs)
 
     def _publish(self) -> None:
         if not self._rows:
             return
         spool = self._spool.publish(self._unit)
-        rows = [row if row["path"] else row | {"path": str(spool)} for row in self._rows]
+        rows = [row if row["path"] else row | {"path": spool} for row in self._rows]
         self._rows = []
-        self._paths.append(str(_write_run(sorted(rows, key=_sort_key), self._folder, self._unit)))
+        self._runs.append(write_run(sorted(rows, key=_sort_key), self._work, self._unit))
 
 
-def _write_run(rows: Iterable[ScanRow], folder: Path, prefix: str) -> Path:
+def write_run(rows: Iterable[ScanRow], work: WorkFolder, prefix: str) -> SortedRun:
     """Publish rows that come sorted."""
-    temporary = _temporary(folder, "run")
-    try:
+    count, marks, last = 0, list[str](), ""
+    with work.temporary("run") as temporary:
         stream = iter(rows)
         with pq.ParquetWriter(temporary, arrow.SCAN_RUN, compression="zstd") as writer:
-            while batch := list(islice(stream, 16 * _MERGE_ROWS)):
+            while batch := list(islice(stream, MARK_ROWS)):
                 writer.write_table(pa.Table.from_pylist(batch, schema=arrow.SCAN_RUN))
-        return publish_file(temporary, folder=folder, prefix=prefix, suffix=".run.parquet")
-    finally:
-        temporary.unlink(missing_ok=True)
+                count, last = count + len(batch), batch[-1]["document_id"]
+                marks.append(batch[0]["document_id"])
+        location = work.publish(temporary, prefix=prefix, suffix=".run.parquet")
+    return SortedRun(location, count, (*marks, last))
 
 
 class RejectWriter:
     """Writes rejects as they come, and publishes them together; a context manager that removes what is unfinished."""
 
-    def __init__(self, folder: Path, unit: str) -> None:
+    def __init__(self, work: WorkFolder, unit: str) -> None:
         self.reasons: Counter[str] = Counter()
-        self._folder = folder
+        self.raw_bytes = 0
+        self._work = work
         self._unit = unit
-        self._rows: list[dict[str, Any]] = []
+        self._rows: list[Mapping[str, Any]] = []
         self._bytes = 0
+        self._opened = ExitStack()
         self._temporary: Path | None = None
         self._writer: pq.ParquetWriter | None = None
 
@@ -264,33 +295,36 @@ class RejectWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._writer is not None:
-            self._writer.close()
-        if self._temporary is not None:
-            self._temporary.unlink(missing_ok=True)
+        self._opened.close()
 
     def add(self, reject: Reject) -> None:
         """Take one reject."""
-        self.reasons[reject.reason.value] += 1
-        self._rows.append(reject_row(reject))
-        self._bytes += len(reject.raw)
+        self.add_row(reject_row(reject))
+
+    def add_row(self, row: Mapping[str, Any]) -> None:
+        """Take one reject as a row of schemas.arrow.QUARANTINE."""
+        self.reasons[row["reason"]] += 1
+        self._rows.append(row)
+        self._bytes += len(row["raw"])
+        self.raw_bytes += len(row["raw"])
         if len(self._rows) >= _REJECT_ROWS or self._bytes >= _REJECT_BYTES:
             self._flush()
 
     def close(self) -> str | None:
-        """Publish the rejects; the path, None when there are none."""
+        """Publish the rejects; their location, None when there are none."""
         self._flush()
         if self._writer is None or self._temporary is None:
             return None
         self._writer.close()
-        return str(publish_file(self._temporary, folder=self._folder, prefix=self._unit, suffix=".rejects.parquet"))
+        return self._work.publish(self._temporary, prefix=self._unit, suffix=".rejects.parquet")
 
     def _flush(self) -> None:
         if not self._rows:
             return
         if self._writer is None:
-            self._temporary = _temporary(self._folder, "rejects")
-            self._writer = pq.ParquetWriter(self._temporary, arrow.QUARANTINE, compression="zstd")
+            self._temporary = self._opened.enter_context(self._work.temporary("rejects"))
+            writer = pq.ParquetWriter(self._temporary, arrow.QUARANTINE, compression="zstd")
+            self._writer = self._opened.enter_context(writer)
         self._writer.write_table(pa.Table.from_pylist(self._rows, schema=arrow.QUARANTINE))
         self._rows, self._bytes = [], 0
 
@@ -298,34 +332,52 @@ class RejectWriter:
 # --- one stream from all runs -----------------------------------------------------------------------
 
 
-def merge_runs(paths: Sequence[str], *, work: Path, fan_in: int = FAN_IN) -> Iterator[ScanRow]:
-    """Rows of all runs by (document id, order), holding about a thousand rows of `fan_in` runs at a time.
+def merge_runs(
+    runs: Sequence[SortedRun], *, work: WorkFolder, ids: IdRange = EVERYTHING, fan_in: int = FAN_IN
+) -> Iterator[ScanRow]:
+    """Rows of all runs within `ids` by (document id, order), holding some 65,536 rows of at most `fan_in` runs.
 
-    More runs than `fan_in` are first merged into fewer, in a folder of `work` that is removed at the end.
+    More runs than `fan_in` are first merged into fewer in `work`; what is made on the way is removed.
     """
-    if len(paths) <= fan_in:
-        yield from _merged(paths)
-        return
-    work.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="merge-", dir=work) as temporary:
-        waiting = list(paths)
-        while len(waiting) > fan_in:
-            group, waiting = waiting[:fan_in], waiting[fan_in:]
-            waiting.append(str(_write_run(_merged(group), Path(temporary), f"{len(waiting)}")))
-            for path in group:
-                if Path(path).parent == Path(temporary):
-                    Path(path).unlink()
-        yield from _merged(waiting)
+    waiting, made = [run for run in runs if ids.meets(run.marks[0], run.marks[-1])], set[SortedRun]()
+    while len(waiting) > fan_in:
+        group, waiting = waiting[:fan_in], waiting[fan_in:]
+        merged = write_run(_merged(group, ids), work, "merged")
+        for run in made.intersection(group):
+            remove_location(run.location)
+        made = made.difference(group) | {merged}
+        waiting += [merged] if merged.rows else []
+    yield from _merged(waiting, ids)
+    for run in made:
+        remove_location(run.location)
 
 
-def _merged(paths: Sequence[str]) -> Iterator[ScanRow]:
-    return heapq.merge(*(_run_rows(path) for path in paths), key=_sort_key)
+def _merged(runs: Sequence[SortedRun], ids: IdRange) -> Iterator[ScanRow]:
+    rows_a_run = min(1024, max(64, _MERGED_ROWS // max(1, len(runs))))
+    return heapq.merge(*(run_rows(run.location, ids, rows_a_run) for run in runs), key=_sort_key)
 
 
-def _run_rows(path: str) -> Iterator[ScanRow]:
-    with pq.ParquetFile(path) as run:
-        for batch in run.iter_batches(batch_size=_MERGE_ROWS, use_threads=False):
-            yield from batch.to_pylist()
+def run_rows(location: str, ids: IdRange = EVERYTHING, batch_rows: int = 1024) -> Iterator[ScanRow]:
+    """The rows of one run within `ids`, in order; of the file only the row groups that may hold any are read."""
+    with open_location(location) as run:
+        groups = [number for number in range(run.num_row_groups) if _may_hold(run, number, ids)]
+        for batch in run.iter_batches(batch_size=batch_rows, row_groups=groups, use_threads=False):
+            yield from _within(batch, ids).to_pylist()
+
+
+def _may_hold(run: pq.ParquetFile, group: int, ids: IdRange) -> bool:
+    statistics = run.metadata.row_group(group).column(0).statistics
+    known = statistics is not None and statistics.has_min_max  # very long ids have none
+    return ids.meets(statistics.min, statistics.max) if known else True
+
+
+def _within(batch: pa.RecordBatch, ids: IdRange) -> pa.RecordBatch:
+    column = batch.column("document_id")
+    if ids.start is not None:
+        batch = batch.filter(pc.greater_equal(column, ids.start))
+    if ids.stop is not None:
+        batch = batch.filter(pc.less(batch.column("document_id"), ids.stop))
+    return batch
 
 
 def resolve_duplicates(
