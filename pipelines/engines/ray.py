@@ -13,6 +13,7 @@ what; this file starts, feeds and ends the actors.
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -22,6 +23,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from refrag.pipelines.engines import node_checks
 from refrag.pipelines.engines.dispatch import Died, Dispatcher, Done, Event, Limits, Raised, Ready, Work
@@ -52,6 +54,7 @@ CPU, DEVICE = "cpu", "device"
 _LOOK_SECONDS = 5.0
 """How often the cluster is looked at for nodes that came or went."""
 _PROBE_SECONDS = 120.0
+_CONNECT_SECONDS = 10.0
 _AHEAD = 16
 """Results that wait for an earlier one, a worker."""
 
@@ -346,7 +349,9 @@ class RayEngine:
 
     def __enter__(self) -> "RayEngine":
         try:
-            self._owns_connection = connect(self.options)
+            self._owns_connection = not ray.is_initialized()
+            if self._owns_connection:
+                connect(self.options)
             self._layout = self._first_layout()
             self._check_nodes(self._needs())
             self._metrics = _Metrics(self._progress)
@@ -582,14 +587,21 @@ def _kept_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def connect(options: RayOptions) -> bool:
-    """Connect to the cluster; whether the connection is this engine's to end. Raises ClusterError."""
-    if ray.is_initialized():
-        return False
+def _check_reachable(address: str) -> None:
+    """Raise ConnectionError where nothing listens at `host:port`: Ray itself would try on without end."""
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    if parts.hostname and parts.port:
+        with socket.create_connection((parts.hostname, parts.port), timeout=_CONNECT_SECONDS):
+            pass
+
+
+def connect(options: RayOptions) -> None:
+    """Connect this process to the cluster, or start a Ray of its own. Raises ClusterError."""
     # An address that is not given must not become whatever cluster someone else has started on this machine.
     address = options.address or os.environ.get("RAY_ADDRESS") or "local"
     own = {"num_cpus": options.local_cpus or available_cores(), "include_dashboard": False}
     try:
+        _check_reachable(address)
         with _kept_signals():
             ray.init(address, log_to_driver=False, logging_level="error", **(own if address == "local" else {}))
     except AuthenticationError as error:
@@ -602,4 +614,3 @@ def connect(options: RayOptions) -> bool:
             f"no Ray cluster at {address} ({_last_line(error)}), expected one that answers: start it with `ray start "
             "--head`, mend --ray-address, or leave that out to use this machine alone"
         ) from error
-    return True
