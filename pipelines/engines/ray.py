@@ -602,15 +602,17 @@ def connect(options: RayOptions) -> None:
     own = {"num_cpus": options.local_cpus or available_cores(), "include_dashboard": False}
     try:
         _check_reachable(address)
+    except OSError as error:
+        raise ClusterError(
+            f"no Ray cluster at {address} ({error}), expected one that answers: start it with `ray start --head`, mend "
+            "--ray-address, or leave that out to use this machine alone"
+        ) from error
+    try:
         with _kept_signals():
             ray.init(address, log_to_driver=False, logging_level="error", **(own if address == "local" else {}))
-    except AuthenticationError as error:
+    except (AuthenticationError, ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise ClusterError(
-            f"the Ray cluster at {address} refuses this client ({_last_line(error)}), expected its token: set "
-            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH as on the cluster"
-        ) from error
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise ClusterError(
-            f"no Ray cluster at {address} ({_last_line(error)}), expected one that answers: start it with `ray start "
-            "--head`, mend --ray-address, or leave that out to use this machine alone"
+            f"Ray at {address} does not take this client ({_last_line(error)}), expected to be let in: where the "
+            "cluster asks for a token (Ray does by default) set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
+            "RAY_AUTH_TOKEN_PATH to the cluster's; else look at its logs"
         ) from error
