@@ -166,6 +166,11 @@ class _Pool:
         return [worker for worker in self.workers.values() if worker.node is None]
 
 
+def _detail(error: Exception) -> str:
+    """An error in words; a carrier of another error's text says that alone."""
+    return str(error) if type(error) is RuntimeError else f"{type(error).__name__}: {error}"
+
+
 class Dispatcher:
     """Keeps pools of workers at work. Not thread-safe.
 
@@ -307,7 +312,7 @@ class Dispatcher:
     def _raised(self, worker: _Worker, error: Exception) -> None:
         if isinstance(error, RefragError) and not isinstance(error, ObjectStoreError):
             raise error
-        self._again(worker, "raised", f"{type(error).__name__}: {error}", error)
+        self._again(worker, "raised", _detail(error), error)
 
     def _died(self, pool: _Pool, worker: _Worker, event: Died) -> None:
         if worker.work is not None:

@@ -33,6 +33,7 @@ from refrag.pipelines.plan import ShardSpec
 from refrag.pipelines.progress import Progress, Silent
 from refrag.pipelines.receipts import Receipt
 from refrag.pipelines.stages import DeviceStage, ShardResult, Stages, run_device_stages
+from refrag_core.batching import is_out_of_memory
 from refrag_core.devices import available_cores
 from refrag_core.errors import ClusterError, ConfigError, MissingExtraError, RefragError
 from refrag_core.storage import Store, absolute, is_uri
@@ -122,13 +123,14 @@ class _Answer:
 
 def _portable(error: Exception) -> Exception:
     """The error itself where its class is sure to unpickle, else its text with where it was raised."""
-    if isinstance(error, RefragError) or type(error) is MemoryError:
+    if isinstance(error, RefragError):
         return error
+    if is_out_of_memory(error):
+        return MemoryError(str(error))
     if isinstance(error, OSError):
         return OSError(error.errno, error.strerror, error.filename) if error.errno else OSError(str(error))
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    text = f"{type(error).__name__}: {error} ({os.path.basename(frame.filename)}:{frame.lineno})"
-    return MemoryError(text) if "out of memory" in str(error) else RuntimeError(text)
+    return RuntimeError(f"{type(error).__name__}: {error} ({os.path.basename(frame.filename)}:{frame.lineno})")
 
 
 class _RefragWorker:
