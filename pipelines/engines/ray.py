@@ -146,9 +146,9 @@ class _RefragWorker:
     def __repr__(self) -> str:
         return self._name
 
-    def ready(self) -> str:
-        """The node that it runs on."""
-        return str(ray.get_runtime_context().get_node_id())
+    def ready(self) -> tuple[str, str]:
+        """Id and host name of the node that it runs on."""
+        return str(ray.get_runtime_context().get_node_id()), os.uname().nodename
 
     def run(self, call: Callable[[], Any]) -> _Answer:
         """Make a call; errors are answers."""
@@ -237,8 +237,8 @@ class _Actors:
         except RayError as error:
             return Died(worker, _reason(error), self._is_node_lost(worker, error))
         if asked == "ready":
-            self._nodes[worker] = answer
-            return Ready(worker, answer)
+            self._nodes[worker], host = answer
+            return Ready(worker, _shown(host, answer[0]))
         return Done(worker, answer.value) if answer.error is None else Raised(worker, answer.error)
 
     def _is_node_lost(self, worker: int, error: RayError) -> bool:
@@ -246,6 +246,11 @@ class _Actors:
             return True
         node = self._nodes.get(worker)
         return node is not None and node not in {found.id for found in cluster_nodes()}
+
+
+def _shown(host: str, node: str) -> str:
+    """A node in messages; several may be on one host."""
+    return f"{host}/{node[:8]}"
 
 
 def _last_line(error: BaseException) -> str:
@@ -422,7 +427,7 @@ class RayEngine:
                 found = _answer_of(reference)
                 if not found:
                     found = node_checks.unanswered(needs.shared, token, node.id)
-                problems[f"{node.host} ({node.id[:8]})"] = found
+                problems[_shown(node.host, node.id)] = found
         node_checks.refuse(problems)
 
     # --- the work

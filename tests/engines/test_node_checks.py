@@ -71,9 +71,9 @@ def test_the_check_runs_where_there_is_no_refrag() -> None:
 def test_one_error_names_the_nodes_and_what_to_do() -> None:
     refuse({"a": [], "b": []})
     with pytest.raises(ClusterError) as raised:
-        refuse({"a (12)": [], "b (34)": ["has no refrag", "lacks the packages torch"]})
+        refuse({"a/12": [], "b/34": ["has no refrag", "lacks the packages torch"]})
     assert str(raised.value) == (
-        "1 of 2 nodes are not ready: b (34) has no refrag, lacks the packages torch. Expected on every node the same "
+        "1 of 2 nodes are not ready: b/34 has no refrag, lacks the packages torch. Expected on every node the same "
         "refrag with its packages (`pip install 'refrag[cpu,ray]'`, or one image for all), and the corpus, models and "
         "output under the same paths (a shared file system, or s3://…): nothing was started"
     )
