@@ -79,7 +79,9 @@ class Scene:
     def build(self, index: SmallIndex, change: Change, *, copies: int = 1, timeout: float = 600.0) -> BuildReport:
         """Build on the cluster with changed stages."""
         self.notes.clear()
-        with RayEngine(RayOptions(address=self.cluster.address, shard_timeout=timeout), self) as engine:
+        with RayEngine(
+            RayOptions(address=self.cluster.address, workers=2, device_workers=(2, 2), shard_timeout=timeout), self
+        ) as engine:
             return build_index(index.options, Sabotaged(engine, change, copies), self)
 
 
