@@ -3,7 +3,8 @@
     python -m benchmarks.engine_faults [--faults NAME …] [--output FILE]
 
 The faults are those of tests/faults/engine_faults.py: a cluster of three nodes of two CPUs each on this machine, 200
-documents (10,000 for one fault), tiny random models. A fault's seconds include the calm build that it is compared with.
+documents (10,000 for one fault), tiny random models. The first fault's seconds include the calm build that all are
+compared with.
 """
 
 import argparse
@@ -33,7 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
                 found[name] = {"fault": FAULTS[name].__doc__, "unharmed": False, "error": f"{error}"}
             else:
                 found[name] = {"fault": FAULTS[name].__doc__, "unharmed": ending.unharmed, **asdict(ending)}
-            say(f"{name}: {'unharmed' if found[name]['unharmed'] else 'HARMED'}, load {load()}")
+            state = "unharmed" if found[name]["unharmed"] else f"HARMED {found[name].get('error', '')}"
+            say(f"{name}: {state}, load {load()}")
     unharmed = all(entry["unharmed"] for entry in found.values())
     from importlib.metadata import version
 

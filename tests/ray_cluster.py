@@ -2,10 +2,10 @@
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -57,19 +57,25 @@ def ray_cluster(*cpus: int) -> Iterator[RayCluster]:
             running.cluster.shutdown()
 
 
-def worker_processes(session: Path | None = None) -> list[psutil.Process]:
-    """Actors of builds on this machine that are children of a raylet, of one session or of any."""
+_NO_WORKERS = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+
+
+def worker_processes(starter: int) -> list[psutil.Process]:
+    """Actors, idle or at work, of the Ray that process `starter` has started on this machine."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if "_RefragWorker" in " ".join(process.cmdline()) and (session is None or _is_of(process, session)):
+            title = " ".join(process.cmdline())
+            if title.startswith("ray::") and not title.startswith(_NO_WORKERS) and _is_of(process, starter):
                 found.append(process)
     return found
 
 
-def _is_of(process: psutil.Process, session: Path) -> bool:
-    parents = [parent for parent in process.parents() if "raylet" in parent.name()]
-    return any(str(session) in " ".join(parent.cmdline()) for parent in parents)
+def _is_of(process: psutil.Process, starter: int) -> bool:
+    """Ray names a session's folder by the process that started it, and raylets are told that folder."""
+    parent = process.parent()
+    words = [] if parent is None else parent.cmdline()
+    return any(re.search(rf"/session_[-_0-9]+_{starter}(/|$)", word) for word in words)
 
 
 def wait_until_gone(processes: list[psutil.Process], seconds: float = WAIT_SECONDS) -> list[psutil.Process]:

@@ -40,6 +40,7 @@ from refrag_core.storage import Store, absolute, is_uri
 
 try:
     import ray
+    import ray.util.client
     from ray.exceptions import AuthenticationError, GetTimeoutError, OutOfMemoryError, RayError, RayTaskError
     from ray.util.metrics import Counter, Gauge
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -242,10 +243,23 @@ class _Actors:
         return Done(worker, answer.value) if answer.error is None else Raised(worker, answer.error)
 
     def _is_node_lost(self, worker: int, error: RayError) -> bool:
-        if getattr(error, "preempted", False):
+        return bool(getattr(error, "preempted", False)) or (
+            worker in self._nodes and not _is_node_alive(self._nodes[worker])
+        )
+
+
+def _is_node_alive(node: str) -> bool:
+    """Whether a node is there. Ray takes a quarter of a minute to see that one is not; its own port tells at once."""
+    found = next((entry for entry in ray.nodes() if entry["NodeID"] == node and entry["Alive"]), None)
+    if found is None:
+        return False
+    if ray.util.client.ray.is_connected():  # the nodes' ports need not be open to this machine
+        return True
+    try:
+        with socket.create_connection((found["NodeManagerAddress"], found["NodeManagerPort"]), timeout=2.0):
             return True
-        node = self._nodes.get(worker)
-        return node is not None and node not in {found.id for found in cluster_nodes()}
+    except OSError:
+        return False
 
 
 def _shown(host: str, node: str) -> str:
@@ -351,14 +365,12 @@ class RayEngine:
         self.options = options or RayOptions()
         check_options(self.options)
         self._progress = progress or Silent()
-        self._owns_connection = False
-        self._last: dict[str, tuple[int, int]] = {}
+        self._connection = contextlib.ExitStack()
 
     def __enter__(self) -> "RayEngine":
+        self._last: dict[str, tuple[int, int]] = {}
         try:
-            self._owns_connection = not ray.is_initialized()
-            if self._owns_connection:
-                connect(self.options)
+            self._connect()
             self._layout = self._first_layout()
             self._check_nodes(self._needs())
             self._metrics = _Metrics(self._progress)
@@ -381,12 +393,19 @@ class RayEngine:
         finally:
             self._disconnect()
 
+    def _connect(self) -> None:
+        if ray.is_initialized():
+            check_connected_to(self.options.address)
+            return
+        # Ray prints what it has to say of workers on stdout, from a thread of its own; that is for the result alone.
+        self._connection.enter_context(contextlib.redirect_stdout(sys.stderr))
+        self._connection.callback(ray.shutdown)  # an interrupted start, too, has to be undone
+        connect(self.options)
+
     def _disconnect(self) -> None:
         if self.options.wait_for_nodes and ray.is_initialized():
             _ask_autoscaler([])
-        if self._owns_connection:
-            self._owns_connection = False
-            ray.shutdown()
+        self._connection.close()
 
     # --- before the start
 
@@ -600,6 +619,16 @@ def _check_reachable(address: str) -> None:
     if parts.hostname and parts.port:
         with socket.create_connection((parts.hostname, parts.port), timeout=_CONNECT_SECONDS):
             pass
+
+
+def check_connected_to(address: str | None) -> None:
+    """Raise ConfigError where this process is connected to another cluster than that at `host:port`."""
+    found = str(ray.get_runtime_context().gcs_address)
+    if address is not None and address != "auto" and "://" not in address and address != found:
+        raise ConfigError(
+            f"this process is connected to the Ray cluster at {found}, {address} was asked for; expected the same: "
+            "leave the address out, or call ray.shutdown() first"
+        )
 
 
 def connect(options: RayOptions) -> None:

@@ -153,6 +153,13 @@ def test_settings_that_no_cluster_can_serve(options: RayOptions, message: str) -
         RayEngine(options)
 
 
+def test_another_cluster_than_the_one_of_this_process(engine: RayEngine) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^this process is connected to the Ray cluster at \S+, 10.0.0.1:6379 was asked"
+    ):
+        RayEngine(RayOptions(address="10.0.0.1:6379")).__enter__()
+
+
 def test_a_worker_runs_a_stage_on_its_own_device() -> None:
     stage = EmbedStage("retriever", "f" * 64, "cpu")
     assert _on_device(stage, "cuda").device == "cuda"
