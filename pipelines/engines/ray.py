@@ -454,7 +454,8 @@ class RayEngine:
     def map(self, function: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
         """Results in the order of the items. Bounded: a straggler holds up what is far behind it."""
         self._enter_phase("map")
-        source, made, first, last, ended = iter(items), dict[int, Made](), 0, 0, False
+        made: dict[int, Made] = {}
+        source, first, last, ended = iter(items), 0, 0, False
         try:
             while True:
                 while not ended and self._has_room(CPU, self._layout.workers) and last - first < self._window():

@@ -214,8 +214,10 @@ def one_record_in_ten_thousand(at: Scene) -> Ending:
 
 def one_record_in_the_encoder(at: Scene) -> Ending:
     """The encode stage raises on one record, always: its shard is cut anew without it."""
-    token = tiny_models.decoder_tokenizer().encode(FOX).ids[0]
     poison: dict[str, object] = {"id": "doc-poison", "text": f"A {FOX} record."}
+    tokenizer = tiny_models.decoder_tokenizer()
+    others = {token for record in RECORDS for token in tokenizer.encode(str(record["text"])).ids}
+    token = next(token for token in tokenizer.encode(str(poison["text"])).ids if token not in others)
     return _poisoned(at, "encoder", poison, RECORDS, poisoned_encoder(token))
 
 

@@ -1,4 +1,4 @@
-"""Each device worker gets a GPU of its own from Ray; the GPUs are Ray's books alone, so that no machine needs any."""
+"""Workers on clusters of odd shapes: a GPU each, or hardly a CPU. CPUs and GPUs are those of Ray's books alone."""
 
 import os
 import time
@@ -59,6 +59,14 @@ def test_two_workers_share_each_gpu(gpu_cluster: RayCluster, tmp_path: Path) -> 
     found = where(gpu_cluster, tmp_path, device_workers=(4, 4), gpus_per_worker=0.5)
     pairs = {(entry["gpu"], entry["pid"]) for entry in found}
     assert {gpu: sum(gpu == other for other, _ in pairs) for gpu in ("0", "1")} == {"0": 2, "1": 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cpus", [(1,), (1, 1), (1, 1, 1)])
+def test_nodes_of_one_cpu_do_not_hang(cpus: tuple[int, ...], tmp_path: Path) -> None:
+    with ray_cluster(*cpus) as cluster:
+        found = where(cluster, tmp_path)
+    assert len(found) == 24
 
 
 @pytest.mark.slow
