@@ -4,13 +4,15 @@
 kept as files in a folder that all workers see, since a fault that strikes once must not strike the retry.
 """
 
+import contextlib
 import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 from unittest import mock
 
 import numpy as np
@@ -42,60 +44,63 @@ def strike(fault: Fault) -> None:
     raise ValueError("a fault that nobody expects")
 
 
+class Trouble(Protocol):
+    """What a stage is run within."""
+
+    @property
+    def stage(self) -> Literal["tokenize", "device"]:
+        """The stage that it is for."""
+
+    def around(self) -> AbstractContextManager[Any]:
+        """Go wrong, or see to it that the stage does."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sabotage:
-    """What goes wrong, in the stage before which step, and how often."""
+    """A fault that strikes so often: the first shards that come are hit."""
 
     folder: str
-    """Remembers how often it struck, and which shards were begun."""
+    """Remembers how often it struck."""
     stage: Literal["tokenize", "device"]
     fault: Fault
     times: int = 1
 
-    def maybe(self, shard: str) -> None:
-        """Strike while it has not struck as often as it should; the first shard that comes is the one that is hit."""
-        root = Path(self.folder)
-        root.mkdir(parents=True, exist_ok=True)
-        (root / f"began-{shard}-{os.getpid()}-{time.monotonic_ns()}").touch()
-        for number in range(self.times):
-            try:
-                handle = os.open(root / f"struck-{number}", os.O_CREAT | os.O_EXCL)
-            except FileExistsError:
-                continue
-            os.close(handle)
+    @contextlib.contextmanager
+    def around(self) -> Iterator[None]:
+        """See Trouble."""
+        if any(_is_first(Path(self.folder), f"struck-{number}") for number in range(self.times)):
             strike(self.fault)
+        yield
+
+
+def _is_first(folder: Path, name: str) -> bool:
+    """Whether nobody has asked for this name in this folder before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        os.close(os.open(folder / name, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)
-class FaultyTokenize:
-    """The tokenize stage, sabotaged."""
+class LoseNode:
+    """Holds up the first shard that comes to another node than the head, and names the node, which is to be lost."""
 
-    real: Any
-    sabotage: Sabotage
+    folder: str
+    head: str
+    stage: Literal["tokenize", "device"] = "device"
 
-    def __call__(self, store: Store, spec: ShardSpec) -> Receipt:
-        self.sabotage.maybe(spec.name)
-        return self.real(store, spec)  # type: ignore[no-any-return]
+    @contextlib.contextmanager
+    def around(self) -> Iterator[None]:
+        """See Trouble."""
+        import ray
 
-
-@dataclass(frozen=True, slots=True)
-class FaultyDevice:
-    """A device stage, sabotaged."""
-
-    real: Any
-    sabotage: Any
-
-    @property
-    def table(self) -> str:
-        return str(self.real.table)
-
-    @property
-    def fingerprint(self) -> str:
-        return str(self.real.fingerprint)
-
-    def __call__(self, store: Store, shard: TokenizedShard) -> Receipt:
-        self.sabotage.maybe(shard.name)
-        return self.real(store, shard)  # type: ignore[no-any-return]
+        node = str(ray.get_runtime_context().get_node_id())
+        if node != self.head and _is_first(Path(self.folder), "struck"):
+            Path(self.folder, "node").write_text(node)
+            time.sleep(3600)
+        yield
 
 
 def _refuse_poison(texts: Sequence[str], tokenizer: Any) -> list[TokenizedText]:
@@ -108,14 +113,14 @@ _tokenize_documents = pipeline_stages.tokenize_documents
 
 
 @dataclass(frozen=True, slots=True)
-class PoisonedTokenize:
-    """The tokenize stage with a tokenizer that raises on a poisoned text."""
+class RefusePoison:
+    """A tokenizer that raises on a poisoned text."""
 
-    real: Any
+    stage: Literal["tokenize", "device"] = "tokenize"
 
-    def __call__(self, store: Store, spec: ShardSpec) -> Receipt:
-        with mock.patch.object(pipeline_stages, "tokenize_documents", _refuse_poison):
-            return self.real(store, spec)  # type: ignore[no-any-return]
+    def around(self) -> AbstractContextManager[Any]:
+        """See Trouble."""
+        return mock.patch.object(pipeline_stages, "tokenize_documents", _refuse_poison)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,11 +139,24 @@ class _RefusingEncoder:
 
 
 @dataclass(frozen=True, slots=True)
-class PoisonedEncode:
-    """The encode stage with an encoder that raises on a token."""
+class RefuseToken:
+    """An encoder that raises on chunks with a token."""
+
+    token: int
+    stage: Literal["tokenize", "device"] = "device"
+
+    def around(self) -> AbstractContextManager[Any]:
+        """See Trouble."""
+        load, token = EncodeStage.load, self.token
+        return mock.patch.object(EncodeStage, "load", lambda stage: _RefusingEncoder(load(stage), token))
+
+
+@dataclass(frozen=True, slots=True)
+class Troubled:
+    """A stage, run within its trouble."""
 
     real: Any
-    token: int
+    trouble: Trouble
 
     @property
     def table(self) -> str:
@@ -148,10 +166,9 @@ class PoisonedEncode:
     def fingerprint(self) -> str:
         return str(self.real.fingerprint)
 
-    def __call__(self, store: Store, shard: TokenizedShard) -> Receipt:
-        load, token = EncodeStage.load, self.token
-        with mock.patch.object(EncodeStage, "load", lambda stage: _RefusingEncoder(load(stage), token)):
-            return self.real(store, shard)  # type: ignore[no-any-return]
+    def __call__(self, store: Store, what: ShardSpec | TokenizedShard) -> Receipt:
+        with self.trouble.around():
+            return self.real(store, what)  # type: ignore[no-any-return]
 
 
 Change = Callable[[Stages], Stages]
@@ -179,62 +196,13 @@ class Sabotaged:
                 yield result
 
 
-def faulty(sabotage: Sabotage) -> Change:
-    """Put the fault into its stage."""
+def faulty(trouble: Trouble) -> Change:
+    """Put the trouble around its stage; of the device stages, around the first."""
 
     def change(stages: Stages) -> Stages:
-        if sabotage.stage == "tokenize":
-            return replace(stages, tokenize=FaultyTokenize(stages.tokenize, sabotage))  # type: ignore[arg-type]
+        if trouble.stage == "tokenize":
+            return replace(stages, tokenize=Troubled(stages.tokenize, trouble))  # type: ignore[arg-type]
         first, *rest = stages.device
-        return replace(stages, device=(FaultyDevice(first, sabotage), *rest))
-
-    return change
-
-
-def poisoned_tokenizer(stages: Stages) -> Stages:
-    """Let the tokenizer raise on poisoned texts."""
-    return replace(stages, tokenize=PoisonedTokenize(stages.tokenize))  # type: ignore[arg-type]
-
-
-def poisoned_encoder(token: int) -> Change:
-    """Let the encoder raise on chunks with this token."""
-
-    def change(stages: Stages) -> Stages:
-        first, *rest = stages.device
-        return replace(stages, device=(PoisonedEncode(first, token), *rest))
-
-    return change
-
-
-@dataclass(frozen=True, slots=True)
-class LoseNode:
-    """Holds up the first shard that comes to another node than the head, and names the node."""
-
-    folder: str
-    head: str
-
-    def maybe(self, shard: str) -> None:
-        """Write the node's id to `node`, and wait to be lost with it."""
-        import ray
-
-        node = str(ray.get_runtime_context().get_node_id())
-        root = Path(self.folder)
-        root.mkdir(parents=True, exist_ok=True)
-        if node == self.head:
-            return
-        try:
-            os.close(os.open(root / "struck", os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            return
-        (root / "node").write_text(node)
-        time.sleep(3600)
-
-
-def wait_on_nodes(lose: LoseNode) -> Change:
-    """Let a device stage be held up where the node is to be lost."""
-
-    def change(stages: Stages) -> Stages:
-        first, *rest = stages.device
-        return replace(stages, device=(FaultyDevice(first, lose), *rest))
+        return replace(stages, device=(Troubled(first, trouble), *rest))
 
     return change

@@ -41,7 +41,14 @@ from refrag_core.storage import Store, absolute, is_uri
 try:
     import ray
     import ray.util.client
-    from ray.exceptions import AuthenticationError, GetTimeoutError, OutOfMemoryError, RayError, RayTaskError
+    from ray.exceptions import (
+        ActorUnavailableError,
+        AuthenticationError,
+        GetTimeoutError,
+        OutOfMemoryError,
+        RayError,
+        RayTaskError,
+    )
     from ray.util.metrics import Counter, Gauge
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 except ImportError as error:
@@ -268,13 +275,15 @@ def _shown(host: str, node: str) -> str:
 
 
 def _last_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[-1]
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def _reason(error: RayError) -> str:
     """Why an actor died, in a few words."""
     if isinstance(error, OutOfMemoryError):
         return "Ray ended it, since its node ran out of memory"
+    if isinstance(error, ActorUnavailableError):
+        return "it does not answer any more"
     text = " ".join(str(error).split())
     for sign, reason in (
         ("node failure", "its node is gone"),

@@ -29,7 +29,7 @@ from tests.small_index import SmallIndex, documents
 @pytest.fixture(scope="session")
 def engine(cluster: RayCluster) -> Iterator[RayEngine]:
     """One connection for all tests: a build's actors end, its connection need not."""
-    with RayEngine(RayOptions(address=cluster.address, shard_timeout=120.0)) as running:
+    with RayEngine(RayOptions(address=cluster.address, device_workers=(1, 2), shard_timeout=120.0)) as running:
         yield running
 
 

@@ -23,17 +23,7 @@ from refrag_core.inspection import inspect_quarantine
 from tests import command_line, tiny_models
 from tests.faults.kill_builds import build_arguments, ids_of, problems_of
 from tests.ray_cluster import RayCluster, ray_cluster, wait_for, wait_until_gone, worker_processes
-from tests.sabotage import (
-    POISON,
-    Change,
-    LoseNode,
-    Sabotage,
-    Sabotaged,
-    faulty,
-    poisoned_encoder,
-    poisoned_tokenizer,
-    wait_on_nodes,
-)
+from tests.sabotage import POISON, Change, LoseNode, RefusePoison, RefuseToken, Sabotage, Sabotaged, faulty
 from tests.small_index import SmallIndex, documents
 
 FOX = "🦊"
@@ -177,7 +167,7 @@ def node_lost(at: Scene) -> Ending:
 
     thief = threading.Thread(target=take_away)
     thief.start()
-    at.build(index, wait_on_nodes(LoseNode(str(folder), head)))
+    at.build(index, faulty(LoseNode(str(folder), head)))
     thief.join()
     assert not ray.is_initialized()
     assert any("is run again: node lost" in note for note in at.notes), at.notes
@@ -201,15 +191,16 @@ def _poisoned(at: Scene, name: str, poison: dict[str, object], rest: list[dict[s
     expected = calm(at, rest)[0]
     listed = [entry["document_id"] for entry in inspect_quarantine(index.path)]
     assert (report.quarantined, listed) == (1, [poison["id"]]), listed
-    # The build id differs, as it names the quarantine's file; the content id must not.
-    problems = tuple(problems_of(index.path))
+    # The build id differs, as it names the quarantine's file; the content id must not. The tables of a shard from
+    # which a device stage has rejected a document stay behind unused, on every engine.
+    problems = tuple(found for found in problems_of(index.path) if "not part of any generation" not in found)
     return Ending((report.content_id, ""), (expected, ""), problems, tuple(at.notes))
 
 
 def one_record_in_ten_thousand(at: Scene) -> Ending:
     """The tokenize stage raises on one record, always."""
     poison: dict[str, object] = {"id": "doc-poison", "text": f"A {POISON} record."}
-    return _poisoned(at, "record", poison, documents(9_999, sentences=1), poisoned_tokenizer)
+    return _poisoned(at, "record", poison, documents(9_999, sentences=1), faulty(RefusePoison()))
 
 
 def one_record_in_the_encoder(at: Scene) -> Ending:
@@ -218,7 +209,7 @@ def one_record_in_the_encoder(at: Scene) -> Ending:
     tokenizer = tiny_models.decoder_tokenizer()
     others = {token for record in RECORDS for token in tokenizer.encode(str(record["text"])).ids}
     token = next(token for token in tokenizer.encode(str(poison["text"])).ids if token not in others)
-    return _poisoned(at, "encoder", poison, RECORDS, poisoned_encoder(token))
+    return _poisoned(at, "encoder", poison, RECORDS, faulty(RefuseToken(token)))
 
 
 def _embedded(index: Path) -> int:
