@@ -339,6 +339,15 @@ def _engine(
             output=output,
         )
         return RayEngine(options, progress)
+    given = {
+        "--ray-address": ray_address,
+        "--device-workers": device_workers,
+        "--gpus-per-worker": gpus_per_worker,
+        "--shard-timeout": shard_timeout != 3600 or None,
+        "--wait-for-nodes": wait_for_nodes or None,
+    }
+    if foreign := [option for option, value in given.items() if value is not None]:
+        raise ConfigError(f"{', '.join(foreign)} was given with --engine {name}; expected it with --engine ray alone")
     from refrag.pipelines.engines.local import LocalEngine
 
     return LocalEngine(workers)

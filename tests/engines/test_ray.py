@@ -189,6 +189,14 @@ def test_a_range_that_is_none(tmp_path: Path, text: str) -> None:
     assert done.err.endswith(f"--device-workers is {text!r}; expected MIN:MAX with 1 ≤ MIN ≤ MAX, or one number\n")
 
 
+def test_what_is_said_of_a_cluster_is_not_ignored_on_one_machine(tmp_path: Path) -> None:
+    done = command_line.call("index", "build", tmp_path, "--ray-address", "auto", "--shard-timeout", 60)
+    assert done.code == 2
+    assert done.err == (
+        "error: --ray-address, --shard-timeout was given with --engine local; expected it with --engine ray alone\n"
+    )
+
+
 def test_an_address_where_nothing_listens() -> None:
     with pytest.raises(
         ClusterError, match=r"^no Ray cluster at 127.0.0.1:1 \(\[Errno 111\] Connection refused\), expected"
