@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from refrag_core.errors import RefragError, UsageError
+from refrag_core.errors import ConfigError, RefragError, UsageError
 
 if TYPE_CHECKING:
     from refrag.pipelines.build import BuildOptions, BuildReport
     from refrag.pipelines.cluster_plan import ClusterOptions, ClusterPlan
-    from refrag.pipelines.engines.local import LocalEngine
+    from refrag.pipelines.engines import OpenEngine
     from refrag.pipelines.progress import Progress
     from refrag_core.bundle import BundleReport
     from refrag_core.generations import Generation, GenerationDiff
@@ -53,6 +53,7 @@ class EngineName(StrEnum):
     """Engines that drive a build."""
 
     LOCAL = "local"
+    RAY = "ray"
 
 
 class PlannedEngineName(StrEnum):
@@ -135,8 +136,26 @@ BuiltTables = Annotated[
 ]
 ReadTables = Annotated[TablesName, typer.Option("--tables", help="Which tables passages are read from.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
+EngineOption = Annotated[EngineName, typer.Option(help="What drives the work: this machine, or a Ray cluster.")]
 Workers = Annotated[
-    int | None, typer.Option(help="Tokenizing processes; 0 runs in this process. Default: CPUs - 1.", min=0)
+    int | None,
+    typer.Option(help="Processes for CPU work; 0 runs in this process. Default: CPUs - 1; of a cluster all.", min=0),
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster: auto, host:port or ray://host:port; default: $RAY_ADDRESS, else a Ray of its own."),
+]
+DeviceWorkers = Annotated[
+    str | None, typer.Option(help="Ray: workers that encode, as MIN:MAX or a number; default: 1 and what there is.")
+]
+GpusPerWorker = Annotated[
+    float | None, typer.Option(help="Ray: GPUs of a worker that encodes, 0.5 say; default: 1 where there are any.")
+]
+ShardTimeout = Annotated[
+    float, typer.Option(help="Ray: seconds after which work on a shard is ended and run again elsewhere.", min=1)
+]
+WaitForNodes = Annotated[
+    float, typer.Option(help="Ray: seconds to wait at the start for nodes that an autoscaler is asked for.", min=0)
 ]
 Work = Annotated[
     str | None,
@@ -311,11 +330,66 @@ def _build_options(
     )
 
 
-def _engine(name: EngineName, workers: int | None) -> "LocalEngine":
+def _engine(
+    name: EngineName,
+    workers: int | None,
+    *,
+    progress: "Progress | None" = None,
+    output: str | None = None,
+    locations: Sequence[str] = (),
+    device: str = "auto",
+    ray_address: str | None = None,
+    device_workers: str | None = None,
+    gpus_per_worker: float | None = None,
+    shard_timeout: float = 3600,
+    wait_for_nodes: float = 0,
+) -> "OpenEngine":
+    """The engine of a command, to be used as a context manager. Raises MissingExtraError, ConfigError.
+
+    Args:
+        output: the index that is written.
+        locations: what is read, as it was given.
+    """
+    if name is EngineName.RAY:
+        from refrag.pipelines.engines.ray import RayEngine, RayOptions
+
+        options = RayOptions(
+            address=ray_address,
+            workers=workers,
+            device_workers=None if device_workers is None else _range("--device-workers", device_workers),
+            gpus_per_worker=gpus_per_worker,
+            device=device,
+            shard_timeout=shard_timeout,
+            wait_for_nodes=wait_for_nodes,
+            locations=locations,
+            output=output,
+        )
+        return RayEngine(options, progress)
+    given = {
+        "--ray-address": ray_address,
+        "--device-workers": device_workers,
+        "--gpus-per-worker": gpus_per_worker,
+        "--shard-timeout": shard_timeout != 3600 or None,
+        "--wait-for-nodes": wait_for_nodes or None,
+    }
+    if foreign := [option for option, value in given.items() if value is not None]:
+        raise ConfigError(f"{', '.join(foreign)} was given with --engine {name}; expected it with --engine ray alone")
     from refrag.pipelines.engines.local import LocalEngine
 
-    assert name is EngineName.LOCAL
     return LocalEngine(workers)
+
+
+def _range(option: str, text: str) -> tuple[int, int]:
+    """`MIN:MAX`, or one number for both. Raises ConfigError."""
+    low, _, high = text.partition(":")
+    if not low.isdecimal() or (":" in text and not high.isdecimal()) or not 1 <= int(low) <= int(high or low):
+        raise ConfigError(f"{option} is {text!r}; expected MIN:MAX with 1 ≤ MIN ≤ MAX, or one number")
+    return int(low), int(high or low)
+
+
+def _driver_device(engine: EngineName, device: str) -> str:
+    """The device of the process that drives a build: a cluster's GPUs need not be on its machine."""
+    return device if engine is EngineName.LOCAL or device == "cpu" else "auto"
 
 
 # --- refrag index -------------------------------------------------------------------------------------
@@ -325,7 +399,7 @@ def _engine(name: EngineName, workers: int | None) -> "LocalEngine":
 def index_build(
     corpus: Corpus,
     output: Output = "refrag-index",
-    engine: Annotated[EngineName, typer.Option(help="What drives the build.")] = EngineName.LOCAL,
+    engine: EngineOption = EngineName.LOCAL,
     checkpoint: Checkpoint = None,
     encoder: Encoder = None,
     decoder: Decoder = None,
@@ -341,6 +415,11 @@ def index_build(
     max_document_bytes: MaxDocumentBytes = 64 << 20,
     device: Device = "auto",
     workers: Workers = None,
+    ray_address: RayAddress = None,
+    device_workers: DeviceWorkers = None,
+    gpus_per_worker: GpusPerWorker = None,
+    shard_timeout: ShardTimeout = 3600,
+    wait_for_nodes: WaitForNodes = 0,
     score: Score = False,
     tables: BuiltTables = None,
     min_recall: MinRecall = 0.95,
@@ -372,7 +451,7 @@ def index_build(
         chunk_size_field=chunk_size_field,
         max_passage_tokens=max_passage_tokens,
         embedding_dtype=embedding_dtype,
-        device=device,
+        device=_driver_device(engine, device),
         score=score,
         tables=tables and tables.value,
         min_recall=min_recall,
@@ -384,8 +463,21 @@ def index_build(
         retry_quarantined=retry_quarantined,
         work=work,
     )
-    with _engine(engine, workers) as running:
-        report = build_index(options, running, _progress())
+    progress = _progress()
+    with _engine(
+        engine,
+        workers,
+        progress=progress,
+        output=output,
+        locations=[*corpus, *([checkpoint] if checkpoint else [])],
+        device=device,
+        ray_address=ray_address,
+        device_workers=device_workers,
+        gpus_per_worker=gpus_per_worker,
+        shard_timeout=shard_timeout,
+        wait_for_nodes=wait_for_nodes,
+    ) as running:
+        report = build_index(options, running, progress)
     if as_json:
         _print_json(report)
     else:
@@ -585,7 +677,9 @@ def index_repair(
     text_field: TextField = "text",
     metadata_fields: MetadataFields = None,
     device: Device = "auto",
+    engine: EngineOption = EngineName.LOCAL,
     workers: Workers = None,
+    ray_address: RayAddress = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Make the files again that `verify` condemns, by running their shards' stages again."""
@@ -597,9 +691,12 @@ def index_repair(
     source = None
     if corpus:
         source = CorpusOptions(tuple(corpus), id_field, text_field, fields, excluded_folder=absolute(index))
-    options = RepairOptions(index=index, corpus=source, checkpoint=checkpoint, device=device)
-    with _engine(EngineName.LOCAL, workers) as running:
-        report = repair_index(options, running, _progress())
+    options = RepairOptions(index=index, corpus=source, checkpoint=checkpoint, device=_driver_device(engine, device))
+    progress, read = _progress(), [*(corpus or []), *([checkpoint] if checkpoint else [])]
+    with _engine(
+        engine, workers, progress=progress, output=index, locations=read, device=device, ray_address=ray_address
+    ) as running:
+        report = repair_index(options, running, progress)
     if as_json:
         _print_json(report)
         return
@@ -914,15 +1011,18 @@ def index_compact(
     min_dead_fraction: Annotated[
         float, typer.Option(help="Share of tombstoned documents from which a shard is written anew.", min=0, max=1)
     ] = 0.0,
+    engine: EngineOption = EngineName.LOCAL,
     workers: Workers = None,
+    ray_address: RayAddress = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Merge small shards and segments and drop tombstoned rows. Encodes nothing; the content stays the same."""
     from refrag.pipelines.compact import CompactOptions, compact_index
 
     options = CompactOptions(index=index, shard_bytes=shard_bytes, min_dead_fraction=min_dead_fraction)
-    with _engine(EngineName.LOCAL, workers) as running:
-        report = compact_index(options, running, _progress())
+    progress = _progress()
+    with _engine(engine, workers, progress=progress, output=index, ray_address=ray_address) as running:
+        report = compact_index(options, running, progress)
     if as_json:
         _print_json(report)
         return

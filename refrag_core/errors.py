@@ -6,6 +6,7 @@ instance survives pickling when an engine carries it from a worker to the driver
 
 __all__ = [
     "AccountingError",
+    "ClusterError",
     "CommitConflictError",
     "ConfigError",
     "CorpusChangedError",
@@ -106,6 +107,10 @@ class ObjectStoreError(RefragError):
 
 class StageError(RefragError):
     """A stage failed on a shard for a reason that no single record explains."""
+
+
+class ClusterError(RefragError):
+    """A cluster cannot be reached, or lacks room, a folder or software that the run needs on its nodes."""
 
 
 class TrainingDivergedError(RefragError):

@@ -1,7 +1,8 @@
 """Engines: what maps stages over shards. An engine decides where and when, never what."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol, TypeVar
+from contextlib import AbstractContextManager
+from typing import Protocol, TypeAlias, TypeVar
 
 from refrag.pipelines.plan import ShardSpec
 from refrag.pipelines.stages import ShardResult, Stages
@@ -26,3 +27,7 @@ class Engine(Protocol):
 
     def run(self, store: Store, stages: Stages, specs: Iterable[ShardSpec]) -> Iterator[ShardResult]:
         """Every shard through every stage, in any order of completion."""
+
+
+OpenEngine: TypeAlias = AbstractContextManager[Engine]
+"""What makes an engine while it is entered."""
