@@ -84,7 +84,7 @@ class _Problem:
 
 
 def needs_of(stages: Stages, *, extras: Iterable[str] = (), gpus: int = 0) -> Needs:
-    """The needs of a build's stages; the chunk encoder comes with the index itself."""
+    """The needs of a build's stages. The encoder's body is not among them: a checkpoint names it, on first use."""
     tokenize = stages.tokenize
     models = [ModelNeed("tokenizer", tokenize.tokenizer, tokenize.tokenizer, tokenize.tokenizer_fingerprint)]
     for stage in stages.device:
