@@ -30,6 +30,7 @@ from refrag.pipelines.engines.dispatch import Died, Dispatcher, Done, Event, Lim
 from refrag.pipelines.engines.node_checks import Needs
 from refrag.pipelines.engines.placement import Layout, Node, Wanted, bundles, describe, lay_out
 from refrag.pipelines.plan import ShardSpec
+from refrag.pipelines.preflight import Machine, check_workers, look, needs_of
 from refrag.pipelines.progress import Progress, Silent
 from refrag.pipelines.receipts import Receipt
 from refrag.pipelines.stages import DeviceStage, ShardResult, Stages, run_device_stages
@@ -449,7 +450,7 @@ class RayEngine:
         nodes, token = cluster_nodes(), f".refrag-reach-{os.uname().nodename}-{os.getpid()}"
         check = node_checks.make_check(needs, token)
         with node_checks.tokens(needs.shared, token):
-            asked = {node: _ask_node(check, node) for node in nodes}
+            asked = {node: _on_node(check, node, node.id) for node in nodes}
             problems: dict[str, list[str]] = {}
             for node, reference in asked.items():
                 found = _answer_of(reference)
@@ -494,6 +495,7 @@ class RayEngine:
     def run(self, store: Store, stages: Stages, specs: Iterable[ShardSpec]) -> Iterator[ShardResult]:
         """Every shard through tokenize on a CPU worker, then through the device stages on a device worker."""
         self._check_models(stages)
+        self._compare_machines(stages)
         device = "cuda" if self._layout.device_gpus else "cpu"
         on_device = [_on_device(stage, device) for stage in stages.device]
         self._enter_phase("run")
@@ -543,6 +545,16 @@ class RayEngine:
         if named:
             self._check_nodes(Needs(modules=(), readable=sorted(named)))
 
+    def _compare_machines(self, stages: Stages) -> None:
+        """Compare the packages, code and models of other machines with this one's. Raises ClusterError."""
+        others = [node for node in cluster_nodes() if node.host != _this_host()]
+        if not others:
+            return
+        uri = any(is_uri(location) for location in (*self.options.locations, self.options.output or ""))
+        needs = needs_of(stages, extras=("cpu", "ray", *(["s3"] if uri else [])))
+        asked = {node: _on_node(look, node, needs) for node in others}
+        check_workers(needs, look(needs), [_machine(node, reference) for node, reference in asked.items()])
+
     # --- the pools
 
     def _step(self) -> list[tuple[Work, Any]]:
@@ -582,10 +594,27 @@ def _label(function: Callable[..., Any], item: Any, number: int) -> str:
     return f"{name.strip('_').replace('_', ' ')} {getattr(item, 'name', number)}"
 
 
-def _ask_node(check: node_checks.Check, node: Node) -> Any:
+def _this_host() -> str:
+    return os.uname().nodename
+
+
+def _on_node(function: Callable[..., Any], node: Node, *arguments: Any) -> Any:
     here = NodeAffinitySchedulingStrategy(node.id, soft=False)
-    asked = ray.remote(check).options(num_cpus=0, scheduling_strategy=here, name="refrag check node", max_retries=0)
-    return asked.remote(node.id)
+    asked = ray.remote(function).options(num_cpus=0, scheduling_strategy=here, name="refrag check node", max_retries=0)
+    return asked.remote(*arguments)
+
+
+def _machine(node: Node, reference: Any) -> Machine:
+    """What `look` saw on a node, under the node's name. Raises ClusterError where it gave no answer."""
+    name = f"{node.host} ({node.id[:8]})"
+    try:
+        seen: Machine = ray.get(reference, timeout=_PROBE_SECONDS)
+    except (GetTimeoutError, RayError) as error:
+        raise ClusterError(
+            f"node {name} could not be looked at ({_last_line(error)[:200]}), expected it to import this machine's "
+            "refrag: start every node from one image"
+        ) from error
+    return replace(seen, name=name)
 
 
 def _answer_of(reference: Any) -> list[str]:
