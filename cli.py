@@ -21,6 +21,7 @@ from refrag_core.errors import RefragError, UsageError
 
 if TYPE_CHECKING:
     from refrag.pipelines.build import BuildOptions, BuildReport
+    from refrag.pipelines.engines.beam import BeamEngine
     from refrag.pipelines.engines.local import LocalEngine
     from refrag.pipelines.progress import Progress
     from refrag_core.bundle import BundleReport
@@ -52,6 +53,7 @@ class EngineName(StrEnum):
     """Engines that drive a build."""
 
     LOCAL = "local"
+    BEAM = "beam"
 
 
 class EmbeddingDtypeName(StrEnum):
@@ -128,6 +130,13 @@ ReadTables = Annotated[TablesName, typer.Option("--tables", help="Which tables p
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
 Workers = Annotated[
     int | None, typer.Option(help="Tokenizing processes; 0 runs in this process. Default: CPUs - 1.", min=0)
+]
+BeamOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--beam-option",
+        help="With --engine beam: one of Beam's PipelineOptions, as in --beam-option=--runner=FlinkRunner; repeatable.",
+    ),
 ]
 Score = Annotated[bool, typer.Option("--score", help="Add per-chunk perplexity, which the perplexity policy needs.")]
 MinRecall = Annotated[
@@ -285,10 +294,17 @@ def _build_options(
     )
 
 
-def _engine(name: EngineName, workers: int | None) -> "LocalEngine":
+def _engine(
+    name: EngineName, workers: int | None, *, output: str = "", beam_options: list[str] | None = None
+) -> "LocalEngine | BeamEngine":
+    if beam_options and name is not EngineName.BEAM:
+        raise UsageError(f"--beam-option was given with --engine {name}; expected --engine beam, or no such option")
+    if name is EngineName.BEAM:
+        from refrag.pipelines.engines.beam import BeamEngine
+
+        return BeamEngine(beam_options or (), exchange=output, workers=workers)
     from refrag.pipelines.engines.local import LocalEngine
 
-    assert name is EngineName.LOCAL
     return LocalEngine(workers)
 
 
@@ -300,6 +316,7 @@ def index_build(
     corpus: Corpus,
     output: Output = "refrag-index",
     engine: Annotated[EngineName, typer.Option(help="What drives the build.")] = EngineName.LOCAL,
+    beam_option: BeamOptions = None,
     checkpoint: Checkpoint = None,
     encoder: Encoder = None,
     decoder: Decoder = None,
@@ -356,7 +373,7 @@ def index_build(
         dedup_passages=dedup_passages,
         retry_quarantined=retry_quarantined,
     )
-    with _engine(engine, workers) as running:
+    with _engine(engine, workers, output=output, beam_options=beam_option) as running:
         report = build_index(options, running, _progress())
     if as_json:
         _print_json(report)
