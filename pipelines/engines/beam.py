@@ -60,6 +60,7 @@ with _logged_to(logging.NullHandler()):
         from apache_beam.portability.api import beam_provision_api_pb2
         from apache_beam.runners.portability.fn_api_runner import fn_runner
         from apache_beam.runners.portability.portable_runner import JobServiceHandle
+        from apache_beam.runners.runner import create_runner
         from apache_beam.transforms.environments import SubprocessSDKEnvironment
         from apache_beam.utils.shared import Shared
     except ImportError as missing:
@@ -509,7 +510,7 @@ class BeamEngine:
 
     def _failure(self, message: str) -> StageError:
         self._failed = True
-        return StageError(f"{message}; the workers' log is in {self._folder}")
+        return StageError(f"{message}; Beam's logs are in {self._folder}")
 
     def _broken(self, error: BaseException | None, missing: int) -> StageError:
         lines = [line.strip() for line in str(error or "").splitlines() if line.strip()]
@@ -575,6 +576,10 @@ def _checked(flags: list[str], workers: int | None) -> list[str]:
             f"--workers counts processes of Beam's direct runner, and {runner} was asked for; expected the runner's "
             "own option, such as --beam-option=--num_workers=8"
         )
+    try:
+        create_runner(runner)
+    except (ValueError, ImportError, AttributeError) as error:
+        raise ConfigError(f"Beam has no runner {runner} here ({error}); expected one that is installed") from error
     unknown = set(options.get_all_options(retain_unknown_options=True)) - set(options.get_all_options())
     if _is_direct(runner) and unknown:
         raise ConfigError(
