@@ -357,6 +357,12 @@ class BeamEngine:
             self._end()
             raise
 
+    @property
+    def spans_machines(self) -> bool:
+        """Whether workers may run on other machines than the driver."""
+        portable = _parsed(self._flags).view_as(PortableOptions)
+        return not _is_direct(self.runner) and portable.environment_type != "LOOPBACK"
+
     def __enter__(self) -> "BeamEngine":
         return self
 
@@ -372,9 +378,15 @@ class BeamEngine:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def map(self, function: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
-        """Results in the order of the items; the worker's own error where one fails."""
+        """Results in the order of the items; the worker's own error where one fails.
+
+        An item that is alone is run here: starting a pipeline for it takes seconds, on a service minutes.
+        """
         remaining = iter(items)
         while part := list(islice(remaining, _ITEMS_A_PIPELINE)):
+            if len(part) == 1:
+                yield function(part[0])
+                return
             keyed = {f"{number:08d}": item for number, item in enumerate(part)}
             location = self._exchange or self._own_folder()
             waiting: dict[str, Made] = {}
@@ -396,7 +408,7 @@ class BeamEngine:
                 yield result
 
     def _own_folder(self) -> Path:
-        if not _is_direct(self.runner) and _parsed(self._flags).view_as(PortableOptions).job_endpoint != "embed":
+        if self.spans_machines:
             raise ConfigError(
                 f"{self.runner} has workers elsewhere, and the engine was told of no place where their results come "
                 "back; expected the index's location: BeamEngine(options, exchange=…)"
@@ -506,7 +518,9 @@ class BeamEngine:
         words = [sys.executable, "-m", "refrag.pipelines.engines.beam_worker", self._folder, os.getpid(), threads]
         command = " ".join(shlex.quote(str(word)) for word in words)
         log = shlex.quote(str(self._folder / "workers.log"))
-        return SubprocessSDKEnvironment.from_command_string(f"exec {command} 2>>{log}")
+        # The shell makes the mark, under the process id that is the worker's: not even a start that fails goes unseen.
+        mark = f"{shlex.quote(str(self._folder / PREFIX))}$$"
+        return SubprocessSDKEnvironment.from_command_string(f": >{mark}; exec {command} 2>>{log}")
 
     def _failure(self, message: str) -> StageError:
         self._failed = True

@@ -2,8 +2,8 @@
 
     python -m refrag.pipelines.engines.beam_worker FOLDER DRIVER THREADS
 
-A file of FOLDER names the process from its first to its last moment, so that the driver sees a worker that died: the
-runner itself would wait for it for ever. DRIVER is the driver's process id, THREADS what PyTorch may use.
+A file of FOLDER names the process from its start, and goes as its last act: so the driver sees a worker that died, which
+the runner itself would wait for for ever. DRIVER is the driver's process id, THREADS what PyTorch may use.
 """
 
 import os
@@ -16,15 +16,13 @@ PREFIX = "worker-"
 
 def main(folder: str, driver: str, threads: str) -> None:
     """Serve the runner that the environment names, until it says that all is done."""
-    mark = Path(folder, f"{PREFIX}{os.getpid()}")
-    mark.touch()
     os.environ.setdefault("OMP_NUM_THREADS", threads)
     from refrag.pipelines.engines.local import start_worker
 
     start_worker(int(driver))
     sys.argv = ["sdk_worker"]
     runpy.run_module("apache_beam.runners.worker.sdk_worker_main", run_name="__main__")
-    mark.unlink(missing_ok=True)
+    Path(folder, f"{PREFIX}{os.getpid()}").unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Results and errors as JSON: what comes back from workers through files, without a pickle.
 
-Values are made of None, numbers, strings, bytes, paths, tuples, lists, dicts, and the dataclasses of refrag, which come
-back equal to what they were. Reading a message makes nothing else, whoever wrote it.
+Values are made of None, numbers and arrays of them, strings, bytes, paths, tuples, lists, dicts, and the dataclasses of
+refrag, which come back equal to what they were. Reading a message makes nothing else, whoever wrote it.
 """
 
 import base64
@@ -12,6 +12,8 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from refrag_core import errors
 from refrag_core.digests import JSON
@@ -37,6 +39,8 @@ def _plain(value: Any) -> JSON:
         return str(value)
     if isinstance(value, bytes):
         return {"bytes": base64.b64encode(value).decode()}
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        return {"array": [value.dtype.str, list(value.shape), base64.b64encode(value.tobytes()).decode()]}
     if isinstance(value, Path):
         return {"path": str(value)}
     if isinstance(value, list):
@@ -51,7 +55,7 @@ def _plain(value: Any) -> JSON:
         return {"class": [kind.__module__, kind.__qualname__], "fields": fields}
     raise StageError(
         f"a worker made a {type(value).__module__}.{type(value).__qualname__}, expected numbers, strings, lists, "
-        "tuples, dicts or a dataclass of refrag: engines carry specs and receipts only; write the rest into the index"
+        "tuples, dicts, arrays or a dataclass of refrag: engines carry specs and receipts; write the rest into the index"
     )
 
 
@@ -66,6 +70,9 @@ def _value(body: Any) -> Any:
     ((kind, inner),) = body.items()
     if kind == "bytes":
         return base64.b64decode(inner)
+    if kind == "array":
+        dtype, shape, data = inner
+        return np.frombuffer(base64.b64decode(data), np.dtype(dtype)).reshape(shape).copy()
     if kind == "path":
         return Path(inner)
     if kind == "tuple":

@@ -156,6 +156,8 @@ def test_results_come_in_the_order_of_the_items(runner: str) -> None:
     with BeamEngine(RUNNERS[runner]) as engine:
         assert list(engine.map(squared, iter(range(30)))) == [item * item for item in range(30)]
         assert list(engine.map(squared, [])) == []
+        assert list(engine.map(later_first, [3])) == [(9, os.getpid())]  # not worth a pipeline
+        assert not engine.spans_machines
 
 
 def test_worker_processes_share_the_items() -> None:
@@ -339,6 +341,7 @@ def test_a_runner_elsewhere_has_to_know_where_results_come_back() -> None:
     flags = ("--runner=PortableRunner", "--job_endpoint=localhost:1")
     with BeamEngine(flags) as engine, pytest.raises(ConfigError, match=r"expected the index's location: BeamEngine\("):
         list(engine.map(squared, range(2)))
+    assert engine.spans_machines
 
 
 def test_a_runner_that_breaks_is_one_message(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -69,9 +70,19 @@ def test_what_engines_carry_comes_back(value: Any) -> None:
     assert decode(encode(value)) == value
 
 
-@pytest.mark.parametrize("value", [{1, 2}, object(), [st], os.stat_result(range(10)).__class__])
+@pytest.mark.parametrize("dtype", ["<f4", "<i8", "?", "<f2"])
+def test_arrays_come_back_equal_and_writable(dtype: str) -> None:
+    array = np.arange(6).reshape(2, 3).astype(dtype)
+    back = decode(encode({"hits": (array, array[:0])}))["hits"]
+    for made, sent in zip(back, (array, array[:0]), strict=True):
+        assert (made.dtype, made.shape) == (sent.dtype, sent.shape)
+        np.testing.assert_array_equal(made, sent)
+    back[0][0, 0] = 1
+
+
+@pytest.mark.parametrize("value", [np.array([object()]), {1, 2}, object(), [st], os.stat_result(range(10)).__class__])
 def test_nothing_else_is_sent(value: Any) -> None:
-    with pytest.raises(StageError, match="engines carry specs and receipts only"):
+    with pytest.raises(StageError, match="engines carry specs and receipts; write"):
         encode(value)
 
 
