@@ -2,8 +2,8 @@
 
     python -m refrag.pipelines.engines.beam_worker FOLDER DRIVER THREADS
 
-A file of FOLDER names the process from its start, and goes as its last act: so the driver sees a worker that died, which
-the runner itself would wait for for ever. DRIVER is the driver's process id, THREADS what PyTorch may use.
+A file of FOLDER names the process from its start, and goes as its last act: so the driver sees a worker that died, for
+which the runner itself would wait for ever. DRIVER is the driver's process id, THREADS what PyTorch may use.
 """
 
 import os

@@ -55,7 +55,8 @@ def _plain(value: Any) -> JSON:
         return {"class": [kind.__module__, kind.__qualname__], "fields": fields}
     raise StageError(
         f"a worker made a {type(value).__module__}.{type(value).__qualname__}, expected numbers, strings, lists, "
-        "tuples, dicts, arrays or a dataclass of refrag: engines carry specs and receipts; write the rest into the index"
+        "tuples, dicts, arrays or a dataclass of refrag: engines carry specs and receipts; write the rest into the "
+        "index"
     )
 
 
