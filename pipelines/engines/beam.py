@@ -476,6 +476,7 @@ class BeamEngine:
     ) -> Iterator[_Running]:
         """Start a pipeline; at the end, however it comes, nothing of it goes on."""
         pipeline = self._pipeline(len(items))
+        exchange.open()
         build(pipeline, exchange, items)
         running = _Running(pipeline)
         try:
@@ -485,7 +486,7 @@ class BeamEngine:
                 exchange.stop()
                 running.cancel()
                 self._close(running)
-            exchange.remove(ended=running.ended)
+            exchange.remove()
 
     def _close(self, running: _Running) -> None:
         """Wait for what ends now, but neither for long work nor for a runner that misses a worker."""

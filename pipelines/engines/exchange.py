@@ -51,7 +51,7 @@ class Exchange:
         """The items whose results are there."""
         for name in _store(self.location).list(FOLDER):
             token, _, rest = name.partition(".")
-            if token == self.token:
+            if token == self.token and rest.endswith(".json"):
                 yield rest.removesuffix(".json")
 
     def take(self, key: str) -> bytes:
@@ -59,27 +59,25 @@ class Exchange:
         return _store(self.location).read(self._name(key))
 
     @property
-    def _stop(self) -> str:
-        return f"{FOLDER}/stop-{self.token}"
+    def _mark(self) -> str:
+        return f"{FOLDER}/{self.token}.open"
+
+    def open(self) -> None:
+        """Begin: until the exchange is stopped, workers take up items."""
+        _store(self.location).replace(self._mark, b"")
 
     def stop(self) -> None:
-        """Tell the workers to begin no further item."""
-        _store(self.location).replace(self._stop, b"")
+        """Let the workers begin no further item."""
+        _store(self.location).remove(self._mark)
 
     def stopped(self) -> bool:
-        """Whether the driver wants no more."""
-        return _store(self.location).exists(self._stop)
+        """Whether nobody waits for results any more."""
+        return not _store(self.location).exists(self._mark)
 
-    def remove(self, *, ended: bool = True) -> None:
-        """Remove the results, and what drivers that were killed have left a day ago or earlier.
-
-        Args:
-            ended: whether no worker is left; otherwise what tells it to stop stays.
-        """
+    def remove(self) -> None:
+        """Stop, and remove the results, and what drivers that were killed have left a day ago or earlier."""
         store, before = _store(self.location), time.time() - _ABANDONED_SECONDS
         for path in (f"{FOLDER}/{name}" for name in store.list(FOLDER)):
             with contextlib.suppress(FileNotFoundError):  # another driver may clear up as well
                 if path.startswith(f"{FOLDER}/{self.token}.") or store.modified(path) < before:
                     store.remove(path)
-        if ended:
-            store.remove(self._stop)

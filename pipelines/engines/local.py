@@ -32,7 +32,7 @@ def default_workers() -> int:
     return max(1, min(16, available_cores() - 1))
 
 
-def start_worker(parent: int) -> None:
+def _start_worker(parent: int) -> None:
     """Leave Ctrl-C to the parent, and end when the parent is gone, however it went."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the pool is the parallelism; each worker takes one core
@@ -78,7 +78,7 @@ class LocalEngine:
         """Hand an item to the workers; where they died since the last one, the future says so."""
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self.workers, context, start_worker, (os.getpid(),))
+            self._pool = ProcessPoolExecutor(self.workers, context, _start_worker, (os.getpid(),))
         try:
             return self._pool.submit(function, item)
         except BrokenProcessPool as error:

@@ -29,14 +29,19 @@ def test_results_come_back_by_their_keys(location: str) -> None:
     assert list(other.present()) == ["00000002"]
 
 
-def test_workers_are_told_to_stop_until_the_last_has_ended(location: str) -> None:
-    mine = Exchange.of(location)
-    assert not mine.stopped()
-    mine.stop()
-    mine.remove(ended=False)
+def test_workers_take_up_items_while_somebody_waits(location: str) -> None:
+    mine, other = Exchange.of(location), Exchange.of(location)
     assert mine.stopped()
-    mine.remove()
+    mine.open()
+    other.open()
     assert not mine.stopped()
+    assert list(mine.present()) == []
+    mine.stop()
+    assert (mine.stopped(), other.stopped()) == (True, False)
+    mine.open()
+    mine.remove()
+    assert mine.stopped()
+    other.remove()
     assert open_store(location).list(FOLDER) == []
 
 
