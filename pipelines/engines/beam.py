@@ -71,6 +71,9 @@ with _logged_to(logging.NullHandler()):
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
+Pipe = Callable[[Any, Exchange, Mapping[str, Any]], None]
+"""Puts the items into a pipeline, and their results from there into an exchange."""
+
 RESULTS = "results"
 FAILED = "failed"
 NAMESPACE = "refrag"
@@ -415,12 +418,7 @@ class BeamEngine:
             )
         return self._folder
 
-    def _execute(
-        self,
-        location: IndexLocation,
-        items: Mapping[str, Any],
-        build: Callable[[Any, Exchange, Mapping[str, Any]], None],
-    ) -> Iterator[tuple[str, Any]]:
+    def _execute(self, location: IndexLocation, items: Mapping[str, Any], build: Pipe) -> Iterator[tuple[str, Any]]:
         """Results with their keys as they come; the items of a worker that died go into a pipeline of their own."""
         left = dict(items)
         deaths = 0
@@ -437,12 +435,7 @@ class BeamEngine:
                     "finish: use fewer --workers or a smaller --shard-bytes and run the command again"
                 )
 
-    def _outcomes(
-        self,
-        location: IndexLocation,
-        items: Mapping[str, Any],
-        build: Callable[[Any, Exchange, Mapping[str, Any]], None],
-    ) -> Iterator[tuple[str, Any]]:
+    def _outcomes(self, location: IndexLocation, items: Mapping[str, Any], build: Pipe) -> Iterator[tuple[str, Any]]:
         """One pipeline: results with their keys as they come. Raises _WorkerLost, or the error of an item."""
         exchange = Exchange.of(location)
         with self._launched(exchange, items, build) as running:
@@ -471,9 +464,7 @@ class BeamEngine:
             raise _WorkerLost
 
     @contextlib.contextmanager
-    def _launched(
-        self, exchange: Exchange, items: Mapping[str, Any], build: Callable[[Any, Exchange, Mapping[str, Any]], None]
-    ) -> Iterator[_Running]:
+    def _launched(self, exchange: Exchange, items: Mapping[str, Any], build: Pipe) -> Iterator[_Running]:
         """Start a pipeline; at the end, however it comes, nothing of it goes on."""
         pipeline = self._pipeline(len(items))
         exchange.open()

@@ -200,7 +200,7 @@ def with_stage(kind: type[EmbedStage]) -> Callable[[Models], EmbedStage]:
 @pytest.fixture
 def many(tmp_path: Path, own_cache: Path) -> SmallIndex:
     """10,000 records, one of them poisoned."""
-    records = documents(10_000, sentences=2)
+    records = documents(10_000, sentences=1)
     records[4321]["text"] += " Here is the poison."
     return SmallIndex(tmp_path, records, shard_bytes=50_000)
 
@@ -228,7 +228,7 @@ def test_one_record_in_ten_thousand(many: SmallIndex, monkeypatch: pytest.Monkey
     assert ids_of(beamed) == ids_of(local)
     assert quarantine_of(beamed) == quarantine_of(local)
     assert verify_index(FolderStore(beamed)).problems == ()
-    records = documents(10_000, sentences=2)
+    records = documents(10_000, sentences=1)
     many.write(records[:4321] + records[4322:])
     with BeamEngine(exchange=without) as engine:
         assert run(engine, without).content_id == report.content_id
