@@ -68,7 +68,7 @@ def test_two_engines_agree_and_a_second_run_builds_nothing(
     report = json.loads(capsys.readouterr().out)
     assert report["equal"]
     assert set(report["engines"]) == {"local", "beam-direct"}
-    assert report["files"] > 10
+    assert report["files"] >= 10
     monkeypatch.setattr(engine_parity, "subprocess", None)  # nothing is started
     assert main(arguments) == 0
     record = tmp_path / "made" / "beam-direct.json"
