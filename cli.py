@@ -54,13 +54,6 @@ class EngineName(StrEnum):
 
     LOCAL = "local"
     RAY = "ray"
-
-
-class PlannedEngineName(StrEnum):
-    """Engines that a plan can be made for."""
-
-    LOCAL = "local"
-    RAY = "ray"
     BEAM = "beam"
 
 
@@ -136,7 +129,9 @@ BuiltTables = Annotated[
 ]
 ReadTables = Annotated[TablesName, typer.Option("--tables", help="Which tables passages are read from.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
-EngineOption = Annotated[EngineName, typer.Option(help="What drives the work: this machine, or a Ray cluster.")]
+EngineOption = Annotated[
+    EngineName, typer.Option(help="What drives the work: this machine, a Ray cluster, or a Beam runner.")
+]
 Workers = Annotated[
     int | None,
     typer.Option(help="Processes for CPU work; 0 runs in this process. Default: CPUs - 1; of a cluster all.", min=0),
@@ -174,6 +169,13 @@ Gpu = Annotated[
     str | None, typer.Option(help="The workers' cards, h100: rates measured on one. Default: this machine's own rates.")
 ]
 CoresAWorker = Annotated[int, typer.Option("--cores", help="CPU cores of a machine of the cluster.", min=1)]
+BeamOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--beam-option",
+        help="With --engine beam: one of Beam's PipelineOptions, as in --beam-option=--runner=FlinkRunner; repeatable.",
+    ),
+]
 Score = Annotated[bool, typer.Option("--score", help="Add per-chunk perplexity, which the perplexity policy needs.")]
 MinRecall = Annotated[
     float, typer.Option(help="Recall@10 of the vector index under which nothing is published.", min=0, max=1)
@@ -343,6 +345,7 @@ def _engine(
     gpus_per_worker: float | None = None,
     shard_timeout: float = 3600,
     wait_for_nodes: float = 0,
+    beam_options: Sequence[str] | None = None,
 ) -> "OpenEngine":
     """The engine of a command, to be used as a context manager. Raises MissingExtraError, ConfigError.
 
@@ -350,6 +353,8 @@ def _engine(
         output: the index that is written.
         locations: what is read, as it was given.
     """
+    if beam_options and name is not EngineName.BEAM:
+        raise UsageError(f"--beam-option was given with --engine {name}; expected --engine beam, or no such option")
     if name is EngineName.RAY:
         from refrag.pipelines.engines.ray import RayEngine, RayOptions
 
@@ -374,6 +379,10 @@ def _engine(
     }
     if foreign := [option for option, value in given.items() if value is not None]:
         raise ConfigError(f"{', '.join(foreign)} was given with --engine {name}; expected it with --engine ray alone")
+    if name is EngineName.BEAM:
+        from refrag.pipelines.engines.beam import BeamEngine
+
+        return BeamEngine(beam_options or (), exchange=output or "", workers=workers)
     from refrag.pipelines.engines.local import LocalEngine
 
     return LocalEngine(workers)
@@ -400,6 +409,7 @@ def index_build(
     corpus: Corpus,
     output: Output = "refrag-index",
     engine: EngineOption = EngineName.LOCAL,
+    beam_option: BeamOptions = None,
     checkpoint: Checkpoint = None,
     encoder: Encoder = None,
     decoder: Decoder = None,
@@ -476,6 +486,7 @@ def index_build(
         gpus_per_worker=gpus_per_worker,
         shard_timeout=shard_timeout,
         wait_for_nodes=wait_for_nodes,
+        beam_options=beam_option,
     ) as running:
         report = build_index(options, running, progress)
     if as_json:
@@ -524,7 +535,7 @@ def _print_build(report: "BuildReport", output: str) -> None:
 def index_plan(
     corpus: Corpus,
     output: Output = "refrag-index",
-    engine: Annotated[PlannedEngineName, typer.Option(help="What is to drive the build.")] = PlannedEngineName.LOCAL,
+    engine: Annotated[EngineName, typer.Option(help="What is to drive the build.")] = EngineName.LOCAL,
     gpu: Gpu = None,
     cores: CoresAWorker = 16,
     checkpoint: Checkpoint = None,
@@ -609,11 +620,11 @@ def index_plan(
         _print_cluster(report.cluster)
 
 
-def _cluster(engine: PlannedEngineName, workers: int | None, gpu: str | None, cores: int) -> "ClusterOptions | None":
+def _cluster(engine: EngineName, workers: int | None, gpu: str | None, cores: int) -> "ClusterOptions | None":
     from refrag.pipelines.cluster_plan import ClusterOptions
     from refrag_core.errors import UsageError
 
-    if engine is PlannedEngineName.LOCAL:
+    if engine is EngineName.LOCAL:
         if gpu is not None:
             raise UsageError(
                 "--gpu was given for the local engine, expected --engine ray or beam: leave one of them out"
