@@ -479,7 +479,7 @@ def index_build(
         workers,
         progress=progress,
         output=output,
-        locations=[*corpus, *([checkpoint] if checkpoint else [])],
+        locations=corpus,
         device=device,
         ray_address=ray_address,
         device_workers=device_workers,

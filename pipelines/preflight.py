@@ -33,12 +33,14 @@ _OF_EXTRA: Mapping[str, Sequence[str]] = {
 }
 _NAMES_SHOWN = 3
 
+ModelKind = Literal["tokenizer", "retriever", "decoder"]
+
 
 @dataclass(frozen=True, slots=True)
 class ModelNeed:
     """A model that a stage opens."""
 
-    kind: Literal["tokenizer", "retriever", "decoder"]
+    kind: ModelKind
     folder: str
     """Where the driver found it."""
     reference: str
@@ -86,13 +88,17 @@ class _Problem:
 def needs_of(stages: Stages, *, extras: Iterable[str] = (), gpus: int = 0) -> Needs:
     """The needs of a build's stages. The encoder's body is not among them: a checkpoint names it, on first use."""
     tokenize = stages.tokenize
-    models = [ModelNeed("tokenizer", tokenize.tokenizer, tokenize.tokenizer, tokenize.tokenizer_fingerprint)]
+    models = [_need("tokenizer", tokenize.tokenizer, tokenize.reference, tokenize.tokenizer_fingerprint)]
     for stage in stages.device:
         if isinstance(stage, EmbedStage):
-            models.append(ModelNeed("retriever", stage.retriever, stage.retriever, stage.retriever_fingerprint))
+            models.append(_need("retriever", stage.retriever, stage.reference, stage.retriever_fingerprint))
         elif isinstance(stage, ScoreStage):
-            models.append(ModelNeed("decoder", stage.decoder, stage.decoder, stage.decoder_fingerprint))
+            models.append(_need("decoder", stage.decoder, stage.reference, stage.decoder_fingerprint))
     return Needs(extras=tuple(extras), models=tuple(models), gpus=gpus)
+
+
+def _need(kind: ModelKind, folder: str, reference: str, fingerprint: str) -> ModelNeed:
+    return ModelNeed(kind, folder, reference or folder, fingerprint)
 
 
 def look(needs: Needs) -> Machine:

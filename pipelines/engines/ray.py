@@ -61,6 +61,8 @@ Made = TypeVar("Made")
 CPU, DEVICE = "cpu", "device"
 """The pools."""
 
+_OWN = "local"
+"""What Ray calls a cluster of this process's own."""
 _LOOK_SECONDS = 5.0
 """How often the cluster is looked at for nodes that came or went."""
 _PROBE_SECONDS = 120.0
@@ -93,6 +95,11 @@ class RayOptions:
     """Where every node has to write."""
     local_cpus: int | None = None
     """CPUs of a Ray of this process's own; None is the cores."""
+
+    @property
+    def cluster(self) -> str:
+        """The address to connect to; one that is not given must not become whatever cluster someone else started."""
+        return self.address or os.environ.get("RAY_ADDRESS") or _OWN
 
     @property
     def wanted(self) -> Wanted:
@@ -377,6 +384,11 @@ class RayEngine:
         self._progress = progress or Silent()
         self._connection = contextlib.ExitStack()
 
+    @property
+    def spans_machines(self) -> bool:
+        """Whether workers run on other machines, or may as nodes join."""
+        return self.options.cluster != _OWN or any(node.host != _this_host() for node in cluster_nodes())
+
     def __enter__(self) -> "RayEngine":
         self._last: dict[str, tuple[int, int]] = {}
         try:
@@ -494,7 +506,6 @@ class RayEngine:
 
     def run(self, store: Store, stages: Stages, specs: Iterable[ShardSpec]) -> Iterator[ShardResult]:
         """Every shard through tokenize on a CPU worker, then through the device stages on a device worker."""
-        self._check_models(stages)
         self._compare_machines(stages)
         device = "cuda" if self._layout.device_gpus else "cpu"
         on_device = [_on_device(stage, device) for stage in stages.device]
@@ -532,18 +543,6 @@ class RayEngine:
         result = run_device_stages(store, (), work.subject, value) if work.pool == CPU else value
         self._metrics.made(result.receipts)
         yield result
-
-    def _check_models(self, stages: Stages) -> None:
-        """The folders that stages name lie on this machine; they must lie on every node."""
-        named = {
-            value
-            for stage in (stages.tokenize, *stages.device)
-            if is_dataclass(stage)
-            for value in (getattr(stage, field.name) for field in fields(stage))
-            if isinstance(value, str) and os.path.isabs(value) and os.path.exists(value)
-        }
-        if named:
-            self._check_nodes(Needs(modules=(), readable=sorted(named)))
 
     def _compare_machines(self, stages: Stages) -> None:
         """Compare the packages, code and models of other machines with this one's. Raises ClusterError."""
@@ -672,8 +671,7 @@ def check_connected_to(address: str | None) -> None:
 
 def connect(options: RayOptions) -> None:
     """Connect this process to the cluster, or start a Ray of its own. Raises ClusterError."""
-    # An address that is not given must not become whatever cluster someone else has started on this machine.
-    address = options.address or os.environ.get("RAY_ADDRESS") or "local"
+    address = options.cluster
     own = {"num_cpus": options.local_cpus or available_cores(), "include_dashboard": False}
     try:
         _check_reachable(address)
@@ -684,7 +682,7 @@ def connect(options: RayOptions) -> None:
         ) from error
     try:
         with _kept_signals():
-            ray.init(address, log_to_driver=False, logging_level="error", **(own if address == "local" else {}))
+            ray.init(address, log_to_driver=False, logging_level="error", **(own if address == _OWN else {}))
     except (AuthenticationError, ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise ClusterError(
             f"Ray at {address} does not take this client ({_last_line(error)}), expected to be let in: where the "
