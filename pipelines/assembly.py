@@ -30,7 +30,8 @@ from refrag_core.manifest import (
     read_tombstones,
 )
 from refrag_core.storage import FileRecord, Store
-from refrag_core.tables import iterate_rows, open_table, write_table
+from refrag_core.tables import iterate_rows, write_table
+from refrag_core.work_folder import open_location
 
 Removed = Mapping[str, Sequence[tuple[int, int, int]]]
 """Per shard: `(document row, first passage row, number of passages)` of removed documents."""
@@ -78,17 +79,11 @@ def _stage_rejects(store: Store, manifest: Manifest) -> Iterator[dict[str, Any]]
         yield from (row for row in rows if row["reason"] in STAGE_REASONS)
 
 
-def write_rejects(rows: Iterable[Mapping[str, Any]], path: Path) -> str:
-    """Write quarantine rows to a file of this run."""
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=arrow.QUARANTINE), path, compression="zstd")
-    return str(path)
-
-
 def publish_quarantine(store: Store, parts: Sequence[str]) -> tuple[QuarantineInfo, FileRecord | None, Counter[str]]:
     """Write down every record that is not in the index; returns the info, its file, and counts by disposition.
 
     Args:
-        parts: Parquet files of rejects, copied one after another; however many there are, one batch is in memory.
+        parts: locations of Parquet files of rejects, copied one after another; one batch is in memory.
     """
     reasons: Counter[str] = Counter()
     dispositions: Counter[str] = Counter()
@@ -106,13 +101,15 @@ def publish_quarantine(store: Store, parts: Sequence[str]) -> tuple[QuarantineIn
 
 def _rows_of(parts: Sequence[str], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     for part in parts:
-        yield from iterate_rows(Path(part), columns)
+        with open_location(part) as file:
+            for batch in file.iter_batches(batch_size=_REJECTS_A_BATCH, columns=columns):
+                yield from batch.to_pylist()
 
 
 def _concatenate(parts: Sequence[str], path: Path) -> None:
     with pq.ParquetWriter(path, arrow.QUARANTINE, compression="zstd") as writer:
         for part in parts:
-            with open_table(Path(part)) as file:
+            with open_location(part) as file:
                 for batch in file.iter_batches(batch_size=_REJECTS_A_BATCH):
                     writer.write_batch(batch.cast(arrow.QUARANTINE))
 

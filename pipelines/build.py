@@ -22,7 +22,8 @@ from refrag.pipelines.stages import ShardResult, add_table
 from refrag_core import lance_tables
 from refrag_core.corpus.sources import CorpusOptions
 from refrag_core.devices import available_cores
-from refrag_core.errors import FingerprintMismatchError, UsageError
+from refrag_core.digests import digest_json
+from refrag_core.errors import ConfigError, FingerprintMismatchError, UsageError
 from refrag_core.manifest import (
     NOTHING,
     Change,
@@ -35,9 +36,11 @@ from refrag_core.manifest import (
     live_documents,
     refuse_bundle,
 )
+from refrag_core.processes import process_name
 from refrag_core.run_record import RunRecord, StageRecord, write_run_record
-from refrag_core.storage import IndexLocation, Store, open_store
+from refrag_core.storage import RUNS, IndexLocation, Store, absolute, open_store
 from refrag_core.tables import TableFormat
+from refrag_core.work_folder import WorkFolder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +69,9 @@ class BuildOptions:
     """Let a search return equal passages once; None leaves it as the index has it. Encodes nothing anew."""
     retry_quarantined: bool = False
     """Try documents again that a stage has quarantined before."""
+    work: str | None = None
+    """Folder or URI for a run's intermediate files; None keeps them with the index, or on this machine where an index
+    on an object store is built by this machine alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,12 +127,12 @@ def build_index(options: BuildOptions, engine: Engine, progress: Progress | None
     """
     if options.tables == "lance":
         lance_tables.check_writable(options.output)
-    store = open_store(options.output)
+    store = open_store(absolute(options.output) if engine.spans_machines else options.output)
     with lock_and_clear(store):
         latest = latest_manifest(store)
         if lance_tables.is_wanted(options.tables, latest):
             lance_tables.check_writable(options.output)
-        models = resolve_models(store, options.models)
+        models = resolve_models(store, options.models, elsewhere=engine.spans_machines)
         parent = _base(store, latest, models, rebuild=options.rebuild)
         return build_from(
             options, engine, progress or Silent(), store=store, models=models, latest=latest, parent=parent
@@ -164,6 +170,25 @@ def lock_and_clear(store: Store) -> Iterator[None]:
         yield
 
 
+def run_work(options: BuildOptions, engine: Engine, store: Store) -> WorkFolder:
+    """Where the intermediate files of this run lie; what earlier runs left below `--work` is removed.
+
+    Raises ConfigError for a `--work` inside of the corpus, which would become part of it.
+    """
+    if options.work is None:
+        return WorkFolder(store.shared_run_location() if engine.spans_machines else str(store.run_folder().absolute()))
+    location = absolute(options.work)
+    for root in (absolute(root.split("**")[0]) for root in options.corpus.roots):
+        if f"{location}/".startswith(f"{root}/"):
+            raise ConfigError(
+                f"--work {options.work} lies in the corpus {root}, expected a place outside of it: intermediate files "
+                "would be read as documents; name another folder or URI"
+            )
+    of_this_index = WorkFolder(location).below(f"refrag-{digest_json(absolute(store.location))[:16]}")
+    of_this_index.remove()
+    return of_this_index.below(f"{RUNS}{process_name()}")
+
+
 _UNITS = {
     "tokenize": ("chunks", "chunks"),
     "embeddings": ("chunks", "embeddings"),
@@ -183,8 +208,8 @@ class _Build:
         self.store = store
         self.steps: defaultdict[str, float] = defaultdict(float)
         self.duplicates: str | None = None
-        # Intermediate files of this execution alone; receipts lie beside it and outlive it.
-        self.work = store.run_folder()
+        # Intermediate files of this execution alone; receipts lie with the index and outlive it.
+        self.work = run_work(options, engine, store)
 
     def run(self, models: Models, latest: Manifest | None, parent: Manifest | None) -> BuildReport:
         """The job, step by step."""
@@ -210,6 +235,7 @@ class _Build:
         report = self._report(standing, committed, scan, plan, outcome, dispositions, time.perf_counter() - started)
         if committed:
             write_run_record(self.store, report.version, self._record(report, models, outcome))
+        self.work.remove()
         self.store.finish_work()
         return report
 
@@ -254,7 +280,7 @@ class _Build:
         started = time.perf_counter()
         scan = scan_corpus(
             self.options.corpus,
-            self.work / "scan",
+            self.work.below("scan"),
             chunk_sizes=models.chunk_sizes,
             default_chunk_size=models.parameters.chunk_size,
             map_units=self.engine.map,
@@ -269,7 +295,7 @@ class _Build:
         plan = make_plan(
             self._unique_rows(scan),
             live_documents(self.store, before) if before is not None else iter(()),
-            folder=self.work / "plan",
+            work=self.work.below("plan"),
             target_shard_bytes=self.options.shard_bytes or default_shard_bytes(scan.text_bytes),
             delete_missing=self.options.delete_missing,
             held=held_by(self.store, parent, self.options),
@@ -291,7 +317,7 @@ class _Build:
 
     def _unique_rows(self, scan: ScanResult) -> Iterator[Row]:
         with RejectWriter(self.work, "duplicates") as duplicates:
-            yield from resolve_duplicates(merge_runs(scan.runs, work=self.work / "scan"), duplicates.add)
+            yield from resolve_duplicates(merge_runs(scan.runs, work=self.work.below("scan")), duplicates.add)
             self.duplicates = duplicates.close()
 
     def _run_stages(self, models: Models, plan: Plan, parent: Manifest | None) -> _Outcome:
@@ -314,7 +340,7 @@ class _Build:
         outcome.rejected += late or result.receipts[0].rejected
         if late:
             gone = frozenset(entry.document_id for entry in late)
-            yield from without(result.spec, gone, self.work / "plan")
+            yield from without(result.spec, gone, self.work.below("plan"))
             return
         self.progress.advance(result.spec.num_documents)
         if result.shard is not None:
@@ -366,7 +392,7 @@ class _Build:
             dim=models.parameters.vector_dim,
             live=live_passages(shards, removed, rows_by_shard(hidden)),
             dead=[shard.name for shard in shards if len(removed.get(shard.name, ())) == shard.documents],
-            retriever=models.embed_stage().load(),
+            retriever=replace(models.embed_stage(), device=self._own_device(models)).load(),
             parent=parent,
             min_recall=self.options.min_recall,
             memory_budget_bytes=self.options.index_memory_bytes,
@@ -375,6 +401,10 @@ class _Build:
         self.progress.finish()
         self.steps["index"] += time.perf_counter() - started
         return index
+
+    def _own_device(self, models: Models) -> str:
+        """For the few sentences that the driver embeds itself, maybe on a machine without the workers' devices."""
+        return "auto" if self.engine.spans_machines else models.device
 
     def _assemble(
         self,
@@ -440,8 +470,11 @@ class _Build:
         rows = [assembly.stage_reject_row(entry) for entry in outcome.rejected]
         rows += assembly.held_rows(self.store, parent, plan)
         rows.sort(key=lambda row: str(row["document_id"]).encode())
-        stages = [assembly.write_rejects(rows, self.work / "stages.rejects.parquet")] if rows else []
-        return [*scan.rejects, *([self.duplicates] if self.duplicates else []), *stages]
+        with RejectWriter(self.work, "stages") as rejects:
+            for row in rows:
+                rejects.add_row(row)
+            stages = rejects.close()
+        return [*scan.rejects, *(part for part in (self.duplicates, stages) if part)]
 
     def _report(
         self,

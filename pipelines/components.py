@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refrag.pipelines.stages import EmbedStage, EncodeStage, ScoreStage, Stages, TokenizeStage
+from refrag.pipelines.stages import CHECKPOINTS, EmbedStage, EncodeStage, ScoreStage, Stages, TokenizeStage
 from refrag_core.checkpoint import Checkpoint, initialise_checkpoint, load_checkpoint
 from refrag_core.devices import resolve_device
 from refrag_core.embedding_storage import INDEX_DTYPES, EmbeddingDtype
 from refrag_core.errors import ConfigError
 from refrag_core.manifest import CheckpointInfo, Component, Components, Parameters
 from refrag_core.models import DEFAULT_DECODER, DEFAULT_ENCODER, DEFAULT_RETRIEVER, fingerprint_model, resolve_model
-from refrag_core.storage import FileRecord, Store
+from refrag_core.storage import FileRecord, Store, absolute
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +52,11 @@ class Models:
     retriever_fingerprint: str
     parameters: Parameters
     device: str
+    """Where the stages run; `auto` where each worker is to say."""
     checkpoint_path: Path
     """Local copy of that folder."""
+    index: str
+    """Path or URI of the index, independent of the working folder."""
 
     @property
     def chunk_sizes(self) -> tuple[int, ...]:
@@ -69,21 +72,24 @@ class Models:
 
     def tokenize_stage(self) -> TokenizeStage:
         """The stage that needs no device."""
-        fingerprint = self.checkpoint.config.decoder.tokenizer_fingerprint
-        return TokenizeStage(str(self.decoder), fingerprint, self.parameters.max_passage_tokens)
+        decoder = self.checkpoint.config.decoder
+        passage_tokens = self.parameters.max_passage_tokens
+        return TokenizeStage(str(self.decoder), decoder.tokenizer_fingerprint, passage_tokens, decoder.reference)
 
     def encode_stage(self) -> EncodeStage:
         """The stage that makes chunk embeddings."""
         checkpoint, dtype = str(self.checkpoint_path), self.parameters.embedding_dtype
-        return EncodeStage(checkpoint, self.checkpoint.encode_fingerprint, self.device, dtype)
+        return EncodeStage(checkpoint, self.checkpoint.encode_fingerprint, self.device, dtype, index=self.index)
 
     def embed_stage(self) -> EmbedStage:
         """The stage that makes passage embeddings."""
-        return EmbedStage(str(self.retriever), self.retriever_fingerprint, self.device)
+        folder, reference = str(self.retriever), self.retriever_reference
+        return EmbedStage(folder, self.retriever_fingerprint, self.device, reference=reference)
 
     def score_stage(self) -> ScoreStage:
         """The stage that adds the perplexity column."""
-        return ScoreStage(str(self.decoder), fingerprint_model(self.decoder), self.device)
+        folder, reference = str(self.decoder), self.checkpoint.config.decoder.reference
+        return ScoreStage(folder, fingerprint_model(self.decoder), self.device, reference=reference)
 
     def components(self, *, scorer: bool) -> Components:
         """What the manifest says of the models."""
@@ -101,8 +107,11 @@ class Models:
         return CheckpointInfo(self.checkpoint_folder, fingerprint, self.checkpoint.config.trained)
 
 
-def resolve_models(store: Store, options: ModelOptions) -> Models:
+def resolve_models(store: Store, options: ModelOptions, *, elsewhere: bool = False) -> Models:
     """Find and fingerprint the models, and put the checkpoint into the index's folder for workers and hosts.
+
+    Args:
+        elsewhere: the stages run on other machines, whose devices this one cannot know.
 
     Raises ModelNotFoundError, FingerprintMismatchError, or ConfigError for a chunk size that the checkpoint
     was not trained for.
@@ -111,7 +120,7 @@ def resolve_models(store: Store, options: ModelOptions) -> Models:
 
     checkpoint = _checkpoint(options)
     retriever = resolve_model(options.retriever)
-    folder = f"checkpoints/{checkpoint.fingerprint[:32]}"
+    folder = f"{CHECKPOINTS}/{checkpoint.fingerprint[:32]}"
     files = _publish_checkpoint(store, checkpoint, folder)
     return Models(
         checkpoint=checkpoint,
@@ -122,8 +131,9 @@ def resolve_models(store: Store, options: ModelOptions) -> Models:
         retriever=retriever,
         retriever_fingerprint=retriever_fingerprint(retriever),
         parameters=_parameters(checkpoint, retriever, options),
-        device=resolve_device(options.device),
+        device=options.device if elsewhere else resolve_device(options.device),
         checkpoint_path=store.folder(folder).resolve(),
+        index=absolute(store.location),
     )
 
 

@@ -7,18 +7,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from refrag.pipelines.build import BuildOptions, differences, held_by
 from refrag.pipelines.components import Models, resolve_models
 from refrag.pipelines.engines import Engine
-from refrag.pipelines.plan import Plan, Row, cut_shards, default_shard_bytes, make_plan
+from refrag.pipelines.plan import Plan, Row, cut_shards, default_shard_bytes, make_plan, read_specified
 from refrag.pipelines.scan import merge_runs, resolve_duplicates, scan_corpus
 from refrag.pipelines.stages import run_device_stages
 from refrag_core import lance_tables
 from refrag_core.lance_tables import LiveRows
 from refrag_core.manifest import Manifest, Shard, latest_manifest, live_documents
 from refrag_core.storage import FolderStore, Store, open_store
+from refrag_core.work_folder import WorkFolder
 
 SAMPLE_BYTES = 96 << 10
 _WARM_UP_BYTES = 4 << 10
@@ -61,14 +60,14 @@ def estimate_build(options: BuildOptions, engine: Engine) -> PlanReport:
         changes = tuple(differences(latest, models)) if latest else ()
         scan = scan_corpus(
             options.corpus,
-            work / "scan",
+            WorkFolder(str(work / "scan")),
             chunk_sizes=models.chunk_sizes,
             default_chunk_size=models.parameters.chunk_size,
             map_units=engine.map,
         )
         rejected = Counter(scan.reasons)
         rows = resolve_duplicates(
-            merge_runs(scan.runs, work=work / "scan"),
+            merge_runs(scan.runs, work=WorkFolder(str(work / "scan"))),
             lambda reject: rejected.update([reject.reason.value]),
             lambda _: b"",
         )
@@ -84,7 +83,7 @@ def _plan(
     return make_plan(
         rows,
         live_documents(store, parent) if parent is not None else iter(()),
-        folder=work / "plan",
+        work=WorkFolder(str(work / "plan")),
         target_shard_bytes=options.shard_bytes or default_shard_bytes(corpus_bytes),
         delete_missing=options.delete_missing,
         held=held_by(store, parent, options),
@@ -107,7 +106,7 @@ def _sample_rows(plan: Plan, size: int) -> list[Row]:
     rows: list[Row] = []
     for spec in plan.shards[:: max(1, len(plan.shards) // 8)]:
         share, taken = size // min(8, len(plan.shards)), 0
-        documents = pq.read_table(spec.documents).to_pylist()
+        documents = read_specified(spec)
         for row in documents[:: max(1, len(documents) // 64)]:
             if taken and taken + row["num_bytes"] > share:
                 break
@@ -128,7 +127,7 @@ def _run_sample(rows: list[Row], models: Models, work: Path, name: str, *, score
     store, stages = FolderStore(work / "store"), models.stages(score=score)
     seconds: dict[str, float] = {}
     totals: dict[str, int] = {"documents": 0, "passages": 0, "chunks": 0, "tokens": 0, "disk": 0}
-    for spec in cut_shards(rows, work / name, 1 << 62):
+    for spec in cut_shards(rows, WorkFolder(str(work / name)), 1 << 62):
         started = time.perf_counter()
         tokenized = stages.tokenize(store, spec)
         seconds["tokenize"] = seconds.get("tokenize", 0.0) + time.perf_counter() - started

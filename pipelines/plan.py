@@ -7,6 +7,7 @@ the same documents give the same shards whatever order, worker count or file lay
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 
 from refrag.schemas import arrow
 from refrag_core.manifest import LiveDocument, document_key
+from refrag_core.work_folder import WorkFolder, open_location
 
 MIN_SHARD_BYTES = 256 << 10
 MAX_SHARD_BYTES = 64 << 20
@@ -32,7 +34,7 @@ class ShardSpec:
     name: str
     """32 hexadecimal characters: digest of the chunk size and the documents' ids and digests."""
     documents: str
-    """Path of the Parquet list of documents (schemas.arrow.SCAN_RUN)."""
+    """Location (path or URI) of the Parquet list of documents (schemas.arrow.SCAN_RUN)."""
     chunk_size: int
     num_documents: int
     num_bytes: int
@@ -94,24 +96,28 @@ class ShardName:
 class _ShardWriter:
     """Cuts one stream of rows, all of one chunk size, into shards and writes their lists of documents."""
 
-    def __init__(self, folder: Path, chunk_size: int, target_shard_bytes: int) -> None:
-        self._folder = folder
+    def __init__(self, work: WorkFolder, chunk_size: int, target_shard_bytes: int) -> None:
+        self._work = work
         self._chunk_size = chunk_size
         self._target = target_shard_bytes
         self._rows: list[Row] = []
+        self._opened = ExitStack()
         self._open()
 
     def _open(self) -> None:
         self._name = ShardName(self._chunk_size)
         self._count = self._bytes = 0
+        self._path: Path | None = None
         self._writer: pq.ParquetWriter | None = None
 
-    def _flush(self) -> None:
+    def _flush(self) -> pq.ParquetWriter:
         if self._writer is None:
-            self._path = self._folder / f"open-{self._chunk_size}.parquet"
-            self._writer = pq.ParquetWriter(self._path, arrow.SCAN_RUN, compression="zstd")
+            self._path = self._opened.enter_context(self._work.temporary("shard"))
+            writer = pq.ParquetWriter(self._path, arrow.SCAN_RUN, compression="zstd")
+            self._writer = self._opened.enter_context(writer)
         self._writer.write_table(pa.Table.from_pylist(self._rows, schema=arrow.SCAN_RUN))
         self._rows = []
+        return self._writer
 
     def add(self, row: Row) -> ShardSpec | None:
         """Take one row; the finished shard when this row ends one."""
@@ -129,32 +135,39 @@ class _ShardWriter:
         """Finish the open shard; None when it has no rows."""
         if self._count == 0:
             return None
-        self._flush()
-        assert self._writer is not None
-        self._writer.close()
+        self._flush().close()
+        assert self._path is not None
         name = str(self._name)
-        path = self._path.rename(self._folder / f"{name}.parquet")
-        spec = ShardSpec(name, str(path), self._chunk_size, self._count, self._bytes)
+        location = self._work.publish(self._path, prefix=name, suffix=".parquet")
+        spec = ShardSpec(name, location, self._chunk_size, self._count, self._bytes)
+        self.discard()
         self._open()
         return spec
 
+    def discard(self) -> None:
+        """Remove what was not finished."""
+        self._opened.close()
 
-def cut_shards(rows: Iterable[Row], folder: Path, target_shard_bytes: int) -> Iterator[ShardSpec]:
+
+def cut_shards(rows: Iterable[Row], work: WorkFolder, target_shard_bytes: int) -> Iterator[ShardSpec]:
     """Shards over `rows` (ordered by document id), one stream of shards for each chunk size.
 
-    Writes each shard's list of documents into `folder`.
+    Publishes each shard's list of documents in `work`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     writers: dict[int, _ShardWriter] = {}
-    for row in rows:
-        chunk_size = row["chunk_size"]
-        if chunk_size not in writers:
-            writers[chunk_size] = _ShardWriter(folder, chunk_size, target_shard_bytes)
-        if spec := writers[chunk_size].add(row):
-            yield spec
-    for chunk_size in sorted(writers):
-        if spec := writers[chunk_size].close():
-            yield spec
+    try:
+        for row in rows:
+            chunk_size = row["chunk_size"]
+            if chunk_size not in writers:
+                writers[chunk_size] = _ShardWriter(work, chunk_size, target_shard_bytes)
+            if spec := writers[chunk_size].add(row):
+                yield spec
+        for chunk_size in sorted(writers):
+            if spec := writers[chunk_size].close():
+                yield spec
+    finally:
+        for writer in writers.values():
+            writer.discard()
 
 
 def _same(row: Row, live: LiveDocument) -> bool:
@@ -183,7 +196,7 @@ def make_plan(
     rows: Iterable[Row],
     parent: Iterator[LiveDocument],
     *,
-    folder: Path,
+    work: WorkFolder,
     target_shard_bytes: int,
     delete_missing: bool,
     held: Mapping[str, bytes],
@@ -194,7 +207,7 @@ def make_plan(
     Args:
         rows: the scanned documents, unique and ordered by id (schemas.arrow.SCAN_RUN).
         parent: the parent generation's live documents, ordered by id; empty for a first build.
-        folder: where the shards' lists of documents are written.
+        work: where the shards' lists of documents are written.
         target_shard_bytes: text bytes a shard.
         delete_missing: whether documents that the corpus no longer has leave the index.
         held: source digest of each document that a stage has quarantined before.
@@ -221,7 +234,7 @@ def make_plan(
                 if live is not None:
                     plan.tombstones.append(live)
 
-    plan.shards.extend(cut_shards(to_build(), folder, target_shard_bytes))
+    plan.shards.extend(cut_shards(to_build(), work, target_shard_bytes))
     return plan
 
 
@@ -233,7 +246,16 @@ def _retire(plan: Plan, live: LiveDocument, delete_missing: bool) -> None:
         plan.missing += 1
 
 
-def without(spec: ShardSpec, document_ids: frozenset[str], folder: Path) -> Iterator[ShardSpec]:
+def without(spec: ShardSpec, document_ids: frozenset[str], work: WorkFolder) -> Iterator[ShardSpec]:
     """The same shard without some documents, under the name that follows from the rest."""
-    rows = (row for row in pq.read_table(spec.documents).to_pylist() if row["document_id"] not in document_ids)
-    yield from cut_shards(rows, folder / "without", 1 << 62)
+    rows = (row for row in read_specified(spec) if row["document_id"] not in document_ids)
+    yield from cut_shards(rows, work, 1 << 62)
+
+
+def read_specified(spec: ShardSpec) -> list[Row]:
+    """The rows (schemas.arrow.SCAN_RUN) of the documents that a shard is to have, in order.
+
+    Raises StageError where this machine does not reach the list.
+    """
+    with open_location(spec.documents) as file:
+        return list(file.read().to_pylist())

@@ -6,8 +6,6 @@ reads the whole corpus: whether a document has changed is decided by its content
 """
 
 import heapq
-import os
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,7 +32,8 @@ from refrag_core.corpus.document import (
 )
 from refrag_core.corpus.readers import read_raw, read_unit
 from refrag_core.corpus.sources import CorpusOptions, ScanUnit, scan_units
-from refrag_core.corpus.spool import SpoolWriter, publish_file
+from refrag_core.corpus.spool import SpoolWriter
+from refrag_core.work_folder import WorkFolder, open_location, remove_location
 
 RUN_ROWS = 1 << 15
 """Rows that are sorted in memory; a unit with more gets several runs."""
@@ -58,8 +57,8 @@ class ScanReceipt:
 
     Args:
         unit: the unit's name.
-        runs: Parquet files of schemas.arrow.SCAN_RUN, each sorted by (document id, order).
-        rejects: Parquet file of schemas.arrow.QUARANTINE in scan order; None when nothing was rejected.
+        runs: locations of Parquet files of schemas.arrow.SCAN_RUN, each sorted by (document id, order).
+        rejects: location of a file of schemas.arrow.QUARANTINE in scan order; None when nothing was rejected.
         documents_in: records read, rejected ones too.
         reasons: rejected records by reason.
         text_bytes: UTF-8 bytes of the accepted records' text.
@@ -93,7 +92,7 @@ class ScanResult:
 
 def scan_corpus(
     options: CorpusOptions,
-    work: Path,
+    work: WorkFolder,
     *,
     chunk_sizes: Sequence[int],
     default_chunk_size: int,
@@ -103,7 +102,7 @@ def scan_corpus(
     """Scan all units of the corpus with `map_units`, which an engine provides.
 
     Args:
-        work: folder of this build that every worker can write to.
+        work: folder of this run that every worker reaches.
         chunk_sizes: what documents with a chunk size field may get, ascending.
         default_chunk_size: chunk size of the other documents.
         on_unit: called as each unit is done.
@@ -117,6 +116,7 @@ def scan_corpus(
         chunk_sizes=tuple(chunk_sizes),
         default_chunk_size=default_chunk_size,
     )
+    work.make()
     ignored: Counter[str] = Counter()
     receipts: list[ScanReceipt] = []
     for receipt in map_units(scan, scan_units(options, ignored=ignored)):
@@ -127,12 +127,11 @@ def scan_corpus(
 
 
 def scan_unit(
-    unit: ScanUnit, options: CorpusOptions, *, work: Path, chunk_sizes: Sequence[int], default_chunk_size: int
+    unit: ScanUnit, options: CorpusOptions, *, work: WorkFolder, chunk_sizes: Sequence[int], default_chunk_size: int
 ) -> ScanReceipt:
     """Read one unit and publish its runs, rejects and spool in `work`; equal units give equal files."""
     started = time.perf_counter()
-    work = work.resolve()
-    work.mkdir(parents=True, exist_ok=True)
+    work.check()
     with ExitStack() as stack:
         runs = stack.enter_context(_RunWriter(work, unit.name))
         rejects = stack.enter_context(RejectWriter(work, unit.name))
@@ -175,22 +174,16 @@ def _sort_key(row: ScanRow) -> tuple[str, int]:
     return row["document_id"], row["order"]
 
 
-def _temporary(folder: Path, kind: str) -> Path:
-    handle, name = tempfile.mkstemp(prefix=f".{kind}-", dir=folder)
-    os.close(handle)
-    return Path(name)
-
-
 class _RunWriter:
     """Collects rows, spools the records that cannot be sought, and publishes a sorted run when full."""
 
-    def __init__(self, folder: Path, unit: str) -> None:
+    def __init__(self, work: WorkFolder, unit: str) -> None:
         self.documents = self.text_bytes = 0
-        self._folder = folder
+        self._work = work
         self._unit = unit
         self._rows: list[dict[str, Any]] = []
         self._paths: list[str] = []
-        self._spool = SpoolWriter(folder)
+        self._spool = SpoolWriter(work)
 
     def __enter__(self) -> "_RunWriter":
         return self
@@ -230,33 +223,31 @@ class _RunWriter:
         if not self._rows:
             return
         spool = self._spool.publish(self._unit)
-        rows = [row if row["path"] else row | {"path": str(spool)} for row in self._rows]
+        rows = [row if row["path"] else row | {"path": spool} for row in self._rows]
         self._rows = []
-        self._paths.append(str(_write_run(sorted(rows, key=_sort_key), self._folder, self._unit)))
+        self._paths.append(write_run(sorted(rows, key=_sort_key), self._work, self._unit))
 
 
-def _write_run(rows: Iterable[ScanRow], folder: Path, prefix: str) -> Path:
-    """Publish rows that come sorted."""
-    temporary = _temporary(folder, "run")
-    try:
+def write_run(rows: Iterable[ScanRow], work: WorkFolder, prefix: str) -> str:
+    """Publish rows that come sorted; the location."""
+    with work.temporary("run") as temporary:
         stream = iter(rows)
         with pq.ParquetWriter(temporary, arrow.SCAN_RUN, compression="zstd") as writer:
             while batch := list(islice(stream, 16 * _MERGE_ROWS)):
                 writer.write_table(pa.Table.from_pylist(batch, schema=arrow.SCAN_RUN))
-        return publish_file(temporary, folder=folder, prefix=prefix, suffix=".run.parquet")
-    finally:
-        temporary.unlink(missing_ok=True)
+        return work.publish(temporary, prefix=prefix, suffix=".run.parquet")
 
 
 class RejectWriter:
     """Writes rejects as they come, and publishes them together; a context manager that removes what is unfinished."""
 
-    def __init__(self, folder: Path, unit: str) -> None:
+    def __init__(self, work: WorkFolder, unit: str) -> None:
         self.reasons: Counter[str] = Counter()
-        self._folder = folder
+        self._work = work
         self._unit = unit
-        self._rows: list[dict[str, Any]] = []
+        self._rows: list[Mapping[str, Any]] = []
         self._bytes = 0
+        self._opened = ExitStack()
         self._temporary: Path | None = None
         self._writer: pq.ParquetWriter | None = None
 
@@ -264,33 +255,35 @@ class RejectWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._writer is not None:
-            self._writer.close()
-        if self._temporary is not None:
-            self._temporary.unlink(missing_ok=True)
+        self._opened.close()
 
     def add(self, reject: Reject) -> None:
         """Take one reject."""
-        self.reasons[reject.reason.value] += 1
-        self._rows.append(reject_row(reject))
-        self._bytes += len(reject.raw)
+        self.add_row(reject_row(reject))
+
+    def add_row(self, row: Mapping[str, Any]) -> None:
+        """Take one reject as a row of schemas.arrow.QUARANTINE."""
+        self.reasons[row["reason"]] += 1
+        self._rows.append(row)
+        self._bytes += len(row["raw"])
         if len(self._rows) >= _REJECT_ROWS or self._bytes >= _REJECT_BYTES:
             self._flush()
 
     def close(self) -> str | None:
-        """Publish the rejects; the path, None when there are none."""
+        """Publish the rejects; their location, None when there are none."""
         self._flush()
         if self._writer is None or self._temporary is None:
             return None
         self._writer.close()
-        return str(publish_file(self._temporary, folder=self._folder, prefix=self._unit, suffix=".rejects.parquet"))
+        return self._work.publish(self._temporary, prefix=self._unit, suffix=".rejects.parquet")
 
     def _flush(self) -> None:
         if not self._rows:
             return
         if self._writer is None:
-            self._temporary = _temporary(self._folder, "rejects")
-            self._writer = pq.ParquetWriter(self._temporary, arrow.QUARANTINE, compression="zstd")
+            self._temporary = self._opened.enter_context(self._work.temporary("rejects"))
+            writer = pq.ParquetWriter(self._temporary, arrow.QUARANTINE, compression="zstd")
+            self._writer = self._opened.enter_context(writer)
         self._writer.write_table(pa.Table.from_pylist(self._rows, schema=arrow.QUARANTINE))
         self._rows, self._bytes = [], 0
 
@@ -298,32 +291,29 @@ class RejectWriter:
 # --- one stream from all runs -----------------------------------------------------------------------
 
 
-def merge_runs(paths: Sequence[str], *, work: Path, fan_in: int = FAN_IN) -> Iterator[ScanRow]:
+def merge_runs(locations: Sequence[str], *, work: WorkFolder, fan_in: int = FAN_IN) -> Iterator[ScanRow]:
     """Rows of all runs by (document id, order), holding about a thousand rows of `fan_in` runs at a time.
 
-    More runs than `fan_in` are first merged into fewer, in a folder of `work` that is removed at the end.
+    More runs than `fan_in` are first merged into fewer in `work`; what is made on the way is removed.
     """
-    if len(paths) <= fan_in:
-        yield from _merged(paths)
-        return
-    work.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="merge-", dir=work) as temporary:
-        waiting = list(paths)
-        while len(waiting) > fan_in:
-            group, waiting = waiting[:fan_in], waiting[fan_in:]
-            waiting.append(str(_write_run(_merged(group), Path(temporary), f"{len(waiting)}")))
-            for path in group:
-                if Path(path).parent == Path(temporary):
-                    Path(path).unlink()
-        yield from _merged(waiting)
+    waiting, made = list(locations), set[str]()
+    while len(waiting) > fan_in:
+        group, waiting = waiting[:fan_in], waiting[fan_in:]
+        waiting.append(write_run(_merged(group), work, "merged"))
+        for location in made.intersection(group):
+            remove_location(location)
+        made = made.difference(group) | {waiting[-1]}
+    yield from _merged(waiting)
+    for location in made:
+        remove_location(location)
 
 
-def _merged(paths: Sequence[str]) -> Iterator[ScanRow]:
-    return heapq.merge(*(_run_rows(path) for path in paths), key=_sort_key)
+def _merged(locations: Sequence[str]) -> Iterator[ScanRow]:
+    return heapq.merge(*(_run_rows(location) for location in locations), key=_sort_key)
 
 
-def _run_rows(path: str) -> Iterator[ScanRow]:
-    with pq.ParquetFile(path) as run:
+def _run_rows(location: str) -> Iterator[ScanRow]:
+    with open_location(location) as run:
         for batch in run.iter_batches(batch_size=_MERGE_ROWS, use_threads=False):
             yield from batch.to_pylist()
 

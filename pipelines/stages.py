@@ -16,9 +16,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from refrag.pipelines.plan import ShardSpec
+from refrag.pipelines.plan import Row, ShardSpec, read_specified
 from refrag.pipelines.receipts import Receipt, Rejected, find_receipt, write_receipt
 from refrag.schemas import arrow
 from refrag_core.batching import is_out_of_memory
@@ -33,12 +32,16 @@ from refrag_core.chunking import (
 )
 from refrag_core.corpus.document import Document, RejectReason
 from refrag_core.corpus.readers import read_documents
+from refrag_core.devices import resolve_device
 from refrag_core.digests import JSON, canonical_json, digest_json
 from refrag_core.embedding_storage import EmbeddingDtype, Int8Rows, store_rows
 from refrag_core.errors import RefragError, StageError
 from refrag_core.manifest import Shard
-from refrag_core.storage import FileRecord, Store
+from refrag_core.storage import FileRecord, Store, open_store
 from refrag_core.tables import PASSAGE_ROWS_A_GROUP, MappedColumn, fixed_binary, open_table, write_table
+
+CHECKPOINTS = "checkpoints"
+"""Folder of an index with the checkpoints of its generations."""
 
 _DOCUMENTS_A_BATCH = 256
 
@@ -67,6 +70,9 @@ class DeviceStage(Protocol):
     @property
     def fingerprint(self) -> str:
         """Digest of all that decides its output but the shard."""
+
+    def load(self) -> Any:
+        """The model, loaded once a process."""
 
     def __call__(self, store: Store, shard: TokenizedShard) -> Receipt:
         """Make the table of one shard, or take over the one that is there."""
@@ -115,6 +121,26 @@ def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 # --- tokenize ---------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=8)
+def _checked(kind: str, reference: str, folder: str, fingerprint: str) -> str:
+    """The folder of a model on this machine, once it is known to be the driver's: checked once a process."""
+    from refrag_core import models
+
+    path = models.model_on_this_machine(reference, folder)
+    models.check_fingerprint(kind, path, _fingerprint_of(kind, path), fingerprint)
+    return str(path)
+
+
+def _fingerprint_of(kind: str, path: Path) -> str:
+    from refrag_core.models import fingerprint_model, fingerprint_tokenizer
+
+    if kind == "retriever":
+        from refrag_core.retriever import retriever_fingerprint
+
+        return retriever_fingerprint(path)
+    return fingerprint_tokenizer(path) if kind == "tokenizer" else fingerprint_model(path)
 
 
 @lru_cache(maxsize=2)
@@ -214,9 +240,18 @@ class TokenizeStage:
     """Documents → passages and chunk tokens, on the CPU."""
 
     tokenizer: str
-    """Folder of the decoder's tokenizer."""
+    """Folder of the decoder's tokenizer, where the driver found it."""
     tokenizer_fingerprint: str
     max_passage_tokens: int
+    reference: str = ""
+    """The decoder's, for machines that have no such folder."""
+
+    def load(self) -> Any:
+        """The tokenizer, loaded once a process.
+
+        Raises ModelNotFoundError and FingerprintMismatchError where this machine has none, or another one.
+        """
+        return _tokenizer(_checked("tokenizer", self.reference, self.tokenizer, self.tokenizer_fingerprint))
 
     @property
     def fingerprint(self) -> str:
@@ -253,15 +288,15 @@ class TokenizeStage:
 
     def _columns(self, spec: ShardSpec) -> tuple[_TokenizedColumns, list[Rejected]]:
         columns, rejected = _TokenizedColumns(spec.chunk_size), []
-        rows = pq.read_table(spec.documents).to_pylist()
+        rows = read_specified(spec)
         documents = zip(rows, read_documents(rows), strict=True)
         for batch in _batches(documents, _DOCUMENTS_A_BATCH):
             rejected += self._tokenize(batch, columns)
         return columns, rejected
 
-    def _tokenize(self, batch: list[tuple[dict[str, Any], Document]], columns: _TokenizedColumns) -> list[Rejected]:
-        def run(pairs: Sequence[tuple[dict[str, Any], Document]]) -> list[TokenizedText]:
-            return tokenize_documents([document.text for _, document in pairs], _tokenizer(self.tokenizer))
+    def _tokenize(self, batch: list[tuple[Row, Document]], columns: _TokenizedColumns) -> list[Rejected]:
+        def run(pairs: Sequence[tuple[Row, Document]]) -> list[TokenizedText]:
+            return tokenize_documents([document.text for _, document in pairs], self.load())
 
         options = ChunkingOptions(chunk_size=columns.chunk_size, max_passage_tokens=self.max_passage_tokens)
         tokenized, failures = isolate(run, batch)
@@ -362,14 +397,20 @@ def _make_table(
 def _encoder(checkpoint: str, device: str) -> Any:
     from refrag_core.checkpoint import load_checkpoint
 
-    return load_checkpoint(checkpoint).load_encoder(device=device)
+    return load_checkpoint(checkpoint).load_encoder(device=resolve_device(device))
+
+
+@lru_cache(maxsize=2)
+def _stored_checkpoint(index: str, name: str) -> str:
+    """Folder of an index's checkpoint on this machine; where the index is a URI, the copy of all its files."""
+    return str(open_store(index).folder(f"{CHECKPOINTS}/{name}"))
 
 
 @lru_cache(maxsize=1)
-def _retriever(reference: str, device: str) -> Any:
+def _retriever(folder: str, device: str) -> Any:
     from refrag_core.retriever import load_retriever
 
-    return load_retriever(Path(reference), device=device)
+    return load_retriever(Path(folder), device=resolve_device(device))
 
 
 def _documents_of_passages(store: Store, shard: TokenizedShard) -> list[str]:
@@ -433,8 +474,11 @@ class EncodeStage:
     """Folder of the checkpoint."""
     encode_fingerprint: str
     device: str
+    """`auto` is for each worker to say."""
     dtype: EmbeddingDtype = "float16"
     table: str = "embeddings"
+    index: str = ""
+    """Path or URI of the index that holds the checkpoint, for machines that have no such folder."""
 
     @property
     def fingerprint(self) -> str:
@@ -443,8 +487,12 @@ class EncodeStage:
         return digest_json(["encode/1", self.encode_fingerprint, *stored])
 
     def load(self) -> Any:
-        """The encoder with its weights, loaded once a process."""
-        return _encoder(self.checkpoint, self.device)
+        """The encoder with its weights, loaded once a process.
+
+        Raises ModelNotFoundError and FingerprintMismatchError where this machine lacks its body or has another one.
+        """
+        stored = _stored_checkpoint(self.index, Path(self.checkpoint).name) if self.index else self.checkpoint
+        return _encoder(stored, self.device)
 
     def __call__(self, store: Store, shard: TokenizedShard) -> Receipt:
         """Write the embeddings of one shard's chunks."""
@@ -481,10 +529,13 @@ class EmbedStage:
     """Passage text → passage embeddings, float16 `[passages, d_ret]`, unit length."""
 
     retriever: str
-    """Folder of the retriever."""
+    """Folder of the retriever, where the driver found it."""
     retriever_fingerprint: str
     device: str
+    """`auto` is for each worker to say."""
     table: str = "vectors"
+    reference: str = ""
+    """The retriever's, for machines that have no such folder."""
 
     @property
     def fingerprint(self) -> str:
@@ -492,8 +543,12 @@ class EmbedStage:
         return digest_json(["embed/1", self.retriever_fingerprint])
 
     def load(self) -> Any:
-        """The retriever with its weights, loaded once a process."""
-        return _retriever(self.retriever, self.device)
+        """The retriever with its weights, loaded once a process.
+
+        Raises ModelNotFoundError and FingerprintMismatchError where this machine has none, or another one.
+        """
+        folder = _checked("retriever", self.reference, self.retriever, self.retriever_fingerprint)
+        return _retriever(folder, self.device)
 
     def __call__(self, store: Store, shard: TokenizedShard) -> Receipt:
         """Write the embeddings of one shard's passages."""
@@ -521,7 +576,7 @@ def _scorer(decoder: str, fingerprint: str, device: str) -> Any:
     from refrag_core.decoder import Decoder
     from refrag_core.scoring import ChunkScorer
 
-    return ChunkScorer(Decoder.load(Path(decoder), device=device), fingerprint=fingerprint)
+    return ChunkScorer(Decoder.load(Path(decoder), device=resolve_device(device)), fingerprint=fingerprint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -529,10 +584,21 @@ class ScoreStage:
     """Chunk tokens → mean negative log-likelihood a token under the decoder, float32 `[chunks]`."""
 
     decoder: str
-    """Folder of the decoder."""
+    """Folder of the decoder, where the driver found it."""
     decoder_fingerprint: str
     device: str
+    """`auto` is for each worker to say."""
     table: str = "scores"
+    reference: str = ""
+    """The decoder's, for machines that have no such folder."""
+
+    def load(self) -> Any:
+        """The decoder as a scorer, loaded once a process.
+
+        Raises ModelNotFoundError and FingerprintMismatchError where this machine has none, or another one.
+        """
+        folder = _checked("decoder", self.reference, self.decoder, self.decoder_fingerprint)
+        return _scorer(folder, self.decoder_fingerprint, self.device)
 
     @property
     def fingerprint(self) -> str:
@@ -544,7 +610,7 @@ class ScoreStage:
 
         def make() -> tuple[pa.Table | None, Sequence[Rejected], dict[str, Any]]:
             passages = _passage_tokens(store, shard)
-            scores = _scorer(self.decoder, self.decoder_fingerprint, self.device).score(passages, shard.chunk_size)
+            scores = self.load().score(passages, shard.chunk_size)
             rows = np.concatenate([np.empty(0, np.float32), *scores])
             if not np.isfinite(rows).all():
                 raise StageError(

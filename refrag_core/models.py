@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 
 from refrag_core.batching import cache_dir
 from refrag_core.digests import digest_file, digest_json
-from refrag_core.errors import ConfigError, MissingExtraError, ModelNotFoundError
+from refrag_core.errors import ConfigError, FingerprintMismatchError, MissingExtraError, ModelNotFoundError
 
 PACKAGE_PREFIX = "package:"
 CONVERSION_FILE = "refrag_conversion.json"
@@ -76,6 +76,33 @@ def resolve_model(reference: str) -> Path:
         f"model {reference!r} not found: it is no folder here, no short name ({', '.join(SHORT_NAMES)}), no "
         f"'{PACKAGE_PREFIX}<pip-name>' and no hub id; give one of these"
     )
+
+
+def model_on_this_machine(reference: str, folder: str) -> Path:
+    """The model that another machine found in `folder`: that very folder where it is there too, else what `reference`
+    means here.
+
+    Raises ModelNotFoundError, which names this machine.
+    """
+    if Path(folder).exists():
+        return Path(folder)
+    try:
+        return resolve_model(reference)
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(
+            f"worker {os.uname().nodename} has no {folder}, where the driver found its model, and: {error} (on every "
+            "machine that runs workers)"
+        ) from error
+
+
+def check_fingerprint(kind: str, folder: Path, found: str, expected: str) -> None:
+    """Raise FingerprintMismatchError where this machine has another model than the one that the build was planned
+    with."""
+    if found != expected:
+        raise FingerprintMismatchError(
+            f"the {kind} in {folder} on {os.uname().nodename} has fingerprint {found[:12]}, expected {expected[:12]} "
+            "as on the driver: install the same model on every machine that runs workers, and run the command again"
+        )
 
 
 def _resolve_short_name(name: str) -> Path:

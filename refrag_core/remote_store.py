@@ -9,7 +9,6 @@ lose anything at any time.
 import contextlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from refrag_core.errors import ConfigError, CorruptIndexError
 from refrag_core.holds import Hold
 from refrag_core.lease import Lease
 from refrag_core.object_store import UPLOADS, FolderObjects, RemoteObjects, sync_file
+from refrag_core.processes import is_of_dead_process, process_name
 from refrag_core.storage import RUNS, WORK, FileRecord, check_name
 
 PARALLEL_FILES = 8
@@ -33,25 +33,8 @@ _RECEIPTS = f"{WORK}/receipts"
 _ABANDONED = timedelta(days=1)
 
 
-def _process() -> str:
-    return f"{os.uname().nodename}-{os.getpid()}"
-
-
 def _seal_name(name: str) -> str:
     return f"seals/{name}.json"
-
-
-def _is_of_dead_process(name: str) -> bool:
-    """Whether `name` starts as `_process` names one of this machine that has ended."""
-    found = re.match(rf"{re.escape(os.uname().nodename)}-(\d+)(-|$)", name)
-    if found is None:
-        return False
-    try:
-        with contextlib.suppress(PermissionError):  # it lives, as another user's
-            os.kill(int(found[1]), 0)
-    except ProcessLookupError:
-        return True
-    return False
 
 
 class RemoteStore:
@@ -64,12 +47,13 @@ class RemoteStore:
 
     def __init__(self, location: str, cache: Path | None = None) -> None:
         self._objects = RemoteObjects(location)
+        self._given_cache = cache
         self._cache = cache or cache_dir() / "indexes" / digest_json(self._objects.location)[:32]
         self._local = FolderObjects(self._cache, WORK)
         self._known: dict[str, FileRecord] = {}
 
-    def __reduce__(self) -> tuple[type["RemoteStore"], tuple[str, Path]]:
-        return RemoteStore, (self._objects.location, self._cache)
+    def __reduce__(self) -> tuple[type["RemoteStore"], tuple[str, Path | None]]:
+        return RemoteStore, (self._objects.location, self._given_cache)  # another machine has its own cache folder
 
     @property
     def location(self) -> str:
@@ -283,12 +267,19 @@ class RemoteStore:
 
     def run_folder(self) -> Path:
         """See Store: below the cache folder."""
-        return self._cache / WORK / f"{RUNS}{_process()}"
+        return self._cache / WORK / f"{RUNS}{process_name()}"
+
+    def shared_run_location(self) -> str:
+        """See Store: below the store itself."""
+        return f"{self.location}/{WORK}/{RUNS}{process_name()}"
 
     def clear_runs(self) -> None:
         """See Store. Readers and builders that live keep what is theirs; old uploads are nobody's any more."""
+        for folder in self._objects.list_folder(WORK)[0]:
+            if folder.removeprefix(f"{WORK}/").startswith(RUNS):
+                self.remove(folder)
         for path in (self._cache / WORK).glob("*"):
-            if _is_of_dead_process(path.name.removeprefix(RUNS)):
+            if is_of_dead_process(path.name.removeprefix(RUNS)):
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         for info in self._objects.list(UPLOADS):
             if datetime.now(UTC) - info.modified > _ABANDONED:
@@ -297,4 +288,5 @@ class RemoteStore:
     def finish_work(self) -> None:
         """See Store: all that is left of the work but the lease, which its holder gives back."""
         shutil.rmtree(self.run_folder(), ignore_errors=True)
+        self.remove(f"{WORK}/{RUNS}{process_name()}")
         self.remove(_RECEIPTS)

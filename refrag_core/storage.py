@@ -20,6 +20,7 @@ from refrag_core.digests import digest_file
 from refrag_core.errors import CorruptIndexError, IndexLockedError
 from refrag_core.holds import Hold, hold, unheld
 from refrag_core.object_store import FolderObjects, make_folder, sync_file, sync_folder
+from refrag_core.processes import process_name
 
 IndexLocation: TypeAlias = Path | str
 """Where an index is: a folder, or a URI like s3://bucket/prefix."""
@@ -143,8 +144,14 @@ class Store(Protocol):
     def run_folder(self) -> Path:
         """Local folder for the intermediate files of this process."""
 
+    def shared_run_location(self) -> str:
+        """Path or URI for the intermediate files of this process that workers on every machine reach.
+
+        Below a folder, that is wherever the folder is mounted.
+        """
+
     def clear_runs(self) -> None:
-        """Remove what ended executions left on this machine, but not their receipts. Only with the lock held."""
+        """Remove what ended executions left, but not their receipts. Only with the lock held."""
 
     def finish_work(self) -> None:
         """Remove this process's intermediate files, and the receipts unless another run is under way."""
@@ -334,7 +341,11 @@ class FolderStore:
 
     def run_folder(self) -> Path:
         """See Store."""
-        return self.root / WORK / f"{RUNS}{os.uname().nodename}-{os.getpid()}"
+        return self.root / WORK / f"{RUNS}{process_name()}"
+
+    def shared_run_location(self) -> str:
+        """See Store."""
+        return str(self.run_folder().absolute())
 
     def clear_runs(self) -> None:
         """See Store."""

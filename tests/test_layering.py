@@ -218,13 +218,16 @@ from refrag.pipelines.scan import merge_runs, scan_corpus
 from refrag.pipelines.plan import cut_shards
 from refrag.pipelines.stages import TokenizeStage
 from refrag_core.corpus.sources import CorpusOptions
+from refrag_core.models import fingerprint_tokenizer
 from refrag_core.storage import FolderStore
+from refrag_core.work_folder import WorkFolder
 from pathlib import Path
 
 corpus, tokenizer, work = map(Path, sys.argv[1:])
-scan = scan_corpus(CorpusOptions((str(corpus),)), work / "scan", chunk_sizes=(16,), default_chunk_size=16)
-(spec,) = cut_shards(merge_runs(scan.runs, work=work / "scan"), work / "plan", 1 << 40)
-receipt = TokenizeStage(str(tokenizer), "f" * 64, 64)(FolderStore(work / "index"), spec)
+folder = WorkFolder(str(work))
+scan = scan_corpus(CorpusOptions((str(corpus),)), folder, chunk_sizes=(16,), default_chunk_size=16)
+(spec,) = cut_shards(merge_runs(scan.runs, work=folder), folder, 1 << 40)
+receipt = TokenizeStage(str(tokenizer), fingerprint_tokenizer(tokenizer), 64)(FolderStore(work / "index"), spec)
 assert receipt.rows["documents"] == 5 and receipt.rows["chunks"] > 5
 print(json.dumps(sorted(sys.modules)))
 """

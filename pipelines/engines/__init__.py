@@ -14,6 +14,13 @@ Made = TypeVar("Made")
 class Engine(Protocol):
     """Maps pure functions over work items; equal results whatever the engine."""
 
+    @property
+    def spans_machines(self) -> bool:
+        """Whether workers may run on other machines than the driver.
+
+        Then a run's intermediate files go where all of them reach, and each machine finds models and device itself.
+        """
+
     def map(self, function: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
         """Results of a picklable function, in the order of the items."""
 

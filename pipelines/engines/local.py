@@ -56,6 +56,8 @@ class LocalEngine:
     Use as a context manager: leaving it ends the workers.
     """
 
+    spans_machines = False
+
     def __init__(self, workers: int | None = None) -> None:
         self.workers = default_workers() if workers is None else workers
         self._pool: ProcessPoolExecutor | None = None

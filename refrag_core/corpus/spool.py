@@ -1,15 +1,15 @@
 """A spool: copies of records that cannot be sought where they came from, each a zstd frame by itself."""
 
 import json
-import os
-import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
 import zstandard
 
 from refrag_core.corpus.document import Document
-from refrag_core.digests import canonical_json, digest_file
+from refrag_core.digests import canonical_json
+from refrag_core.work_folder import WorkFolder
 
 _LEVEL = 1
 
@@ -41,28 +41,12 @@ def decode_frame(frame: bytes) -> Document:
     return Document(fields["document_id"], fields["text"], fields["metadata"], fields["source"])
 
 
-def publish_file(temporary: Path, *, folder: Path, prefix: str, suffix: str) -> Path:
-    """Give a finished file its name `<prefix>-<digest><suffix>`, durably and at once.
-
-    Two workers that made the same file publish it under the same name; a kill leaves the temporary one only.
-    """
-    with temporary.open("rb") as stream:
-        os.fsync(stream.fileno())
-    final = folder / f"{prefix}-{digest_file(temporary)[:16]}{suffix}"
-    temporary.replace(final)
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-    return final
-
-
 class SpoolWriter:
-    """Appends documents to a temporary file in `folder`, made at the first one."""
+    """Appends documents to a temporary file, made at the first one, and publishes it in the run's folder."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, work: WorkFolder) -> None:
+        self._work = work
+        self._open_file = ExitStack()
         self._temporary: Path | None = None
         self._stream: BinaryIO | None = None
         self._offset = 0
@@ -74,23 +58,22 @@ class SpoolWriter:
         offset, self._offset = self._offset, self._offset + len(frame)
         return offset, len(frame)
 
-    def publish(self, prefix: str) -> Path | None:
-        """Close the spool under its final name and begin anew; None when nothing was added."""
+    def publish(self, prefix: str) -> str | None:
+        """Close the spool under its final name and begin anew; its location, None when nothing was added."""
         if self._stream is None or self._temporary is None:
             return None
         self._stream.close()
-        final = publish_file(self._temporary, folder=self._folder, prefix=prefix, suffix=".spool")
-        self._temporary, self._stream, self._offset = None, None, 0
+        final = self._work.publish(self._temporary, prefix=prefix, suffix=".spool")
+        self.discard()
         return final
 
     def discard(self) -> None:
         """Remove what was not published."""
-        if self._stream is not None and self._temporary is not None:
-            self._stream.close()
-            self._temporary.unlink(missing_ok=True)
+        self._open_file.close()
+        self._temporary, self._stream, self._offset = None, None, 0
 
     def _open(self) -> BinaryIO:
         if self._stream is None:
-            handle, name = tempfile.mkstemp(prefix=".spool-", dir=self._folder)
-            self._temporary, self._stream = Path(name), os.fdopen(handle, "wb")
+            self._temporary = self._open_file.enter_context(self._work.temporary("spool"))
+            self._stream = self._open_file.enter_context(self._temporary.open("wb"))
         return self._stream

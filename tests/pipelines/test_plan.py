@@ -8,6 +8,7 @@ import pytest
 
 from refrag.pipelines.plan import cut_shards, default_shard_bytes, ends_shard, make_plan, without
 from refrag_core.manifest import LiveDocument
+from refrag_core.work_folder import WorkFolder
 
 
 def row(document_id: str, *, text: str = "", num_bytes: int = 100, chunk_size: int = 16) -> dict[str, Any]:
@@ -36,12 +37,12 @@ def rows(count: int, **options: Any) -> list[dict[str, Any]]:
 
 
 def names(documents: list[dict[str, Any]], folder: Path, target: int = 2000) -> list[str]:
-    return [spec.name for spec in cut_shards(documents, folder, target)]
+    return [spec.name for spec in cut_shards(documents, WorkFolder(str(folder)), target)]
 
 
 def test_every_document_is_in_exactly_one_shard(tmp_path: Path) -> None:
     documents = rows(1000)
-    specs = list(cut_shards(documents, tmp_path, 2000))
+    specs = list(cut_shards(documents, WorkFolder(str(tmp_path)), 2000))
     written = [r["document_id"] for spec in specs for r in pq.read_table(spec.documents).to_pylist()]
     assert written == [r["document_id"] for r in documents]
     assert sum(spec.num_documents for spec in specs) == 1000
@@ -64,7 +65,7 @@ def test_cuts_fall_into_step_again_after_an_insertion(tmp_path: Path) -> None:
 
 def test_chunk_sizes_never_share_a_shard(tmp_path: Path) -> None:
     mixed = [row(f"doc-{i:05d}", chunk_size=(8, 16, 32)[i % 3]) for i in range(300)]
-    specs = list(cut_shards(mixed, tmp_path, 2000))
+    specs = list(cut_shards(mixed, WorkFolder(str(tmp_path)), 2000))
     assert {spec.chunk_size for spec in specs} == {8, 16, 32}
     for spec in specs:
         assert {r["chunk_size"] for r in pq.read_table(spec.documents).to_pylist()} == {spec.chunk_size}
@@ -93,7 +94,7 @@ def test_default_shard_bytes_are_powers_of_two_within_bounds() -> None:
 
 def plan_of(scanned: list[Any], parent: list[LiveDocument], folder: Path, **options: Any) -> Any:
     settings: dict[str, Any] = {"delete_missing": False, "held": {}} | options
-    return make_plan(scanned, iter(parent), folder=folder, target_shard_bytes=2000, **settings)
+    return make_plan(scanned, iter(parent), work=WorkFolder(str(folder)), target_shard_bytes=2000, **settings)
 
 
 def test_the_join_tells_new_changed_unchanged_and_missing(tmp_path: Path) -> None:
@@ -140,8 +141,8 @@ def test_the_join_agrees_with_sets(tmp_path: Path) -> None:
 
 
 def test_a_shard_without_some_documents_is_another_shard(tmp_path: Path) -> None:
-    (spec,) = cut_shards(rows(5), tmp_path, 1 << 40)
-    (rest,) = without(spec, frozenset({"doc-00001"}), tmp_path)
+    (spec,) = cut_shards(rows(5), WorkFolder(str(tmp_path)), 1 << 40)
+    (rest,) = without(spec, frozenset({"doc-00001"}), WorkFolder(str(tmp_path)))
     expected = [entry for entry in rows(5) if entry["document_id"] != "doc-00001"]
     assert [rest.name] == names(expected, tmp_path / "x", 1 << 40)
-    assert list(without(rest, frozenset(r["document_id"] for r in expected), tmp_path)) == []
+    assert list(without(rest, frozenset(r["document_id"] for r in expected), WorkFolder(str(tmp_path)))) == []

@@ -20,11 +20,13 @@ from refrag.pipelines.scan import (
     scan_unit,
 )
 from refrag.schemas import arrow
-from refrag_core.corpus import sources, spool
+from refrag_core import work_folder
+from refrag_core.corpus import sources
 from refrag_core.corpus.document import Reject
 from refrag_core.corpus.readers import read_documents, read_raw
 from refrag_core.corpus.sources import CorpusOptions, ScanUnit, scan_units
 from refrag_core.errors import CorpusChangedError, CorpusError
+from refrag_core.work_folder import WorkFolder
 
 SIZES = (8, 16, 32)
 
@@ -52,16 +54,18 @@ def corpus(tmp_path: Path) -> CorpusOptions:
 
 
 def run(options: CorpusOptions, work: Path, **more: Any) -> ScanResult:
-    return scan_corpus(options, work, chunk_sizes=SIZES, default_chunk_size=16, **more)
+    return scan_corpus(options, WorkFolder(str(work)), chunk_sizes=SIZES, default_chunk_size=16, **more)
 
 
 def rows_of(result: ScanResult, work: Path, **more: Any) -> list[dict[str, Any]]:
-    return [dict(row) for row in merge_runs(result.runs, work=work, **more)]
+    return [dict(row) for row in merge_runs(result.runs, work=WorkFolder(str(work)), **more)]
 
 
 def unique(result: ScanResult, work: Path) -> tuple[list[dict[str, Any]], list[Reject]]:
     rejects: list[Reject] = []
-    rows = [dict(row) for row in resolve_duplicates(merge_runs(result.runs, work=work), rejects.append)]
+    rows = [
+        dict(row) for row in resolve_duplicates(merge_runs(result.runs, work=WorkFolder(str(work))), rejects.append)
+    ]
     return rows, rejects
 
 
@@ -170,7 +174,7 @@ def test_scanning_again_gives_the_same_files_and_nothing_else(corpus: CorpusOpti
     files = {path.name: path.read_bytes() for path in work.iterdir()}
     assert run(corpus, work) == first
     assert {path.name: path.read_bytes() for path in work.iterdir()} == files
-    assert sorted(Path(name).suffix for name in files) == [".parquet", ".parquet", ".spool"]
+    assert sorted(Path(name).suffix for name in files if name != ".reachable") == [".parquet", ".parquet", ".spool"]
 
 
 def test_a_unit_with_many_rows_gets_several_sorted_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,9 +236,11 @@ def test_a_kill_leaves_only_temporary_files(
     def fail(_: Path) -> str:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(spool, "digest_file", fail)
+    work = WorkFolder(str(tmp_path / "work"))
+    work.make()
+    monkeypatch.setattr(work_folder, "digest_file", fail)
     with pytest.raises(KeyboardInterrupt):
-        scan_unit(unit, corpus, work=tmp_path / "work", chunk_sizes=SIZES, default_chunk_size=16)
+        scan_unit(unit, corpus, work=work, chunk_sizes=SIZES, default_chunk_size=16)
     assert [path for path in (tmp_path / "work").iterdir() if not path.name.startswith(".")] == []
 
 
@@ -252,7 +258,7 @@ def test_a_corpus_of_rejects_alone_has_no_rows(tmp_path: Path) -> None:
     write_lines(tmp_path / "c/a.jsonl", b"bad", b"worse")
     result = run(CorpusOptions((str(tmp_path / "c"),)), tmp_path / "work")
     assert (result.runs, result.documents_in, result.reasons) == ((), 2, {"malformed_json": 2})
-    assert list(merge_runs(result.runs, work=tmp_path / "work")) == []
+    assert list(merge_runs(result.runs, work=WorkFolder(str(tmp_path / "work")))) == []
 
 
 def test_a_missing_corpus_is_an_error(tmp_path: Path) -> None:
