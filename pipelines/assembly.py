@@ -1,6 +1,7 @@
 """From finished shards to a manifest: quarantine, tombstones, files, content id, and the accounts."""
 
 import hashlib
+import heapq
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -10,7 +11,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from refrag.pipelines.plan import Plan
 from refrag.pipelines.receipts import Rejected
 from refrag.schemas import arrow
 from refrag_core.digests import canonical_json, digest_json
@@ -19,7 +19,6 @@ from refrag_core.manifest import (
     NOTHING,
     Counts,
     DuplicateInfo,
-    LiveDocument,
     Manifest,
     QuarantineInfo,
     Segment,
@@ -59,24 +58,25 @@ def stage_reject_row(entry: Rejected) -> dict[str, Any]:
     }
 
 
-def held_digests(store: Store, manifest: Manifest) -> dict[str, bytes]:
-    """Source digest of each document that a stage had to quarantine: not tried again until it changes."""
-    rows = _stage_rejects(store, manifest)
-    return {row["document_id"]: row["source_digest"] for row in rows}
-
-
-def held_rows(store: Store, manifest: Manifest | None, plan: Plan) -> list[dict[str, Any]]:
-    """The quarantine rows that the plan carries over from the parent."""
-    held = {row["document_id"] for row in plan.held}
-    if manifest is None or not held:
-        return []
-    return [row for row in _stage_rejects(store, manifest) if row["document_id"] in held]
-
-
-def _stage_rejects(store: Store, manifest: Manifest) -> Iterator[dict[str, Any]]:
+def stage_rejects(store: Store, manifest: Manifest) -> Iterator[dict[str, Any]]:
+    """Quarantine rows of the documents that a stage had to set aside, ordered by id."""
     if manifest.quarantine.file is not None:
         rows = iterate_rows(store.path(manifest.quarantine.file), batch_rows=_REJECTS_A_BATCH)
         yield from (row for row in rows if row["reason"] in STAGE_REASONS)
+
+
+def late_rejects(rejected: Iterable[Rejected], held: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Quarantine rows of what stages rejected now and before, ordered by id.
+
+    Args:
+        held: locations of quarantine rows that the plan carries over from the parent, ordered by id as a whole.
+    """
+
+    def document_key(row: Mapping[str, Any]) -> bytes:
+        return str(row["document_id"]).encode()
+
+    rows = sorted((stage_reject_row(entry) for entry in rejected), key=document_key)
+    return heapq.merge(rows, reject_rows(held), key=document_key)
 
 
 def publish_quarantine(store: Store, parts: Sequence[str]) -> tuple[QuarantineInfo, FileRecord | None, Counter[str]]:
@@ -88,7 +88,7 @@ def publish_quarantine(store: Store, parts: Sequence[str]) -> tuple[QuarantineIn
     reasons: Counter[str] = Counter()
     dispositions: Counter[str] = Counter()
     hasher = hashlib.sha256()
-    for row in _rows_of(parts, _IDENTITY):
+    for row in reject_rows(parts, _IDENTITY):
         hasher.update(canonical_json([str(value) for value in row.values()]))
         reasons[row["reason"]] += 1
         dispositions[row["disposition"]] += 1
@@ -99,29 +99,47 @@ def publish_quarantine(store: Store, parts: Sequence[str]) -> tuple[QuarantineIn
     return QuarantineInfo(record.name, dict(sorted(reasons.items()))), record, dispositions
 
 
-def _rows_of(parts: Sequence[str], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+def reject_rows(parts: Sequence[str], columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of several files of rejects, one after another."""
+    for batch in _reject_batches(parts, columns):
+        yield from batch.to_pylist()
+
+
+def _reject_batches(parts: Sequence[str], columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
     for part in parts:
         with open_location(part) as file:
-            for batch in file.iter_batches(batch_size=_REJECTS_A_BATCH, columns=columns):
-                yield from batch.to_pylist()
+            yield from file.iter_batches(batch_size=_REJECTS_A_BATCH, columns=columns)
 
 
 def _concatenate(parts: Sequence[str], path: Path) -> None:
+    """One file of all rows, whose bytes do not depend on how they were divided among the parts."""
+    waiting = arrow.QUARANTINE.empty_table()
     with pq.ParquetWriter(path, arrow.QUARANTINE, compression="zstd") as writer:
-        for part in parts:
-            with open_location(part) as file:
-                for batch in file.iter_batches(batch_size=_REJECTS_A_BATCH):
-                    writer.write_batch(batch.cast(arrow.QUARANTINE))
+        for batch in _reject_batches(parts):
+            waiting = pa.concat_tables([waiting, pa.Table.from_batches([batch.cast(arrow.QUARANTINE)])])
+            if waiting.num_rows >= _REJECTS_A_BATCH:
+                writer.write_table(waiting.slice(0, _REJECTS_A_BATCH).combine_chunks())
+                waiting = waiting.slice(_REJECTS_A_BATCH)
+        if waiting.num_rows:
+            writer.write_table(waiting.combine_chunks())
 
 
 # --- tombstones -------------------------------------------------------------------------------------
 
 
-def removed_documents(store: Store, parent: Manifest | None, retired: Iterable[LiveDocument]) -> Removed:
-    """The parent's tombstones and the documents that leave with this generation, by shard."""
+def removed_documents(store: Store, parent: Manifest | None, retired: Iterable[str]) -> Removed:
+    """The parent's tombstones and the documents that leave with this generation, by shard.
+
+    Args:
+        retired: locations of files of schemas.arrow.TOMBSTONES.
+    """
     removed = {} if parent is None else read_tombstones(store, parent)
-    for live in retired:
-        removed.setdefault(live.shard, []).append((live.row, live.first_passage, live.num_passages))
+    for location in retired:
+        with open_location(location) as file:
+            rows = file.read().to_pylist()
+        for row in rows:
+            place = (row["document"], row["first_passage"], row["num_passages"])
+            removed.setdefault(row["shard"], []).append(place)
     return {name: sorted(rows) for name, rows in sorted(removed.items())}
 
 

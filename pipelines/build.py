@@ -13,11 +13,12 @@ from refrag.pipelines import assembly
 from refrag.pipelines.components import ModelOptions, Models, resolve_models
 from refrag.pipelines.duplicates import NO_DUPLICATES, duplicate_passages, rows_by_shard
 from refrag.pipelines.engines import Engine
+from refrag.pipelines.id_ranges import PlanOptions, make_plan
 from refrag.pipelines.indexing import BuiltIndex, build_vector_index, live_passages
-from refrag.pipelines.plan import Plan, Row, ShardSpec, default_shard_bytes, make_plan, without
+from refrag.pipelines.plan import Plan, ShardSpec, default_shard_bytes, without
 from refrag.pipelines.progress import Progress, Silent
 from refrag.pipelines.receipts import Receipt, Rejected
-from refrag.pipelines.scan import RejectWriter, ScanResult, merge_runs, resolve_duplicates, scan_corpus
+from refrag.pipelines.scan import RejectWriter, ScanResult, scan_corpus
 from refrag.pipelines.stages import ShardResult, add_table
 from refrag_core import lance_tables
 from refrag_core.corpus.sources import CorpusOptions
@@ -33,7 +34,6 @@ from refrag_core.manifest import (
     commit,
     finish_commit,
     latest_manifest,
-    live_documents,
     refuse_bundle,
 )
 from refrag_core.processes import process_name
@@ -207,7 +207,6 @@ class _Build:
         self.progress = progress
         self.store = store
         self.steps: defaultdict[str, float] = defaultdict(float)
-        self.duplicates: str | None = None
         # Intermediate files of this execution alone; receipts lie with the index and outlive it.
         self.work = run_work(options, engine, store)
 
@@ -222,9 +221,7 @@ class _Build:
         hidden = duplicate_passages(self.store, shards, removed) if self._dedup(latest) else NO_DUPLICATES
         index = self._index(models, parent, shards, removed, hidden)
         shards, removed = self._covered(index, shards, removed)
-        manifest, dispositions = self._assemble(
-            models, latest, parent, scan, plan, outcome, shards, removed, hidden, index
-        )
+        manifest, dispositions = self._assemble(models, latest, scan, plan, outcome, shards, removed, hidden, index)
         manifest = self._with_lance(manifest, latest, parent)
         committed = latest is None or (latest.content_id, latest.files) != (manifest.content_id, manifest.files)
         if committed:
@@ -291,19 +288,18 @@ class _Build:
         return scan
 
     def _plan(self, scan: ScanResult, latest: Manifest | None, parent: Manifest | None) -> Plan:
-        before = parent or latest
+        started = time.perf_counter()
         plan = make_plan(
-            self._unique_rows(scan),
-            live_documents(self.store, before) if before is not None else iter(()),
+            scan.runs,
+            store=self.store,
+            parent=parent or latest,
+            options=plan_options(self.options, scan.text_bytes, anew=parent is None),
             work=self.work.below("plan"),
-            target_shard_bytes=self.options.shard_bytes or default_shard_bytes(scan.text_bytes),
-            delete_missing=self.options.delete_missing,
-            held=held_by(self.store, parent, self.options),
-            anew=parent is None,
+            map_ranges=self.engine.map,
         )
+        self.steps["plan"] += time.perf_counter() - started
         if parent is None:
             self._check_none_is_lost(plan)
-            plan.tombstones.clear()
         return plan
 
     def _check_none_is_lost(self, plan: Plan) -> None:
@@ -314,11 +310,6 @@ class _Build:
                 "cannot encode them anew; expected all of them in the corpus: add them, or pass --delete-missing to "
                 "let them go"
             )
-
-    def _unique_rows(self, scan: ScanResult) -> Iterator[Row]:
-        with RejectWriter(self.work, "duplicates") as duplicates:
-            yield from resolve_duplicates(merge_runs(scan.runs, work=self.work.below("scan")), duplicates.add)
-            self.duplicates = duplicates.close()
 
     def _run_stages(self, models: Models, plan: Plan, parent: Manifest | None) -> _Outcome:
         stages = models.stages(score=self.options.score or _has_scores(parent))
@@ -410,7 +401,6 @@ class _Build:
         self,
         models: Models,
         latest: Manifest | None,
-        parent: Manifest | None,
         scan: ScanResult,
         plan: Plan,
         outcome: _Outcome,
@@ -420,7 +410,7 @@ class _Build:
         index: BuiltIndex,
     ) -> tuple[Manifest, Counter[str]]:
         quarantine, quarantine_file, dispositions = assembly.publish_quarantine(
-            self.store, self._rejects(scan, parent, plan, outcome)
+            self.store, self._rejects(scan, plan, outcome)
         )
         tombstones, tombstone_file = assembly.publish_tombstones(self.store, removed)
         duplicates, duplicate_file = assembly.publish_duplicates(self.store, hidden)
@@ -465,16 +455,13 @@ class _Build:
         self.steps["lance"] += time.perf_counter() - started
         return manifest
 
-    def _rejects(self, scan: ScanResult, parent: Manifest | None, plan: Plan, outcome: _Outcome) -> list[str]:
-        """Parquet files of all rejects: the scan's, the duplicates', and those of the stages, then and now."""
-        rows = [assembly.stage_reject_row(entry) for entry in outcome.rejected]
-        rows += assembly.held_rows(self.store, parent, plan)
-        rows.sort(key=lambda row: str(row["document_id"]).encode())
+    def _rejects(self, scan: ScanResult, plan: Plan, outcome: _Outcome) -> list[str]:
+        """Locations of all rejects: the scan's, the duplicates', and those of the stages, then and now."""
         with RejectWriter(self.work, "stages") as rejects:
-            for row in rows:
+            for row in assembly.late_rejects(outcome.rejected, plan.held):
                 rejects.add_row(row)
             stages = rejects.close()
-        return [*scan.rejects, *(part for part in (self.duplicates, stages) if part)]
+        return [*scan.rejects, *plan.duplicates, *([stages] if stages else [])]
 
     def _report(
         self,
@@ -530,9 +517,18 @@ def _has_scores(parent: Manifest | None) -> bool:
     return parent is not None and parent.components.scorer is not None
 
 
-def held_by(store: Store, parent: Manifest | None, options: BuildOptions) -> dict[str, bytes]:
-    """Documents that a stage has quarantined before and that this build is not to try again."""
-    return {} if parent is None or options.retry_quarantined else assembly.held_digests(store, parent)
+def plan_options(options: BuildOptions, corpus_bytes: int, *, anew: bool) -> PlanOptions:
+    """What decides the plan of a build.
+
+    Args:
+        corpus_bytes: UTF-8 bytes of the scanned documents' text, which decide the size of shards.
+    """
+    return PlanOptions(
+        target_shard_bytes=options.shard_bytes or default_shard_bytes(corpus_bytes),
+        delete_missing=options.delete_missing,
+        retry_quarantined=options.retry_quarantined,
+        anew=anew,
+    )
 
 
 def differences(latest: Manifest, models: Models) -> list[str]:

@@ -3,19 +3,20 @@
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from refrag.pipelines.build import BuildOptions, differences, held_by
+from refrag.pipelines.build import BuildOptions, differences, plan_options
 from refrag.pipelines.components import Models, resolve_models
 from refrag.pipelines.engines import Engine
-from refrag.pipelines.plan import Plan, Row, cut_shards, default_shard_bytes, make_plan, read_specified
-from refrag.pipelines.scan import merge_runs, resolve_duplicates, scan_corpus
+from refrag.pipelines.id_ranges import make_plan
+from refrag.pipelines.plan import Plan, Row, cut_shards, read_specified
+from refrag.pipelines.scan import scan_corpus
 from refrag.pipelines.stages import run_device_stages
 from refrag_core import lance_tables
 from refrag_core.lance_tables import LiveRows
-from refrag_core.manifest import Manifest, Shard, latest_manifest, live_documents
+from refrag_core.manifest import Shard, latest_manifest
 from refrag_core.storage import FolderStore, Store, open_store
 from refrag_core.work_folder import WorkFolder
 
@@ -65,29 +66,18 @@ def estimate_build(options: BuildOptions, engine: Engine) -> PlanReport:
             default_chunk_size=models.parameters.chunk_size,
             map_units=engine.map,
         )
-        rejected = Counter(scan.reasons)
-        rows = resolve_duplicates(
-            merge_runs(scan.runs, work=WorkFolder(str(work / "scan"))),
-            lambda reject: rejected.update([reject.reason.value]),
-            lambda _: b"",
+        plan = make_plan(
+            scan.runs,
+            store=store,
+            parent=None if changes else latest,
+            options=replace(plan_options(options, scan.text_bytes, anew=False), keep_duplicates=False),
+            work=WorkFolder(str(work / "plan")),
+            map_ranges=engine.map,
         )
-        plan = _plan(options, rows, store, None if changes else latest, work, scan.text_bytes)
+        rejected = Counter(scan.reasons) + plan.reasons
         with_lance = lance_tables.is_wanted(options.tables, latest)
         sample = _measure_sample(plan, models, work, score=options.score, with_lance=with_lance)
         return _report(plan, sample, models, scan.documents_in, dict(sorted(rejected.items())), changes)
-
-
-def _plan(
-    options: BuildOptions, rows: Iterator[Row], store: Store, parent: Manifest | None, work: Path, corpus_bytes: int
-) -> Plan:
-    return make_plan(
-        rows,
-        live_documents(store, parent) if parent is not None else iter(()),
-        work=WorkFolder(str(work / "plan")),
-        target_shard_bytes=options.shard_bytes or default_shard_bytes(corpus_bytes),
-        delete_missing=options.delete_missing,
-        held=held_by(store, parent, options),
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,8 @@ the same documents give the same shards whatever order, worker count or file lay
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,8 +47,8 @@ class Plan:
     """A build's work, and what becomes of the parent's documents."""
 
     shards: list[ShardSpec] = field(default_factory=list)
-    tombstones: list[LiveDocument] = field(default_factory=list)
-    """Documents of the parent that this generation no longer has."""
+    tombstones: list[str] = field(default_factory=list)
+    """Locations of files (schemas.arrow.TOMBSTONES) of the parent's documents that this generation no longer has."""
     new: int = 0
     changed: int = 0
     unchanged: int = 0
@@ -55,8 +56,13 @@ class Plan:
     """Documents of the parent that are no longer in the corpus and leave the index."""
     missing: int = 0
     """Documents of the parent that are no longer in the corpus and stay in the index."""
-    held: list[Row] = field(default_factory=list)
-    """Scanned documents that stay quarantined: they failed in a stage before and have not changed."""
+    held: list[str] = field(default_factory=list)
+    """Locations of files (schemas.arrow.QUARANTINE) of scanned documents that stay quarantined: they failed in a
+    stage before and have not changed."""
+    duplicates: list[str] = field(default_factory=list)
+    """Locations of files (schemas.arrow.QUARANTINE) of the records whose id an earlier one has, ordered by id."""
+    reasons: Counter[str] = field(default_factory=Counter)
+    """Duplicates by reason."""
 
 
 def default_shard_bytes(corpus_bytes: int) -> int:
@@ -192,58 +198,56 @@ def _joined(rows: Iterable[Row], parent: Iterator[LiveDocument]) -> Iterator[tup
         live = next(parent, None)
 
 
-def make_plan(
-    rows: Iterable[Row],
-    parent: Iterator[LiveDocument],
-    *,
-    work: WorkFolder,
-    target_shard_bytes: int,
-    delete_missing: bool,
-    held: Mapping[str, bytes],
-    anew: bool = False,
-) -> Plan:
-    """Join the scan with the parent generation and cut the new and changed documents into shards.
+@dataclass(slots=True)
+class Join:
+    """The scan joined with the parent generation: what each document is, counted, and what comes of it.
 
     Args:
-        rows: the scanned documents, unique and ordered by id (schemas.arrow.SCAN_RUN).
-        parent: the parent generation's live documents, ordered by id; empty for a first build.
-        work: where the shards' lists of documents are written.
-        target_shard_bytes: text bytes a shard.
         delete_missing: whether documents that the corpus no longer has leave the index.
         held: source digest of each document that a stage has quarantined before.
         anew: take nothing over from the parent; its documents only tell which ones the corpus no longer has.
+        retire: told of each document of the parent that this generation no longer has.
+        hold: told of each scanned document that stays quarantined.
     """
-    plan = Plan()
 
-    def to_build() -> Iterator[Row]:
+    retire: Callable[[LiveDocument], None]
+    hold: Callable[[Row], None]
+    delete_missing: bool = False
+    held: Mapping[str, bytes] = field(default_factory=dict)
+    anew: bool = False
+    new: int = 0
+    changed: int = 0
+    unchanged: int = 0
+    deleted: int = 0
+    missing: int = 0
+
+    def to_build(self, rows: Iterable[Row], parent: Iterator[LiveDocument]) -> Iterator[Row]:
+        """The new and changed documents of `rows`; both streams are unique and ordered by id."""
         for row, live in _joined(rows, parent):
             if row is None:
                 assert live is not None
-                _retire(plan, live, delete_missing)
-            elif anew:
+                self._leave(live)
+            elif self.anew:
                 yield row
-                plan.new += 1
+                self.new += 1
             elif live is not None and _same(row, live):
-                plan.unchanged += 1
-            elif held.get(row["document_id"]) == row["source_digest"]:
-                plan.held.append(row)
+                self.unchanged += 1
+            elif self.held.get(row["document_id"]) == row["source_digest"]:
+                self.hold(row)
             else:
                 yield row
-                plan.new += live is None
-                plan.changed += live is not None
+                self.new += live is None
+                self.changed += live is not None
                 if live is not None:
-                    plan.tombstones.append(live)
+                    self.retire(live)
 
-    plan.shards.extend(cut_shards(to_build(), work, target_shard_bytes))
-    return plan
-
-
-def _retire(plan: Plan, live: LiveDocument, delete_missing: bool) -> None:
-    if delete_missing:
-        plan.deleted += 1
-        plan.tombstones.append(live)
-    else:
-        plan.missing += 1
+    def _leave(self, live: LiveDocument) -> None:
+        if self.delete_missing:
+            self.deleted += 1
+            if not self.anew:
+                self.retire(live)
+        else:
+            self.missing += 1
 
 
 def without(spec: ShardSpec, document_ids: frozenset[str], work: WorkFolder) -> Iterator[ShardSpec]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from refrag.schemas import arrow
@@ -48,7 +49,39 @@ _MERGE_ROWS = 1024
 _REJECT_BYTES = 8 << 20
 _REJECT_ROWS = 1024
 
+MARK_ROWS = 1 << 12
+"""Every so many rows of a run their id is noted, to cut all runs into ranges of ids."""
+
 MapUnits = Callable[[Callable[[ScanUnit], "ScanReceipt"], Iterable[ScanUnit]], Iterable["ScanReceipt"]]
+
+
+@dataclass(frozen=True, slots=True)
+class IdRange:
+    """Document ids from `start` on and below `stop`, by code points; None is no bound."""
+
+    start: str | None = None
+    stop: str | None = None
+
+    def holds(self, document_id: str) -> bool:
+        """Whether the id lies in this range."""
+        return (self.start is None or document_id >= self.start) and (self.stop is None or document_id < self.stop)
+
+    def meets(self, first: str, last: str) -> bool:
+        """Whether any id from `first` to `last`, both included, may lie in this range."""
+        return (self.start is None or last >= self.start) and (self.stop is None or first < self.stop)
+
+
+EVERYTHING = IdRange()
+
+
+@dataclass(frozen=True, slots=True)
+class SortedRun:
+    """A published Parquet file of schemas.arrow.SCAN_RUN, sorted by (document id, order)."""
+
+    location: str
+    rows: int
+    marks: tuple[str, ...]
+    """The id of the first row and of every 4,096th after it, and that of the last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +90,7 @@ class ScanReceipt:
 
     Args:
         unit: the unit's name.
-        runs: locations of Parquet files of schemas.arrow.SCAN_RUN, each sorted by (document id, order).
+        runs: its rows, sorted; none are empty.
         rejects: location of a file of schemas.arrow.QUARANTINE in scan order; None when nothing was rejected.
         documents_in: records read, rejected ones too.
         reasons: rejected records by reason.
@@ -66,7 +99,7 @@ class ScanReceipt:
     """
 
     unit: str
-    runs: tuple[str, ...]
+    runs: tuple[SortedRun, ...]
     rejects: str | None
     documents_in: int
     reasons: Mapping[str, int]
@@ -82,7 +115,7 @@ class ScanResult:
         ignored: files left out, by suffix.
     """
 
-    runs: tuple[str, ...]
+    runs: tuple[SortedRun, ...]
     rejects: tuple[str, ...]
     documents_in: int
     reasons: Mapping[str, int]
@@ -140,10 +173,10 @@ def scan_unit(
                 rejects.add(record)
             else:
                 runs.add(record, chunk_size_for(record.importance, chunk_sizes, default_chunk_size))
-        paths, reject_path = runs.close(), rejects.close()
+        written, reject_path = runs.close(), rejects.close()
     return ScanReceipt(
         unit=unit.name,
-        runs=paths,
+        runs=written,
         rejects=reject_path,
         documents_in=runs.documents + rejects.reasons.total(),
         reasons=dict(sorted(rejects.reasons.items())),
@@ -157,7 +190,7 @@ def _total(receipts: Sequence[ScanReceipt], ignored: Counter[str]) -> ScanResult
     for receipt in receipts:
         reasons.update(receipt.reasons)
     return ScanResult(
-        runs=tuple(path for receipt in receipts for path in receipt.runs),
+        runs=tuple(run for receipt in receipts for run in receipt.runs),
         rejects=tuple(receipt.rejects for receipt in receipts if receipt.rejects is not None),
         documents_in=sum(receipt.documents_in for receipt in receipts),
         reasons=dict(sorted(reasons.items())),
@@ -182,7 +215,7 @@ class _RunWriter:
         self._work = work
         self._unit = unit
         self._rows: list[dict[str, Any]] = []
-        self._paths: list[str] = []
+        self._runs: list[SortedRun] = []
         self._spool = SpoolWriter(work)
 
     def __enter__(self) -> "_RunWriter":
@@ -214,10 +247,10 @@ class _RunWriter:
         if len(self._rows) == RUN_ROWS:
             self._publish()
 
-    def close(self) -> tuple[str, ...]:
-        """Publish what is left; the paths of all runs."""
+    def close(self) -> tuple[SortedRun, ...]:
+        """Publish what is left; all runs."""
         self._publish()
-        return tuple(self._paths)
+        return tuple(self._runs)
 
     def _publish(self) -> None:
         if not self._rows:
@@ -225,17 +258,21 @@ class _RunWriter:
         spool = self._spool.publish(self._unit)
         rows = [row if row["path"] else row | {"path": spool} for row in self._rows]
         self._rows = []
-        self._paths.append(write_run(sorted(rows, key=_sort_key), self._work, self._unit))
+        self._runs.append(write_run(sorted(rows, key=_sort_key), self._work, self._unit))
 
 
-def write_run(rows: Iterable[ScanRow], work: WorkFolder, prefix: str) -> str:
-    """Publish rows that come sorted; the location."""
+def write_run(rows: Iterable[ScanRow], work: WorkFolder, prefix: str) -> SortedRun:
+    """Publish rows that come sorted."""
+    count, marks, last = 0, list[str](), ""
     with work.temporary("run") as temporary:
         stream = iter(rows)
         with pq.ParquetWriter(temporary, arrow.SCAN_RUN, compression="zstd") as writer:
-            while batch := list(islice(stream, 16 * _MERGE_ROWS)):
+            while batch := list(islice(stream, MARK_ROWS)):
                 writer.write_table(pa.Table.from_pylist(batch, schema=arrow.SCAN_RUN))
-        return work.publish(temporary, prefix=prefix, suffix=".run.parquet")
+                count, last = count + len(batch), batch[-1]["document_id"]
+                marks.append(batch[0]["document_id"])
+        location = work.publish(temporary, prefix=prefix, suffix=".run.parquet")
+    return SortedRun(location, count, (*marks, last))
 
 
 class RejectWriter:
@@ -243,6 +280,7 @@ class RejectWriter:
 
     def __init__(self, work: WorkFolder, unit: str) -> None:
         self.reasons: Counter[str] = Counter()
+        self.raw_bytes = 0
         self._work = work
         self._unit = unit
         self._rows: list[Mapping[str, Any]] = []
@@ -266,6 +304,7 @@ class RejectWriter:
         self.reasons[row["reason"]] += 1
         self._rows.append(row)
         self._bytes += len(row["raw"])
+        self.raw_bytes += len(row["raw"])
         if len(self._rows) >= _REJECT_ROWS or self._bytes >= _REJECT_BYTES:
             self._flush()
 
@@ -291,31 +330,51 @@ class RejectWriter:
 # --- one stream from all runs -----------------------------------------------------------------------
 
 
-def merge_runs(locations: Sequence[str], *, work: WorkFolder, fan_in: int = FAN_IN) -> Iterator[ScanRow]:
-    """Rows of all runs by (document id, order), holding about a thousand rows of `fan_in` runs at a time.
+def merge_runs(
+    runs: Sequence[SortedRun], *, work: WorkFolder, ids: IdRange = EVERYTHING, fan_in: int = FAN_IN
+) -> Iterator[ScanRow]:
+    """Rows of all runs within `ids` by (document id, order), holding about a thousand rows of `fan_in` runs at a time.
 
     More runs than `fan_in` are first merged into fewer in `work`; what is made on the way is removed.
     """
-    waiting, made = list(locations), set[str]()
+    waiting, made = [run for run in runs if ids.meets(run.marks[0], run.marks[-1])], set[SortedRun]()
     while len(waiting) > fan_in:
         group, waiting = waiting[:fan_in], waiting[fan_in:]
-        waiting.append(write_run(_merged(group), work, "merged"))
-        for location in made.intersection(group):
-            remove_location(location)
-        made = made.difference(group) | {waiting[-1]}
-    yield from _merged(waiting)
-    for location in made:
-        remove_location(location)
+        merged = write_run(_merged(group, ids), work, "merged")
+        for run in made.intersection(group):
+            remove_location(run.location)
+        made = made.difference(group) | {merged}
+        waiting += [merged] if merged.rows else []
+    yield from _merged(waiting, ids)
+    for run in made:
+        remove_location(run.location)
 
 
-def _merged(locations: Sequence[str]) -> Iterator[ScanRow]:
-    return heapq.merge(*(_run_rows(location) for location in locations), key=_sort_key)
+def _merged(runs: Sequence[SortedRun], ids: IdRange) -> Iterator[ScanRow]:
+    return heapq.merge(*(run_rows(run.location, ids) for run in runs), key=_sort_key)
 
 
-def _run_rows(location: str) -> Iterator[ScanRow]:
+def run_rows(location: str, ids: IdRange = EVERYTHING) -> Iterator[ScanRow]:
+    """The rows of one run within `ids`, in order; of the file only the row groups that may hold any are read."""
     with open_location(location) as run:
-        for batch in run.iter_batches(batch_size=_MERGE_ROWS, use_threads=False):
-            yield from batch.to_pylist()
+        groups = [number for number in range(run.num_row_groups) if _may_hold(run, number, ids)]
+        for batch in run.iter_batches(batch_size=_MERGE_ROWS, row_groups=groups, use_threads=False):
+            yield from _within(batch, ids).to_pylist()
+
+
+def _may_hold(run: pq.ParquetFile, group: int, ids: IdRange) -> bool:
+    statistics = run.metadata.row_group(group).column(0).statistics
+    known = statistics is not None and statistics.has_min_max  # very long ids have none
+    return ids.meets(statistics.min, statistics.max) if known else True
+
+
+def _within(batch: pa.RecordBatch, ids: IdRange) -> pa.RecordBatch:
+    column = batch.column("document_id")
+    if ids.start is not None:
+        batch = batch.filter(pc.greater_equal(column, ids.start))
+    if ids.stop is not None:
+        batch = batch.filter(pc.less(batch.column("document_id"), ids.stop))
+    return batch
 
 
 def resolve_duplicates(

@@ -6,18 +6,20 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from refrag.pipelines.plan import cut_shards, default_shard_bytes, ends_shard, make_plan, without
+from refrag.pipelines.plan import Join, cut_shards, default_shard_bytes, ends_shard, without
 from refrag_core.manifest import LiveDocument
 from refrag_core.work_folder import WorkFolder
 
 
-def row(document_id: str, *, text: str = "", num_bytes: int = 100, chunk_size: int = 16) -> dict[str, Any]:
+def row(
+    document_id: str, order: int = 0, *, text: str = "", num_bytes: int = 100, chunk_size: int = 16
+) -> dict[str, Any]:
     return {
         "document_id": document_id,
         "source_digest": hashlib.sha256((document_id + text).encode()).digest(),
         "chunk_size": chunk_size,
         "num_bytes": num_bytes,
-        "order": 0,
+        "order": order,
         "source": "s",
         "path": "p",
         "format": "jsonl",
@@ -92,47 +94,55 @@ def test_default_shard_bytes_are_powers_of_two_within_bounds() -> None:
     assert default_shard_bytes(10**13) == 64 << 20
 
 
-def plan_of(scanned: list[Any], parent: list[LiveDocument], folder: Path, **options: Any) -> Any:
-    settings: dict[str, Any] = {"delete_missing": False, "held": {}} | options
-    return make_plan(scanned, iter(parent), work=WorkFolder(str(folder)), target_shard_bytes=2000, **settings)
+class Joined(Join):
+    """A join that keeps what comes of it."""
+
+    def __init__(self, scanned: list[Any], parent: list[LiveDocument], **options: Any) -> None:
+        self.retired: list[str] = []
+        self.on_hold: list[str] = []
+        super().__init__(
+            lambda document: self.retired.append(document.document_id),
+            lambda row: self.on_hold.append(row["document_id"]),
+            **options,
+        )
+        self.built = [entry["document_id"] for entry in self.to_build(scanned, iter(parent))]
 
 
-def test_the_join_tells_new_changed_unchanged_and_missing(tmp_path: Path) -> None:
+def test_the_join_tells_new_changed_unchanged_and_missing() -> None:
     scanned = [row("a"), row("b", text="new"), row("d")]
     parent = [live(row("b"), 0), live(row("c"), 1), live(row("d"), 2), live(row("e"), 3)]
-    plan = plan_of(scanned, parent, tmp_path)
+    plan = Joined(scanned, parent)
     assert (plan.new, plan.changed, plan.unchanged, plan.missing, plan.deleted) == (1, 1, 1, 2, 0)
-    assert [document.document_id for document in plan.tombstones] == ["b"]
-    built = [r["document_id"] for spec in plan.shards for r in pq.read_table(spec.documents).to_pylist()]
-    assert built == ["a", "b"]
+    assert plan.retired == ["b"]
+    assert plan.built == ["a", "b"]
 
 
-def test_nothing_is_deleted_without_being_told(tmp_path: Path) -> None:
-    plan = plan_of([], [live(row("a"))], tmp_path, delete_missing=True)
+def test_nothing_is_deleted_without_being_told() -> None:
+    plan = Joined([], [live(row("a"))], delete_missing=True)
     assert (plan.deleted, plan.missing) == (1, 0)
-    assert [document.document_id for document in plan.tombstones] == ["a"]
+    assert plan.retired == ["a"]
 
 
-def test_another_chunk_size_is_a_change(tmp_path: Path) -> None:
-    plan = plan_of([row("a", chunk_size=8)], [live(row("a"))], tmp_path)
+def test_another_chunk_size_is_a_change() -> None:
+    plan = Joined([row("a", chunk_size=8)], [live(row("a"))])
     assert (plan.changed, plan.unchanged) == (1, 0)
 
 
-def test_a_held_document_waits_until_it_changes(tmp_path: Path) -> None:
+def test_a_held_document_waits_until_it_changes() -> None:
     held = {"a": row("a")["source_digest"], "b": row("b")["source_digest"]}
-    plan = plan_of([row("a"), row("b", text="mended"), row("c")], [], tmp_path, held=held)
-    assert [entry["document_id"] for entry in plan.held] == ["a"]
+    plan = Joined([row("a"), row("b", text="mended"), row("c")], [], held=held)
+    assert plan.on_hold == ["a"]
     assert plan.new == 2
 
 
-def test_the_join_agrees_with_sets(tmp_path: Path) -> None:
+def test_the_join_agrees_with_sets() -> None:
     generator = random.Random(0)
-    for round_number in range(30):
+    for _ in range(30):
         universe = [f"d{i}" for i in range(40)]
         corpus, old = (sorted(generator.sample(universe, 25)) for _ in range(2))
         edited = set(generator.sample(old, 5))
         scanned = [row(i, text="!" if i in edited else "") for i in corpus]
-        plan = plan_of(scanned, [live(row(i)) for i in old], tmp_path / str(round_number))
+        plan = Joined(scanned, [live(row(i)) for i in old])
         both = set(corpus) & set(old)
         assert plan.new == len(set(corpus) - set(old))
         assert plan.changed == len(both & edited)

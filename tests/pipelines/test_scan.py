@@ -183,8 +183,8 @@ def test_a_unit_with_many_rows_gets_several_sorted_runs(tmp_path: Path, monkeypa
     options = CorpusOptions((str(tmp_path / "c"),))
     result = run(options, tmp_path / "work")
     assert len(result.runs) == 15
-    for path in result.runs:
-        ids = pq.read_table(path).column("document_id").to_pylist()
+    for written in result.runs:
+        ids = pq.read_table(written.location).column("document_id").to_pylist()
         assert ids == sorted(ids)
     rows = rows_of(result, tmp_path / "work")
     assert [row["document_id"] for row in rows] == sorted(str(n) for n in range(100))
