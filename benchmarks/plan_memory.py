@@ -1,6 +1,6 @@
 """Peak memory and time of planning a corpus of millions of records, on the driver and in its workers.
 
-    python -m benchmarks.plan_memory --records 3000000 [--workers 2] [--json FILE]
+    python -m benchmarks.plan_memory --records 3000000 [--workers 2] [--one-pass] [--output FILE]
 
 Synthetic sorted runs stand for the scan (ids in random order, a tenth of them twice), so that nothing but the plan
 is measured: merging, duplicates, the join with no parent, cutting shards. `--one-pass` plans all of it as one range in
@@ -8,15 +8,15 @@ this process, as a plan without ranges does.
 """
 
 import argparse
-import json
 import random
 import resource
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measurement import machine
+from benchmarks.measurement import add_output, finish, say
 from refrag.pipelines.engines.local import LocalEngine
 from refrag.pipelines.id_ranges import RANGE_ROWS, PlanOptions, make_plan
 from refrag.pipelines.plan import default_shard_bytes
@@ -43,16 +43,18 @@ def _row(number: int, order: int) -> dict[str, Any]:
     }
 
 
-def write_runs(work: WorkFolder, records: int, seed: int = 0) -> list[SortedRun]:
+def _write_run(start: int, *, work: WorkFolder, records: int) -> SortedRun:
+    generator, orders = random.Random(start), range(start, min(records, start + RUN_ROWS))
+    rows = [_row(generator.randrange(max(1, o)) if o % 10 == 9 else o, o) for o in orders]
+    rows.sort(key=lambda row: (row["document_id"], row["order"]))
+    return write_run(rows, work, f"unit-{start:010d}")
+
+
+def write_runs(engine: LocalEngine, work: WorkFolder, records: int) -> list[SortedRun]:
     """Sorted runs as a scan writes them."""
-    generator, runs = random.Random(seed), []
     work.make()
-    for start in range(0, records, RUN_ROWS):
-        orders = range(start, min(records, start + RUN_ROWS))
-        rows = [_row(generator.randrange(max(1, o)) if o % 10 == 9 else o, o) for o in orders]
-        rows.sort(key=lambda row: (row["document_id"], row["order"]))
-        runs.append(write_run(rows, work, f"unit-{start:010d}"))
-    return runs
+    write = partial(_write_run, work=work, records=records)
+    return list(engine.map(write, range(0, records, RUN_ROWS)))
 
 
 def _peak_mib(who: int) -> float:
@@ -61,25 +63,25 @@ def _peak_mib(who: int) -> float:
 
 def measure(records: int, workers: int, *, one_pass: bool) -> dict[str, Any]:
     """Plan, and what it took."""
-    with tempfile.TemporaryDirectory(prefix="refrag-plan-memory-") as folder, LocalEngine(workers) as engine:
+    with tempfile.TemporaryDirectory(prefix="refrag-plan-memory-") as folder:
         work = WorkFolder(folder)
-        runs = write_runs(work.below("scan"), records)
+        with LocalEngine(workers) as engine:
+            runs = write_runs(engine, work.below("scan"), records)
+        say(f"{len(runs)} runs written")
         options = PlanOptions(target_shard_bytes=default_shard_bytes(records * TEXT_BYTES), keep_duplicates=False)
         before, started = _peak_mib(resource.RUSAGE_SELF), time.perf_counter()
-        plan = make_plan(
-            runs,
-            store=FolderStore(Path(folder, "index")),
-            parent=None,
-            options=options,
-            work=work.below("plan"),
-            map_ranges=map if one_pass else engine.map,
-            range_rows=1 << 62 if one_pass else RANGE_ROWS,
-        )
+        with LocalEngine(0 if one_pass else workers) as engine:
+            plan = make_plan(
+                runs,
+                store=FolderStore(Path(folder, "index")),
+                parent=None,
+                options=options,
+                work=work.below("plan"),
+                map_ranges=engine.map,
+                range_rows=1 << 62 if one_pass else RANGE_ROWS,
+            )
         seconds = time.perf_counter() - started
     return {
-        "records": records,
-        "one_pass": one_pass,
-        "workers": 0 if one_pass else workers,
         "ranges": 1 if one_pass else -(-records // RANGE_ROWS),
         "runs": len(runs),
         "documents": plan.new,
@@ -99,14 +101,11 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=3_000_000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--one-pass", action="store_true")
-    parser.add_argument("--json", type=Path, help="add the figures to this file")
+    add_output(parser)
     given = parser.parse_args()
     found = measure(given.records, given.workers, one_pass=given.one_pass)
-    print(json.dumps(found, indent=1))
-    if given.json is not None:
-        kept = json.loads(given.json.read_text()) if given.json.exists() else {"machine": machine(), "measured": []}
-        kept["measured"].append(found)
-        given.json.write_text(json.dumps(kept, indent=1) + "\n")
+    shown = {"records": given.records, "workers": given.workers, "one_pass": given.one_pass}
+    finish("plan_memory", shown, found, given.output)
 
 
 if __name__ == "__main__":

@@ -388,6 +388,7 @@ class _Build:
             min_recall=self.options.min_recall,
             memory_budget_bytes=self.options.index_memory_bytes,
             progress=self.progress,
+            work=self.work.below("index"),
         )
         self.progress.finish()
         self.steps["index"] += time.perf_counter() - started

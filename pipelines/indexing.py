@@ -1,7 +1,7 @@
 """The index stage: passage embeddings of all shards → FAISS segments, and their measured recall."""
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,29 +9,38 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from refrag.pipelines.engines import Engine
 from refrag.pipelines.progress import Progress
+from refrag_core.corpus.filesystem import open_binary
 from refrag_core.digests import digest_json
 from refrag_core.errors import RecallGateError
 from refrag_core.manifest import Manifest, Segment, Shard, VectorIndexInfo
 from refrag_core.storage import FileRecord, Store
-from refrag_core.tables import MappedColumn, iterate_rows
+from refrag_core.tables import MappedColumn, open_table
 from refrag_core.vector_index import (
+    RECALL_DEPTH,
+    RECALL_TARGET,
     IndexSpec,
+    SearchResult,
     VectorIndex,
     build_segment,
     choose_index,
     exact_search,
+    merge_segments,
+    nprobe_values,
+    recall_of,
     sample_rows,
     train_quantizer,
     training_size,
-    tune_nprobe,
 )
+from refrag_core.work_folder import WorkFolder, remove_location
 
 SEGMENT_ROWS = 1 << 20
 GATE_QUERIES = 200
 _RETRAIN_FACTOR = 4
+_NPROBES_A_ROUND = 4
 _SENTENCE = re.compile(r"[^.!?。！？\n]{20,400}[.!?。！？]?")
 
 Live = Mapping[str, npt.NDArray[np.bool_]]
@@ -56,22 +65,53 @@ def _blocks(store: Store, shards: Sequence[Shard], dim: int) -> Iterator[npt.NDA
         yield from vectors_of(store, shard, dim).blocks()
 
 
-def _sample(store: Store, shards: Sequence[Shard], dim: int, size: int) -> npt.NDArray[np.float32]:
-    picked = sample_rows([shard.passages for shard in shards], size)
+def _rows_of(column: MappedColumn, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float16]:
+    return np.concatenate([column.slice(int(row), int(row) + 1) for row in rows])
+
+
+Sampled = list[tuple[Shard, npt.NDArray[np.int64]]]
+"""Shards with the rows that are wanted of each."""
+
+
+def _sample_part(picked: Sampled, *, store: Store, dim: int, work: WorkFolder) -> str:
+    """Write the chosen vectors of some shards to a file of this run, float16 `[n, dim]`; its location."""
+    work.check()
+    parts = [_rows_of(vectors_of(store, shard, dim), rows) for shard, rows in picked]
+    with work.temporary("sample") as path:
+        with path.open("wb") as stream:
+            np.save(stream, np.concatenate(parts), allow_pickle=False)
+        return work.publish(path, prefix="sample", suffix=".npy")
+
+
+def _sample(engine: Engine, store: Store, shards: Sequence[Shard], spec: IndexSpec, work: WorkFolder) -> list[str]:
+    """Files of the training sample, in order: rows spread evenly over all passages, gathered where workers are."""
+    work.make()
+    picked = sample_rows([shard.passages for shard in shards], max(1, training_size(spec)))
+    wanted = {shard.name: rows for shard, rows in zip(shards, picked, strict=True) if len(rows)}
+    groups = [[(s, wanted[s.name]) for s in group if s.name in wanted] for group in _groups(shards)]
+    gather = partial(_sample_part, store=store, dim=spec.dim, work=work)
+    return list(engine.map(gather, [group for group in groups if group]))
+
+
+def _train_quantizer(files: Sequence[str], *, store: Store, spec: IndexSpec, name: str) -> FileRecord:
+    """Train on the sample and publish what was learnt."""
     parts = []
-    for shard, rows in zip(shards, picked, strict=True):
-        if len(rows):
-            column = vectors_of(store, shard, dim)
-            parts.append(np.concatenate([column.slice(int(row), int(row) + 1) for row in rows]))
-    return np.concatenate(parts).astype(np.float32)
+    for location in files:
+        with open_binary(location) as stream:
+            parts.append(np.load(stream, allow_pickle=False).astype(np.float32))
+    data = train_quantizer(np.concatenate(parts), spec)
+    return store.publish(name, lambda path: _write(path, data))
 
 
-def _quantizer(store: Store, shards: Sequence[Shard], spec: IndexSpec) -> FileRecord:
-    """Train on a sample that is spread evenly over all passages; the name follows from its input."""
+def _quantizer(engine: Engine, store: Store, shards: Sequence[Shard], spec: IndexSpec, work: WorkFolder) -> FileRecord:
+    """Train once, in a worker, on a sample that is spread evenly over all passages; the name follows from its input."""
     key = digest_json(["quantizer/1", spec.kind, spec.dim, spec.nlist, [shard.tables["vectors"] for shard in shards]])
-    sample = _sample(store, shards, spec.dim, max(1, training_size(spec)))
-    data = train_quantizer(sample, spec)
-    return store.publish(f"segments/quantizer-{key[:32]}.faiss", lambda path: _write(path, data))
+    name = f"segments/quantizer-{key[:32]}.faiss"
+    files = _sample(engine, store, shards, spec, work)
+    (record,) = engine.map(partial(_train_quantizer, store=store, spec=spec, name=name), [files])
+    for location in files:
+        remove_location(location)
+    return record
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -134,6 +174,7 @@ def build_vector_index(
     min_recall: float,
     memory_budget_bytes: int | None,
     progress: Progress,
+    work: WorkFolder,
     dead: Collection[str] = (),
 ) -> BuiltIndex:
     """Segments over all shards; those of the parent are kept while recall stays above the gate.
@@ -146,6 +187,7 @@ def build_vector_index(
         retriever: embeds the held-out queries (sentences of sampled passages).
         min_recall: recall@10 under which nothing is published.
         dead: names of the shards without a live document.
+        work: folder of this run that every worker reaches.
         memory_budget_bytes: above this, inverted lists hold 8-bit codes instead of float16; None is no bound.
 
     Raises RecallGateError when even freshly trained segments stay below `min_recall`.
@@ -155,14 +197,14 @@ def build_vector_index(
         return BuiltIndex(parent.segments, parent.vector_index, [parent.files[name] for name in names])
     spec = choose_index(sum(shard.passages for shard in shards), dim, memory_budget_bytes)
     kept = _kept(parent, spec, shards)
-    queries = _held_out_queries(store, shards, live, retriever)
+    queries = _held_out_queries(engine, store, shards, live, retriever)
     if kept and parent is not None:
         built = _extend(store, engine, shards, kept, parent, dim=dim, live=live, queries=queries)
         if built.info.recall_at_10 >= min_recall:
             return built
         progress.note(f"recall@10 fell to {built.info.recall_at_10:.3f}: training the index anew")
     alive = [shard for shard in shards if shard.name not in dead]
-    built = _train(store, engine, alive, spec, live=live, queries=queries)
+    built = _train(store, engine, alive, spec, live=live, queries=queries, work=work)
     if built.info.recall_at_10 < min_recall:
         raise RecallGateError(
             f"recall@10 is {built.info.recall_at_10:.3f} on {len(queries)} held-out queries, expected at least "
@@ -179,11 +221,12 @@ def _train(
     *,
     live: Live,
     queries: npt.NDArray[np.float32],
+    work: WorkFolder,
 ) -> BuiltIndex:
-    quantizer = _quantizer(store, shards, spec)
+    quantizer = _quantizer(engine, store, shards, spec, work)
     made = list(engine.map(partial(_segment, store, quantizer.name, spec.dim), _groups(shards)))
     segments, files = [segment for segment, _ in made], [quantizer, *(record for _, record in made)]
-    return _measured(store, shards, segments, files, spec.kind, spec.nlist, spec.dim, live, queries)
+    return _measured(engine, store, shards, segments, files, spec.kind, spec.nlist, spec.dim, live, queries)
 
 
 def _extend(
@@ -204,10 +247,11 @@ def _extend(
     segments = [*kept, *(segment for segment, _ in made)]
     old = [parent.files[name] for name in (info.quantizer, *(segment.file for segment in kept))]
     files = [*old, *(record for _, record in made)]
-    return _measured(store, shards, segments, files, info.kind, info.nlist, dim, live, queries)
+    return _measured(engine, store, shards, segments, files, info.kind, info.nlist, dim, live, queries)
 
 
 def _measured(
+    engine: Engine,
     store: Store,
     shards: Sequence[Shard],
     segments: Sequence[Segment],
@@ -221,9 +265,11 @@ def _measured(
     """Tune nprobe on the held-out queries against exact search over the stored embeddings."""
     by_name = {shard.name: shard for shard in shards}
     masks = live_by_segment(segments, by_name, live)
-    index = VectorIndex.open([store.path(segment.file) for segment in segments], nprobe=1)
-    blocks = (list(_blocks(store, [by_name[name] for name in segment.shards], dim)) for segment in segments)
-    nprobe, recall = _tune(index, blocks, queries, masks)
+    searched = [
+        SearchedSegment(segment.file, tuple(by_name[name] for name in segment.shards), dim, mask)
+        for segment, mask in zip(segments, masks, strict=True)
+    ]
+    nprobe, recall = _tune(engine, store, searched, queries, nlist)
     info = VectorIndexInfo(
         kind=kind,
         nlist=nlist,
@@ -235,12 +281,53 @@ def _measured(
     return BuiltIndex(segments, info, files)
 
 
+@dataclass(frozen=True, slots=True)
+class SearchedSegment:
+    """One segment for the gate: its file, its shards' embeddings, and which rows are live (None for all)."""
+
+    file: str
+    shards: tuple[Shard, ...]
+    dim: int
+    live: npt.NDArray[np.bool_] | None
+
+
 def _tune(
-    index: VectorIndex, segments: Iterable[list[Any]], queries: npt.NDArray[np.float32], masks: Sequence[Any]
+    engine: Engine,
+    store: Store,
+    segments: Sequence[SearchedSegment],
+    queries: npt.NDArray[np.float32],
+    nlist: int,
 ) -> tuple[int, float]:
-    exact = exact_search(segments, queries, k=10, live=masks)
-    tuned = tune_nprobe(index, exact, queries, k=10, live=masks)
-    return tuned.nprobe, tuned.recall
+    """The least nprobe whose recall@10 suffices (else the largest), and that recall.
+
+    Workers search a segment each, exactly and with several nprobes at a time; only their best hits come here.
+    """
+    exact = merge_segments(engine.map(partial(_exact_hits, store=store, queries=queries), segments), RECALL_DEPTH)
+    nprobe, recall = 1, 0.0
+    for nprobes in _batches(nprobe_values(nlist), _NPROBES_A_ROUND):
+        found = list(engine.map(partial(_hits, store=store, queries=queries, nprobes=nprobes), segments))
+        for at, nprobe in enumerate(nprobes):
+            recall = recall_of(merge_segments((hits[at] for hits in found), RECALL_DEPTH), exact)
+            if recall >= RECALL_TARGET:
+                return nprobe, recall
+    return nprobe, recall
+
+
+def _batches(values: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    return (values[at : at + size] for at in range(0, len(values), size))
+
+
+def _exact_hits(segment: SearchedSegment, *, store: Store, queries: npt.NDArray[np.float32]) -> SearchResult:
+    """The true best rows of one segment; its embeddings pass block by block."""
+    return exact_search([_blocks(store, segment.shards, segment.dim)], queries, k=RECALL_DEPTH, live=[segment.live])
+
+
+def _hits(
+    segment: SearchedSegment, *, store: Store, queries: npt.NDArray[np.float32], nprobes: Sequence[int]
+) -> list[SearchResult]:
+    """What the index finds in one segment, for each nprobe."""
+    index = VectorIndex.open([store.path(segment.file)], nprobe=1)
+    return [index.search(queries, RECALL_DEPTH, [segment.live], nprobe=nprobe) for nprobe in nprobes]
 
 
 def live_by_segment(
@@ -257,23 +344,38 @@ def live_by_segment(
     return masks
 
 
-def _held_out_queries(store: Store, shards: Sequence[Shard], live: Live, retriever: Any) -> npt.NDArray[np.float32]:
+def _held_out_queries(
+    engine: Engine, store: Store, shards: Sequence[Shard], live: Live, retriever: Any
+) -> npt.NDArray[np.float32]:
     """Sentences from evenly sampled live passages: close to what is asked, and never an indexed vector."""
     picked = sample_rows([shard.passages for shard in shards], GATE_QUERIES)
-    sentences = []
+    chosen: Sampled = []
     for shard, rows in zip(shards, picked, strict=True):
         mask = live.get(shard.name)
-        wanted = {int(row) for row in rows if mask is None or mask[row]}
-        texts = _texts(store, shard, wanted)
-        sentences += [sentence for text in texts if (sentence := _middle_sentence(text))]
+        alive = rows if mask is None else rows[mask[rows]]
+        if len(alive):
+            chosen.append((shard, alive))
+    sentences = [sentence for found in engine.map(partial(_sentences, store=store), chosen) for sentence in found]
     return np.asarray(retriever.embed_queries(sentences or ["?"]), np.float32)
 
 
-def _texts(store: Store, shard: Shard, rows: set[int]) -> list[str]:
-    if not rows:
-        return []
-    path = store.path(shard.tables["passages"])
-    return [row["text"] for at, row in enumerate(iterate_rows(path, ["text"])) if at in rows]
+def _sentences(sampled: tuple[Shard, npt.NDArray[np.int64]], *, store: Store) -> list[str]:
+    """One sentence of each chosen passage of a shard that has one."""
+    shard, rows = sampled
+    return [sentence for text in _texts(store, shard, rows) if (sentence := _middle_sentence(text))]
+
+
+def _texts(store: Store, shard: Shard, rows: npt.NDArray[np.int64]) -> Iterator[str]:
+    """Texts of the passages `rows` (increasing), from the row groups that hold them."""
+    with open_table(store.path(shard.tables["passages"])) as file:
+        start = 0
+        for group in range(file.num_row_groups):
+            stop = start + file.metadata.row_group(group).num_rows
+            wanted = rows[(rows >= start) & (rows < stop)] - start
+            if len(wanted):
+                column = file.read_row_group(group, columns=["text"]).column(0)
+                yield from column.take(pa.array(wanted)).to_pylist()
+            start = stop
 
 
 def _middle_sentence(text: str) -> str:

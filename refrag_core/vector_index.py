@@ -38,6 +38,9 @@ __all__ = [
     "choose_index",
     "exact_search",
     "measure_recall",
+    "merge_segments",
+    "nprobe_values",
+    "recall_of",
     "sample_rows",
     "sweep_nprobe",
     "train_quantizer",
@@ -541,6 +544,19 @@ def _merge(found: Sequence[_Hits], k: int) -> SearchResult:
     )
 
 
+def merge_segments(found: Iterable[SearchResult], k: int) -> SearchResult:
+    """The best `k` of what was found in each segment alone, in the order of the segments.
+
+    What searching all of them at once gives, hit for hit, from searches that ran in different processes.
+    """
+    return _merge([(result.scores, result.rows) for result in found], k)
+
+
+def nprobe_values(nlist: int) -> list[int]:
+    """The powers of two below `nlist`, and it: what is tried in turn until the recall suffices."""
+    return [*(1 << power for power in range(nlist.bit_length()) if 1 << power < nlist), max(1, nlist)]
+
+
 def exact_search(
     segments: Iterable[Iterable[Vectors]], queries: Floats, k: int, live: Masks | None = None
 ) -> SearchResult:
@@ -633,12 +649,20 @@ def measure_recall(
     """
     if exact_hits.rows.shape[0] != len(queries) or exact_hits.rows.shape[1] < k:
         raise UsageError(f"exact hits have shape {exact_hits.rows.shape}; expected [{len(queries)}, at least {k}]")
+    return recall_of(index.search(queries, k, live, nprobe=nprobe), exact_hits, k)
+
+
+def recall_of(found: SearchResult, exact_hits: SearchResult, k: int = RECALL_DEPTH) -> float:
+    """Recall@k in [0, 1]: the share of the true hits that are among those found.
+
+    Raises UsageError when there are no true hits.
+    """
     truth = _hit_numbers(exact_hits)[:, :k]
     num_true = int((truth >= 0).sum())
     if not num_true:
         raise UsageError("no query has a true hit; expected at least one live row and one query")
-    found = _hit_numbers(index.search(queries, k, live, nprobe=nprobe))
-    num_found = sum(int(np.isin(t[t >= 0], f).sum()) for t, f in zip(truth, found, strict=True))
+    hits = _hit_numbers(found)
+    num_found = sum(int(np.isin(t[t >= 0], f).sum()) for t, f in zip(truth, hits, strict=True))
     return num_found / num_true
 
 
@@ -662,14 +686,13 @@ def tune_nprobe(
     clock's and differs between runs; the choice does not depend on it.
     """
     table: list[NprobeMeasurement] = []
-    nprobe = 1
-    while True:
+    for nprobe in nprobe_values(index.nlist):
         recall = measure_recall(index, exact_hits, queries, k, live=live, nprobe=nprobe)
         milliseconds = _median_milliseconds(index, queries, k, live, nprobe)
         table.append(NprobeMeasurement(nprobe=nprobe, recall=recall, milliseconds=milliseconds))
-        if recall >= target or nprobe >= index.nlist:
-            return NprobeTuning(nprobe=nprobe, recall=recall, table=tuple(table))
-        nprobe = min(2 * nprobe, index.nlist)
+        if recall >= target:
+            break
+    return NprobeTuning(nprobe=table[-1].nprobe, recall=table[-1].recall, table=tuple(table))
 
 
 def sweep_nprobe(
@@ -681,15 +704,13 @@ def sweep_nprobe(
     live: Masks | None = None,
 ) -> tuple[NprobeMeasurement, ...]:
     """Recall@k and milliseconds a query at every power of two up to all lists: what speed costs. One row if flat."""
-    values = [1 << power for power in range(max(1, index.nlist).bit_length())]
-    values += [index.nlist] if index.nlist > values[-1] else []
     return tuple(
         NprobeMeasurement(
             nprobe=nprobe,
             recall=measure_recall(index, exact_hits, queries, k, live=live, nprobe=nprobe),
             milliseconds=_median_milliseconds(index, queries, k, live, nprobe),
         )
-        for nprobe in values
+        for nprobe in nprobe_values(index.nlist)
     )
 
 

@@ -20,7 +20,8 @@ from refrag_core.errors import RecallGateError
 from refrag_core.manifest import Manifest, Shard, TombstoneInfo
 from refrag_core.storage import FolderStore, Store
 from refrag_core.tables import fixed_binary, write_table
-from refrag_core.vector_index import VectorIndex
+from refrag_core.vector_index import VectorIndex, exact_search, tune_nprobe
+from refrag_core.work_folder import WorkFolder
 
 DIM = 16
 
@@ -82,7 +83,9 @@ def build(store: Store, shards: Sequence[Shard], parent: Manifest | None = None,
         "min_recall": 0.5,
         "memory_budget_bytes": None,
         "progress": Silent(),
+        "work": WorkFolder(f"{store.location}/work/run-1"),
     }
+    settings["work"].make()
     return build_vector_index(store, LocalEngine(0), shards, parent=parent, **settings | changes)
 
 
@@ -308,6 +311,86 @@ def test_a_gate_query_is_never_an_indexed_text(text: str, query: str | None) -> 
     assert found != text
     assert 0 < len(found) < len(text)
     assert query is None or found == query
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_segments_searched_one_by_one_give_what_one_search_gives(
+    store: Store, monkeypatch: pytest.MonkeyPatch, dead: bool
+) -> None:
+    """The gate never has all vectors in one place: its figures are those of a search over all of them."""
+    monkeypatch.setattr(vector_index, "FLAT_MAX_VECTORS", 10)
+    monkeypatch.setattr(indexing, "SEGMENT_ROWS", 120)
+    shards, asked = make_shards(store, a=70, b=50, c=90, d=40, e=110), Retriever()
+    live = {"a": np.arange(70) % 3 > 0, "d": np.arange(40) > 35} if dead else {}
+    built = build(store, shards, retriever=asked, live=live)
+    assert len(built.segments) == 4
+    queries = np.concatenate([unit(1, zlib.crc32(text.encode())) for text in asked.sentences])
+    by_name = {shard.name: shard for shard in shards}
+    masks = live_by_segment(built.segments, by_name, live)
+    index = VectorIndex.open([store.path(segment.file) for segment in built.segments], nprobe=1)
+    blocks = [list(indexing._blocks(store, [by_name[name] for name in s.shards], DIM)) for s in built.segments]
+    exact = exact_search(blocks, queries, k=10, live=masks)
+    searched = [
+        indexing.SearchedSegment(segment.file, tuple(by_name[name] for name in segment.shards), DIM, mask)
+        for segment, mask in zip(built.segments, masks, strict=True)
+    ]
+    parts = [indexing._exact_hits(segment, store=store, queries=queries) for segment in searched]
+    merged = vector_index.merge_segments(parts, 10)
+    for name in ("scores", "segments", "rows"):
+        assert np.array_equal(getattr(merged, name), getattr(exact, name))
+    tuned = tune_nprobe(index, exact, queries, k=10, live=masks)
+    assert (built.info.nprobe, built.info.recall_at_10) == (tuned.nprobe, round(tuned.recall, 4))
+    hits = [indexing._hits(segment, store=store, queries=queries, nprobes=[1, 4]) for segment in searched]
+    for at, nprobe in enumerate((1, 4)):
+        merged, whole = (
+            vector_index.merge_segments([h[at] for h in hits], 10),
+            index.search(queries, 10, masks, nprobe=nprobe),
+        )
+        for name in ("scores", "segments", "rows"):
+            assert np.array_equal(getattr(merged, name), getattr(whole, name))
+
+
+def test_training_and_measuring_happen_in_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same files and figures, bit for bit; nothing as large as the vectors comes back to the driver."""
+    monkeypatch.setattr(vector_index, "FLAT_MAX_VECTORS", 10)
+    one, two = FolderStore(tmp_path / "one"), FolderStore(tmp_path / "two")
+    here = build(one, make_shards(one, a=300, b=200))
+    with LocalEngine(1) as engine:
+        shards, work = make_shards(two, a=300, b=200), WorkFolder(str(tmp_path / "work"))
+        work.make()
+        monkeypatch.setattr(indexing, "choose_index", lambda rows, *_: vector_index.choose_index(rows, DIM))
+        there = build_vector_index(
+            two,
+            engine,
+            shards,
+            dim=DIM,
+            live={},
+            retriever=Retriever(),
+            parent=None,
+            min_recall=0.5,
+            memory_budget_bytes=None,
+            progress=Silent(),
+            work=work,
+        )
+    assert here.info.nlist == there.info.nlist == 32
+    assert (there.segments, there.info, there.files) == (here.segments, here.info, here.files)
+    assert [path.name for path in (tmp_path / "work").iterdir()] == [".reachable"]
+
+
+def test_a_sample_is_gathered_in_the_order_of_the_rows(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vector_index, "TRAINING_ROWS_PER_LIST", 2)
+    monkeypatch.setattr(indexing, "SEGMENT_ROWS", 60)
+    shards = make_shards(store, a=50, b=30, c=40)
+    work = WorkFolder(f"{store.location}/work/run-1")
+    work.make()
+    spec = vector_index.IndexSpec("ivf_sqfp16", DIM, 16)
+    files = indexing._sample(LocalEngine(0), store, shards, spec, work)
+    assert len(files) == 3
+    every = np.concatenate(
+        [unit(n, zlib.crc32(name.encode())).astype(np.float16) for name, n in (("a", 50), ("b", 30), ("c", 40))]
+    )
+    picks = ((2 * np.arange(32) + 1) * 120) // 64
+    assert np.array_equal(np.concatenate([np.load(path) for path in files]), every[picks])
 
 
 # --- what is live -------------------------------------------------------------------------------------
