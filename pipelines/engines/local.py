@@ -1,5 +1,6 @@
 """The local engine: worker processes tokenize ahead while this process runs the device stages."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from multiprocessing.queues import SimpleQueue
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -32,8 +34,9 @@ def default_workers() -> int:
     return max(1, min(16, available_cores() - 1))
 
 
-def _start_worker(parent: int) -> None:
-    """Leave Ctrl-C to the parent, and end when the parent is gone, however it went."""
+def _start_worker(parent: int, started: "SimpleQueue[int]") -> None:
+    """Leave Ctrl-C to the parent, tell it who this is, and end when the parent is gone, however it went."""
+    started.put(os.getpid())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the pool is the parallelism; each worker takes one core
 
@@ -45,6 +48,10 @@ def _start_worker(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+class _HangError(Exception):
+    """A worker was at one piece of work for too long."""
+
+
 def _lost(future: "Future[Any]") -> bool:
     """Whether a future of a broken pool has no outcome of its own."""
     return not future.done() or isinstance(future.exception(), BrokenProcessPool)
@@ -54,13 +61,19 @@ class LocalEngine:
     """One machine. `workers` processes for CPU stages; 0 runs everything in this process.
 
     Use as a context manager: leaving it ends the workers.
+
+    Args:
+        shard_timeout: seconds that this process waits for one piece of work before the workers are killed and it is
+            given to new ones; None waits for ever. What runs in this process itself is not bounded.
     """
 
     spans_machines = False
 
-    def __init__(self, workers: int | None = None) -> None:
+    def __init__(self, workers: int | None = None, shard_timeout: float | None = None) -> None:
         self.workers = default_workers() if workers is None else workers
+        self.shard_timeout = shard_timeout
         self._pool: ProcessPoolExecutor | None = None
+        self._started: SimpleQueue[int] | None = None
 
     def __enter__(self) -> "LocalEngine":
         return self
@@ -80,7 +93,8 @@ class LocalEngine:
         """Hand an item to the workers; where they died since the last one, the future says so."""
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self.workers, context, _start_worker, (os.getpid(),))
+            self._started = context.SimpleQueue()
+            self._pool = ProcessPoolExecutor(self.workers, context, _start_worker, (os.getpid(), self._started))
         try:
             return self._pool.submit(function, item)
         except BrokenProcessPool as error:
@@ -91,7 +105,7 @@ class LocalEngine:
     def map(self, function: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
         """Results in the order of the items; at most two items a worker are under way.
 
-        A worker that dies is replaced and its items are run again; raises StageError after three deaths.
+        A worker that dies or hangs is replaced and its items are run again; raises StageError after three times.
         """
         if self.workers == 0:
             yield from map(function, items)
@@ -105,15 +119,14 @@ class LocalEngine:
             yield self._next(function, waiting)
 
     def _next(self, function: Callable[[Item], Made], waiting: "deque[tuple[Item, Future[Any]]]") -> Made:
+        hung = 0
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                result: Made = waiting[0][1].result()
-            except BrokenProcessPool:
+                result: Made = self._result(waiting[0][1])
+            except (BrokenProcessPool, _HangError) as error:
+                hung += isinstance(error, _HangError)
                 if attempt == _ATTEMPTS:
-                    raise StageError(
-                        f"a worker process died {_ATTEMPTS} times on the same work (out of memory?), expected it "
-                        "to finish: use fewer --workers or a smaller --shard-bytes and run the command again"
-                    ) from None
+                    raise StageError(self._given_up(hung)) from None
                 self._pool = None
                 for at, (item, future) in enumerate(waiting):
                     if _lost(future):
@@ -122,6 +135,40 @@ class LocalEngine:
                 waiting.popleft()
                 return result
         raise AssertionError("unreachable")
+
+    def _result(self, future: "Future[Made]") -> Made:
+        """What became of the oldest work, which a worker has been at for as long as this waits at least.
+
+        Raises _HangError once the workers are killed for it.
+        """
+        try:
+            return future.result(self.shard_timeout)
+        except TimeoutError:
+            if future.done():  # an error of the work itself
+                raise
+            self._kill_workers()
+            raise _HangError from None
+
+    def _kill_workers(self) -> None:
+        """Kill all: which one hangs nobody can tell, and the others' work is done again."""
+        assert self._started is not None
+        assert self._pool is not None
+        while not self._started.empty():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._started.get(), signal.SIGKILL)
+        self._pool.shutdown()
+
+    def _given_up(self, hung: int) -> str:
+        if hung:
+            return (
+                f"the same work did not end within {self.shard_timeout:,.0f} s in {_ATTEMPTS} attempts, expected it "
+                "to: look for a document that its tokenizer cannot get through, use a smaller --shard-bytes or a "
+                "longer --shard-timeout, and run the command again"
+            )
+        return (
+            f"a worker process died {_ATTEMPTS} times on the same work (out of memory?), expected it "
+            "to finish: use fewer --workers or a smaller --shard-bytes and run the command again"
+        )
 
     def run(self, store: Store, stages: Stages, specs: Iterable[ShardSpec]) -> Iterator[ShardResult]:
         """Tokenize in the workers, a few shards ahead; encode, embed and score here, in plan order."""

@@ -139,6 +139,35 @@ def test_an_exception_comes_through_as_it_is_and_ends_the_workers() -> None:
     assert_gone(workers)
 
 
+def hang_once(folder: Path, item: int) -> int:
+    """Item 3 never ends the first time that it is tried."""
+    tries = folder / f"{item}-{len(list(folder.glob(f'{item}-*')))}"
+    tries.touch()
+    if tries.name == "3-0":
+        sleep_forever(item)
+    return item
+
+
+def hang_always(item: int) -> int:
+    if item == 1:
+        sleep_forever(item)
+    return item
+
+
+def test_work_that_hangs_is_given_to_another_worker(tmp_path: Path) -> None:
+    with LocalEngine(WORKERS, shard_timeout=8) as engine:
+        assert list(engine.map(partial(hang_once, tmp_path), range(8))) == list(range(8))
+    assert (tmp_path / "3-1").exists()
+    assert_gone(children())
+
+
+def test_work_that_always_hangs_fails_the_run() -> None:
+    message = r"the same work did not end within 2 s in 3 attempts, expected it to: look for a document that its"
+    with LocalEngine(WORKERS, shard_timeout=2) as engine, pytest.raises(StageError, match=message):
+        list(engine.map(hang_always, range(4)))
+    assert_gone(children())
+
+
 PARENT = """
 import sys, time
 from tests.pipelines.test_local_engine import sleep_forever
