@@ -21,6 +21,7 @@ from refrag_core.errors import RefragError, UsageError
 
 if TYPE_CHECKING:
     from refrag.pipelines.build import BuildOptions, BuildReport
+    from refrag.pipelines.cluster_plan import ClusterOptions, ClusterPlan
     from refrag.pipelines.engines.local import LocalEngine
     from refrag.pipelines.progress import Progress
     from refrag_core.bundle import BundleReport
@@ -52,6 +53,14 @@ class EngineName(StrEnum):
     """Engines that drive a build."""
 
     LOCAL = "local"
+
+
+class PlannedEngineName(StrEnum):
+    """Engines that a plan can be made for."""
+
+    LOCAL = "local"
+    RAY = "ray"
+    BEAM = "beam"
 
 
 class EmbeddingDtypeName(StrEnum):
@@ -129,6 +138,23 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
 Workers = Annotated[
     int | None, typer.Option(help="Tokenizing processes; 0 runs in this process. Default: CPUs - 1.", min=0)
 ]
+Work = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder or URI for a run's intermediate files, which all workers reach; removed at the end. Default: "
+        "with the index."
+    ),
+]
+PlannedWorkers = Annotated[
+    int | None,
+    typer.Option(
+        help="Local: tokenizing processes. Ray and Beam: machines, with one GPU each where --gpu names one.", min=0
+    ),
+]
+Gpu = Annotated[
+    str | None, typer.Option(help="The workers' cards, h100: rates measured on one. Default: this machine's own rates.")
+]
+CoresAWorker = Annotated[int, typer.Option("--cores", help="CPU cores of a machine of the cluster.", min=1)]
 Score = Annotated[bool, typer.Option("--score", help="Add per-chunk perplexity, which the perplexity policy needs.")]
 MinRecall = Annotated[
     float, typer.Option(help="Recall@10 of the vector index under which nothing is published.", min=0, max=1)
@@ -324,6 +350,7 @@ def index_build(
     delete_missing: DeleteMissing = False,
     dedup_passages: DedupPassages = None,
     retry_quarantined: RetryQuarantined = False,
+    work: Work = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Build the index of a corpus, or bring it up to date; run again to go on after an interruption."""
@@ -355,6 +382,7 @@ def index_build(
         delete_missing=delete_missing,
         dedup_passages=dedup_passages,
         retry_quarantined=retry_quarantined,
+        work=work,
     )
     with _engine(engine, workers) as running:
         report = build_index(options, running, _progress())
@@ -404,6 +432,9 @@ def _print_build(report: "BuildReport", output: str) -> None:
 def index_plan(
     corpus: Corpus,
     output: Output = "refrag-index",
+    engine: Annotated[PlannedEngineName, typer.Option(help="What is to drive the build.")] = PlannedEngineName.LOCAL,
+    gpu: Gpu = None,
+    cores: CoresAWorker = 16,
     checkpoint: Checkpoint = None,
     encoder: Encoder = None,
     decoder: Decoder = None,
@@ -418,7 +449,7 @@ def index_plan(
     max_line_bytes: MaxLineBytes = 64 << 20,
     max_document_bytes: MaxDocumentBytes = 64 << 20,
     device: Device = "auto",
-    workers: Workers = None,
+    workers: PlannedWorkers = None,
     score: Score = False,
     tables: BuiltTables = None,
     shard_bytes: ShardBytes = None,
@@ -427,8 +458,11 @@ def index_plan(
     as_json: JsonFlag = False,
 ) -> None:
     """Dry run: what a build would do, make and take, from a scan and a short calibration. Writes nothing."""
+    from refrag.pipelines.engines.local import default_workers
     from refrag.pipelines.estimate import estimate_build
 
+    cluster = _cluster(engine, workers, gpu, cores)
+    processes = default_workers() if workers is None or cluster is not None else workers
     options = _build_options(
         corpus=corpus,
         output=output,
@@ -452,8 +486,8 @@ def index_plan(
         delete_missing=delete_missing,
         retry_quarantined=retry_quarantined,
     )
-    with _engine(EngineName.LOCAL, workers) as running:
-        report = estimate_build(options, running)
+    with _engine(EngineName.LOCAL, processes) as running:
+        report = estimate_build(options, running, workers=processes, cluster=cluster)
     if as_json:
         _print_json(report)
         return
@@ -476,9 +510,47 @@ def index_plan(
     )
     if report.missing:
         print(f"{report.missing:,} documents are no longer in the corpus and stay; --delete-missing removes them")
-    print(f"Estimated from a sample of {report.sample_documents:,} documents; models' loading time comes on top.")
+    print(f"Estimated from a sample of {report.sample_documents:,} documents.")
     for difference in report.differences:
         print(f"needs --rebuild: {difference}")
+    if report.cluster is not None:
+        _print_cluster(report.cluster)
+
+
+def _cluster(engine: PlannedEngineName, workers: int | None, gpu: str | None, cores: int) -> "ClusterOptions | None":
+    from refrag.pipelines.cluster_plan import ClusterOptions
+    from refrag_core.errors import UsageError
+
+    if engine is PlannedEngineName.LOCAL:
+        if gpu is not None:
+            raise UsageError(
+                "--gpu was given for the local engine, expected --engine ray or beam: leave one of them out"
+            )
+        return None
+    if not workers:
+        raise UsageError(
+            f"--engine {engine} was planned without machines, expected how many: say --workers N, and --gpu h100 where "
+            "they have cards"
+        )
+    return ClusterOptions(engine=engine.value, workers=workers, gpu=gpu, cores=cores)
+
+
+def _print_cluster(plan: "ClusterPlan") -> None:
+    print()
+    cards = f" with one {plan.gpu} each" if plan.gpu else ""
+    _print_rows(
+        [
+            ("cluster", f"{plan.engine}, {plan.workers:,} machines{cards}"),
+            ("time", f"~{plan.hours:,.2f} h, most of it by {plan.bottleneck}"),
+            *((f"  {phase}", f"~{hours:,.3f} h") for phase, hours in plan.phases.items()),
+            ("CPU", f"~{plan.cpu_hours:,.2f} core hours of work"),
+            ("GPU", f"~{plan.gpu_hours:,.2f} card hours"),
+            ("storage", f"~{plan.storage_gb:,.2f} GB, and ~{plan.work_gb:,.2f} GB while it is built"),
+            ("requests", ", ".join(f"~{count:,} {verb}" for verb, count in plan.requests.items())),
+        ]
+    )
+    for name, rate in plan.rates.items():
+        print(f"  {name}: {rate.value:,.0f} {rate.unit} ({rate.source})")
 
 
 @index_app.command("verify")

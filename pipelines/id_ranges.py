@@ -7,6 +7,7 @@ a range's shards cannot be cut by itself. But cuts that start anywhere soon fall
 from one such start to the next are then cut independently. Names and boundaries are those of one pass over all.
 """
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -159,17 +160,34 @@ def split_ids(runs: Sequence[SortedRun], count: int) -> list[IdRange]:
 
 
 def _meeting(ids: IdRange, runs: Iterable[SortedRun]) -> tuple[SortedRun, ...]:
-    return tuple(run for run in runs if ids.meets(run.marks[0], run.marks[-1]))
+    return tuple(_bounds(run) for run in runs if ids.meets(run.marks[0], run.marks[-1]))
 
 
 def _fewer_runs(
     runs: Sequence[SortedRun], ranges: Sequence[IdRange], work: WorkFolder, map_ranges: Map
 ) -> Sequence[SortedRun]:
-    """Merge runs by groups, in workers, until no range has to open more than are merged at once."""
-    while len(ranges) > 1 and max(len(_meeting(ids, runs)) for ids in ranges) > FAN_IN:
-        groups = [tuple(runs[at : at + FAN_IN]) for at in range(0, len(runs), FAN_IN)]
+    """Merge runs by groups, in workers, until no range has to open more than are merged at once.
+
+    Groups are as many as may be open, so that one round with all workers at it does for 65,536 runs.
+    """
+    while len(ranges) > 1 and _most_open(ranges, runs) > FAN_IN:
+        size = min(FAN_IN, -(-len(runs) // FAN_IN))
+        groups = [tuple(map(_bounds, runs[at : at + size])) for at in range(0, len(runs), size)]
         runs = list(map_ranges(partial(_merge_group, work=work), groups))
     return runs
+
+
+def _most_open(ranges: Sequence[IdRange], runs: Sequence[SortedRun]) -> int:
+    """How many runs meet the range that most of them meet."""
+    firsts, lasts = (sorted(run.marks[at] for run in runs) for at in (0, -1))
+    starting = (len(runs) if ids.stop is None else bisect_left(firsts, ids.stop) for ids in ranges)
+    ended = (0 if ids.start is None else bisect_left(lasts, ids.start) for ids in ranges)
+    return max(before - behind for before, behind in zip(starting, ended, strict=True))
+
+
+def _bounds(run: SortedRun) -> SortedRun:
+    """A run as it travels: workers need no more of its ids than the first and the last."""
+    return replace(run, marks=(run.marks[0], run.marks[-1]))
 
 
 def _merge_group(runs: tuple[SortedRun, ...], *, work: WorkFolder) -> SortedRun:

@@ -362,7 +362,7 @@ def _held_out_queries(
 def _sentences(sampled: tuple[Shard, npt.NDArray[np.int64]], *, store: Store) -> list[str]:
     """One sentence of each chosen passage of a shard that has one."""
     shard, rows = sampled
-    return [sentence for text in _texts(store, shard, rows) if (sentence := _middle_sentence(text))]
+    return [sentence for text in _texts(store, shard, rows) if (sentence := middle_sentence(text))]
 
 
 def _texts(store: Store, shard: Shard, rows: npt.NDArray[np.int64]) -> Iterator[str]:
@@ -378,7 +378,8 @@ def _texts(store: Store, shard: Shard, rows: npt.NDArray[np.int64]) -> Iterator[
             start = stop
 
 
-def _middle_sentence(text: str) -> str:
+def middle_sentence(text: str) -> str:
+    """A sentence from the middle of a passage, or a part of it: never the whole."""
     sentences = _SENTENCE.findall(text)
     chosen = sentences[len(sentences) // 2].strip() if sentences else text[:200].strip()
     return chosen if chosen != text.strip() else chosen[: max(1, len(chosen) * 2 // 3)]

@@ -39,13 +39,15 @@ from refrag_core.work_folder import WorkFolder, open_location, remove_location
 RUN_ROWS = 1 << 15
 """Rows that are sorted in memory; a unit with more gets several runs."""
 
-FAN_IN = 64
+FAN_IN = 256
 """Runs that are merged at once."""
 
 DUPLICATE_RAW_BYTES = 64 << 20
 """Bytes of duplicates kept beside their rejects in one scan; those beyond are named by position alone."""
 
-_MERGE_ROWS = 1024
+_MERGED_ROWS = 1 << 16
+"""Rows of all merged runs together that are in memory."""
+
 _REJECT_BYTES = 8 << 20
 _REJECT_ROWS = 1024
 
@@ -333,7 +335,7 @@ class RejectWriter:
 def merge_runs(
     runs: Sequence[SortedRun], *, work: WorkFolder, ids: IdRange = EVERYTHING, fan_in: int = FAN_IN
 ) -> Iterator[ScanRow]:
-    """Rows of all runs within `ids` by (document id, order), holding about a thousand rows of `fan_in` runs at a time.
+    """Rows of all runs within `ids` by (document id, order), holding some 65,536 rows of at most `fan_in` runs.
 
     More runs than `fan_in` are first merged into fewer in `work`; what is made on the way is removed.
     """
@@ -351,14 +353,15 @@ def merge_runs(
 
 
 def _merged(runs: Sequence[SortedRun], ids: IdRange) -> Iterator[ScanRow]:
-    return heapq.merge(*(run_rows(run.location, ids) for run in runs), key=_sort_key)
+    rows_a_run = min(1024, max(64, _MERGED_ROWS // max(1, len(runs))))
+    return heapq.merge(*(run_rows(run.location, ids, rows_a_run) for run in runs), key=_sort_key)
 
 
-def run_rows(location: str, ids: IdRange = EVERYTHING) -> Iterator[ScanRow]:
+def run_rows(location: str, ids: IdRange = EVERYTHING, batch_rows: int = 1024) -> Iterator[ScanRow]:
     """The rows of one run within `ids`, in order; of the file only the row groups that may hold any are read."""
     with open_location(location) as run:
         groups = [number for number in range(run.num_row_groups) if _may_hold(run, number, ids)]
-        for batch in run.iter_batches(batch_size=_MERGE_ROWS, row_groups=groups, use_threads=False):
+        for batch in run.iter_batches(batch_size=batch_rows, row_groups=groups, use_threads=False):
             yield from _within(batch, ids).to_pylist()
 
 

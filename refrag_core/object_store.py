@@ -17,11 +17,11 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -50,6 +50,7 @@ RETRY_SECONDS = 60.0
 """How long the client repeats a request within one round."""
 
 _PARALLEL_PARTS = 4
+_DELETED_TOGETHER = 1000
 _WRITER = "refragwriter"  # Azure takes no hyphens
 _counter = itertools.count()
 
@@ -527,6 +528,18 @@ class RemoteObjects:
 
         with contextlib.suppress(FileNotFoundError):
             self._run(name, lambda: obstore.delete(self._client, name))
+
+    def delete_all(self, names: Iterable[str]) -> None:
+        """Remove many objects, hundreds with one request where the store can."""
+        import obstore
+
+        waiting = iter(names)
+        while batch := list(itertools.islice(waiting, _DELETED_TOGETHER)):
+            try:
+                self._run(batch[0], partial(obstore.delete, self._client, batch))
+            except (FileNotFoundError, ObjectStoreError):  # some are gone, or the store knows no such request
+                for name in batch:
+                    self.delete(name)
 
 
 def _info(found: Any) -> ObjectInfo:

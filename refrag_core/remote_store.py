@@ -230,8 +230,7 @@ class RemoteStore:
         """See Store."""
         below = [info.name for info in self._objects.list(check_name(name))]
         gone = below or [name]
-        with ThreadPoolExecutor(PARALLEL_FILES) as pool:
-            list(pool.map(self._objects.delete, gone))
+        self._objects.delete_all(gone)
         for each in gone:
             self._forget(each)
             self._known.pop(each, None)

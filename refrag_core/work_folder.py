@@ -10,7 +10,6 @@ import itertools
 import os
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,7 +25,6 @@ from refrag_core.processes import is_of_dead_process, process_name
 from refrag_core.storage import is_uri
 
 _MARK = ".reachable"
-_PARALLEL_DELETES = 8
 _counter = itertools.count()
 
 
@@ -113,9 +111,7 @@ class WorkFolder:
         if not is_uri(self.location):
             shutil.rmtree(self.location, ignore_errors=True)
             return
-        names = [info.name for info in self._objects.list()]
-        with ThreadPoolExecutor(_PARALLEL_DELETES) as pool:
-            list(pool.map(self._objects.delete, names))
+        self._objects.delete_all(info.name for info in self._objects.list())
 
 
 def remove_location(location: str) -> None:

@@ -107,7 +107,7 @@ def test_more_runs_than_are_merged_at_once(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(id_ranges, "_merge_group", lambda runs, work: merged.append("group") or real(runs, work=work))
     plan = planned(runs_of(rows, WorkFolder(str(tmp_path / "scan")), 20), tmp_path, range_rows=50)
     assert contents(plan.shards) == one_pass(rows, tmp_path)
-    assert len(merged) == 7 + 3  # 20 runs, then 7, then 3
+    assert len(merged) == 7 + 3  # groups of three: 20 runs, then 7, then 3
 
 
 def test_ranges_are_planned_and_cut_in_workers(tmp_path: Path) -> None:

@@ -307,7 +307,7 @@ def test_gate_queries_are_sentences_of_live_passages_and_never_whole_ones(store:
     ],
 )
 def test_a_gate_query_is_never_an_indexed_text(text: str, query: str | None) -> None:
-    found = indexing._middle_sentence(text)
+    found = indexing.middle_sentence(text)
     assert found != text
     assert 0 < len(found) < len(text)
     assert query is None or found == query

@@ -196,7 +196,7 @@ def test_more_runs_than_fan_in_are_merged_in_passes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fan_in: int
 ) -> None:
     monkeypatch.setattr(scan_module, "RUN_ROWS", 3)
-    monkeypatch.setattr(scan_module, "_MERGE_ROWS", 2)
+    monkeypatch.setattr(scan_module, "_MERGED_ROWS", 2)
     write_lines(tmp_path / "c/a.jsonl", *({"id": f"é{n % 20}", "text": f"text {n}"} for n in range(60)))
     result = run(CorpusOptions((str(tmp_path / "c"),)), tmp_path / "work")
     assert len(result.runs) == 20

@@ -46,6 +46,16 @@ def test_what_is_put_is_there(objects: ObjectStore, tmp_path: Path) -> None:
     assert (tmp_path / "copy").read_bytes() == b"two!"
 
 
+def test_many_are_removed_together(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    objects = RemoteObjects(bucket)
+    for number in range(7):
+        objects.put(f"a/{number}", b"x")
+    monkeypatch.setattr(object_store, "_DELETED_TOGETHER", 3)
+    objects.delete_all(["a/0", "a/1", "a/gone", *(f"a/{number}" for number in range(2, 6))])
+    assert [info.name for info in objects.list()] == ["a/6"]
+    objects.delete_all([])
+
+
 def test_only_the_first_creates(objects: ObjectStore) -> None:
     assert objects.create("a", b"one")
     assert not objects.create("a", b"two")
