@@ -8,6 +8,7 @@ a shard's files, receipts, the manifest, the pass over all documents for the con
 """
 
 import argparse
+import json
 import os
 import tempfile
 import time
@@ -23,9 +24,13 @@ from benchmarks.plan_memory import TEXT_BYTES, write_runs
 from refrag.pipelines.engines.local import LocalEngine
 from refrag.pipelines.id_ranges import PlanOptions, make_plan
 from refrag.pipelines.receipts import Receipt, find_receipt, write_receipt
+from refrag.pipelines.scan import scan_corpus
 from refrag.schemas import arrow
 from refrag_core import manifest as manifests
+from refrag_core.chunking import tokenize_documents
+from refrag_core.corpus.sources import CorpusOptions
 from refrag_core.manifest import Manifest, Segment, Shard, content_id, decode_manifest, documents_of, encode_manifest
+from refrag_core.models import DEFAULT_DECODER, load_tokenizer, resolve_model
 from refrag_core.storage import FileRecord, FolderStore
 from refrag_core.tables import write_table
 from refrag_core.vector_index import IndexSpec, VectorIndex, build_segment, exact_search, train_quantizer
@@ -83,6 +88,23 @@ def _documents(folder: Path, shards: int, rows: int) -> list[Shard]:
             Shard(f"{number:032x}", 16, ids[0], ids[-1], rows, 5 * rows, 63 * rows, 1000 * rows, {"documents": name})
         )
     return made
+
+
+def text_costs(folder: Path) -> dict[str, float]:
+    """Seconds of one core for a byte of JSON lines that is scanned, and for a token that is made of English text."""
+    root = Path(__file__).resolve().parents[1]
+    text = " ".join((root / name).read_text() for name in ("README.md", "CONTRIBUTING.md", "schemas/BUNDLE.md"))
+    documents = [text[at : at + 4000] for at in range(0, len(text) - 4000, 997)]
+    lines = (json.dumps({"id": f"{n}", "text": documents[n % len(documents)]}) + "\n" for n in range(8000))
+    (folder / "corpus").mkdir()
+    size = (folder / "corpus" / "records.jsonl").write_text("".join(lines), encoding="utf-8")
+    scan = partial(scan_corpus, CorpusOptions((str(folder / "corpus"),)), chunk_sizes=(16,), default_chunk_size=16)
+    scanning = _seconds(lambda: scan(WorkFolder(str(folder / "scan"))))
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tokenizer = load_tokenizer(resolve_model(DEFAULT_DECODER))
+    tokens: list[int] = []
+    tokenizing = _seconds(lambda: tokens.extend(len(t.ids) for t in tokenize_documents(documents, tokenizer)))
+    return {"scan_seconds_a_byte": scanning / size, "tokenize_seconds_a_token": tokenizing / sum(tokens)}
 
 
 def content_cost(folder: Path) -> dict[str, float]:
@@ -184,7 +206,7 @@ def main() -> None:
     costs: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="refrag-scaling-") as name:
         folder = Path(name)
-        around = [partial(plan_cost, folder, given.records), partial(content_cost, folder)]
+        around = [partial(plan_cost, folder, given.records), partial(text_costs, folder), partial(content_cost, folder)]
         for part in (*around, partial(manifest_cost, folder), partial(faiss_cost, folder, given.vectors)):
             costs |= part()
             say(f"{len(costs)} costs")

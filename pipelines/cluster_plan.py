@@ -4,20 +4,18 @@ Rates of this machine come from the plan's own sample; those of a GPU that it do
 `measured_rates`. Phases follow one another; within one, work divides among the workers.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from refrag.pipelines.components import Models
-from refrag.pipelines.measured_rates import DRIVER, GpuRates, chunk_rate, gpu_rates, relative_size
+from refrag.pipelines.indexing import SEGMENT_ROWS
+from refrag.pipelines.measured_rates import AROUND, GpuRates, chunk_rate, gpu_rates, index_cost, relative_size
 
 PUTS_A_SHARD = 9
 """Objects that a shard writes: its list of documents, five tables, and three receipts."""
 
 GETS_A_SHARD = 12
 """Requests of a shard's workers and of the driver for them; its documents' own come on top."""
-
-_SHARDS_A_SEGMENT = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,19 +95,20 @@ def plan_cluster(options: ClusterOptions, work: Work, models: Models) -> Cluster
     device = _device_seconds(work, rates, card)
     tokenize = work.core_seconds.get("tokenize", 0.0)
     stages = {"tokenize": tokenize / cores, "device": device / (options.workers if card else cores)}
-    plan_seconds = work.documents / DRIVER.plan_records_a_second
-    index_seconds = work.passages / DRIVER.index_passages_a_second
-    driver = work.documents / DRIVER.content_documents_a_second + work.shards * DRIVER.shard_seconds
+    plan_seconds = work.documents * AROUND.record
+    index = index_cost(work.passages, models.parameters.vector_dim)
+    segments = max(1, -(-work.passages // SEGMENT_ROWS))
+    driver = work.documents * AROUND.document + work.shards * AROUND.shard
     phases = {
         "scan": work.core_seconds.get("scan", 0.0) / cores,
         "plan": plan_seconds / cores,
         "stages": max(stages.values()),
-        "index": index_seconds / min(cores, max(1, math.ceil(work.shards / _SHARDS_A_SEGMENT))),
+        "index": index.train / options.cores + index.segments / (options.cores * min(options.workers, segments)),
         "commit": driver,
     }
     slowest = max(phases, key=lambda name: phases[name])
     total = sum(phases.values())
-    busy = work.core_seconds.get("scan", 0.0) + plan_seconds + tokenize + index_seconds + driver
+    busy = work.core_seconds.get("scan", 0.0) + plan_seconds + tokenize + index.train + index.segments + driver
     return ClusterPlan(
         engine=options.engine,
         workers=options.workers,
@@ -158,12 +157,12 @@ def _rates(work: Work, models: Models, card: GpuRates | None) -> dict[str, Rate]
     for name, (stage, amount, unit, cores) in stages.items():
         if seconds := work.core_seconds.get(stage, 0.0):
             found[name] = Rate(round(amount / seconds / cores, 1), f"{unit}/s a core", here)
-    for name, value, unit in (
-        ("plan", DRIVER.plan_records_a_second, "records/s a core"),
-        ("index", DRIVER.index_passages_a_second, "passages/s a core"),
-        ("commit", DRIVER.content_documents_a_second, "documents/s on the driver"),
+    for name, seconds, unit in (
+        ("plan", AROUND.record, "records/s a core"),
+        ("gate", AROUND.gate, "passages/s a core"),
+        ("commit", AROUND.document, "documents/s on the driver"),
     ):
-        found[name] = Rate(value, unit, DRIVER.source)
+        found[name] = Rate(round(1 / seconds), unit, AROUND.source)
     if card is not None:
         chunk_size = models.parameters.chunk_size
         encoder, retriever = relative_size(models.checkpoint.encoder_folder()), relative_size(models.retriever)

@@ -15,7 +15,7 @@ from refrag.pipelines.components import Models, resolve_models
 from refrag.pipelines.engines import Engine
 from refrag.pipelines.id_ranges import make_plan
 from refrag.pipelines.indexing import GATE_QUERIES, middle_sentence
-from refrag.pipelines.measured_rates import DRIVER, gpu_rates
+from refrag.pipelines.measured_rates import gpu_rates, index_cost
 from refrag.pipelines.plan import Plan, Row, cut_shards, read_specified
 from refrag.pipelines.scan import scan_corpus
 from refrag.pipelines.stages import run_device_stages
@@ -258,7 +258,7 @@ def _report(
     def scaled(name: str) -> int:
         return round(int(measured.get(name, 0)) * scale)
 
-    seconds = _step_seconds(sample, clock, scaled("passages"))
+    seconds = _step_seconds(sample, clock, scaled("passages"), models.parameters.vector_dim)
     return PlanReport(
         documents_in=documents_in,
         new=plan.new,
@@ -281,11 +281,12 @@ def _report(
     )
 
 
-def _step_seconds(sample: _Sample | None, clock: _Clock, passages: int) -> dict[str, float]:
+def _step_seconds(sample: _Sample | None, clock: _Clock, passages: int, vector_dim: int) -> dict[str, float]:
     steps = {name: clock.seconds[name] for name in ("scan", "plan")}
     if sample is None:
         return steps
-    index = clock.seconds["queries"] + passages / DRIVER.index_passages_a_second
+    cost = index_cost(passages, vector_dim)
+    index = clock.seconds["queries"] + (cost.train + cost.segments) / available_cores()
     return steps | {"load": clock.seconds["load"]} | dict(sample.seconds) | {"index": index}
 
 

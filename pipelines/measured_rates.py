@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from refrag_core.errors import ConfigError
+from refrag_core.vector_index import TRAINING_ROWS_PER_LIST, choose_index
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,31 +41,54 @@ MINILM_TOKEN_FLOPS = 2 * 6 * (4 * 384 * 384 + 2 * 384 * 1536)
 
 
 @dataclass(frozen=True, slots=True)
-class DriverRates:
-    """What the driver itself, and workers outside of the stages, take on one core.
+class AroundRates:
+    """What lies around the stages, in seconds of one core.
 
     Args:
-        plan_records_a_second: merging, joining and cutting scanned records.
-        index_passages_a_second: adding vectors of width 384 to a segment of 2,048 lists, and searching it for the gate.
-        content_documents_a_second: the one pass over all documents for the content id.
-        shard_seconds: booking a shard's receipts, its part of the manifest, and writing that down.
+        record: merging, joining and cutting a scanned record.
+        train: FAISS training, for a row of the sample and a list.
+        add: adding a vector of width 384 to a segment, for each list that it is compared with.
+        gate: searching a vector exactly and through the index, for the 200 queries of the recall gate.
+        document: the one pass over all documents that makes the content id.
+        shard: a shard's part of writing and reading the manifest.
         source: where the figures are from.
     """
 
-    plan_records_a_second: float
-    index_passages_a_second: float
-    content_documents_a_second: float
-    shard_seconds: float
+    record: float
+    train: float
+    add: float
+    gate: float
+    document: float
+    shard: float
     source: str
 
 
-DRIVER = DriverRates(
-    plan_records_a_second=35_000,
-    index_passages_a_second=15_000,
-    content_documents_a_second=250_000,
-    shard_seconds=0.002,
+AROUND = AroundRates(
+    record=2.0e-5,
+    train=1.43e-7,
+    add=1.64e-8,
+    gate=1.02e-5,
+    document=7.0e-6,
+    shard=1.02e-3,
     source="benchmarks/results/scaling-costs.json: AMD EPYC, one core",
 )
+
+
+@dataclass(frozen=True, slots=True)
+class IndexCost:
+    """Core seconds of the vector index: `train` is one worker's, `segments` divides among all."""
+
+    train: float
+    segments: float
+
+
+def index_cost(passages: int, dim: int) -> IndexCost:
+    """What the vector index over so many passages takes."""
+    lists = choose_index(passages, dim).nlist
+    sample = min(passages, TRAINING_ROWS_PER_LIST * lists)
+    width = dim / 384
+    segments = passages * width * (AROUND.add * max(1, lists) + AROUND.gate)
+    return IndexCost(train=sample * lists * AROUND.train * width, segments=segments)
 
 
 def gpu_rates(name: str) -> GpuRates:
