@@ -130,6 +130,8 @@ class StageSimulation:
         self.random = random.Random(seed)
         self.now = self.driver_free = self.busy = 0.0
         self.count = self.losses = self.repeated = 0
+        # Whoever takes more than its share ahead leaves other machines without work.
+        self.ahead = min(CORES, -(-shards // setting.machines))
 
     def _at(self, when: float, kind: str, machine: int, shard: int = -1) -> None:
         self.count += 1
@@ -154,7 +156,7 @@ class StageSimulation:
     def _take(self, number: int) -> None:
         """Hand out shards while the machine has cores and not too many shards ahead of its card."""
         machine = self.machines[number]
-        while self.waiting and machine.up and len(machine.tokenizing) + len(machine.ready) < CORES:
+        while self.waiting and machine.up and len(machine.tokenizing) + len(machine.ready) < self.ahead:
             shard = self.waiting.pop()
             self.driver_free = max(self.now, self.driver_free) + ASSUMED["dispatch_seconds"]
             machine.tokenizing.add(shard)

@@ -12,6 +12,7 @@ import json
 import os
 import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,9 @@ from refrag.pipelines.scan import scan_corpus
 from refrag.schemas import arrow
 from refrag_core import manifest as manifests
 from refrag_core.chunking import tokenize_documents
+from refrag_core.content import content_of
 from refrag_core.corpus.sources import CorpusOptions
-from refrag_core.manifest import Manifest, Segment, Shard, content_id, decode_manifest, documents_of, encode_manifest
+from refrag_core.manifest import Manifest, Segment, Shard, content_id, decode_manifest, encode_manifest, live_documents
 from refrag_core.models import DEFAULT_DECODER, load_tokenizer, resolve_model
 from refrag_core.storage import FileRecord, FolderStore
 from refrag_core.tables import write_table
@@ -110,10 +112,12 @@ def text_costs(folder: Path) -> dict[str, float]:
 def content_cost(folder: Path) -> dict[str, float]:
     """Seconds a document of the one pass that makes the content id, as `identified` does it."""
     shards = _documents(folder / "documents", 4, 25_000)
-    store, draft = FolderStore(folder / "documents"), _manifest(1)
-    pairs = ((live.document_id, live.content_digest) for live in documents_of(store, shards, {}))
-    seconds = _seconds(lambda: content_id(pairs, draft.components, draft.parameters))
-    return {"content_seconds_a_document": seconds / sum(shard.documents for shard in shards)}
+    store, draft = FolderStore(folder / "documents"), replace(_manifest(1), shards=shards)
+    documents = sum(shard.documents for shard in shards)
+    pairs = ((live.document_id, live.content_digest) for live in live_documents(store, draft))
+    row_by_row = _seconds(lambda: content_id(pairs, draft.components, draft.parameters))
+    by_shard = _seconds(lambda: content_of(store, draft))
+    return {"content_seconds_a_document": by_shard / documents, "content_seconds_row_by_row": row_by_row / documents}
 
 
 def _manifest(shards: int) -> Manifest:

@@ -13,19 +13,16 @@ import pyarrow.parquet as pq
 
 from refrag.pipelines.receipts import Rejected
 from refrag.schemas import arrow
+from refrag_core.content import content_of
 from refrag_core.digests import canonical_json, digest_json
 from refrag_core.errors import AccountingError, CorpusError
 from refrag_core.manifest import (
-    NOTHING,
-    Counts,
     DuplicateInfo,
     Manifest,
     QuarantineInfo,
     Segment,
     Shard,
     TombstoneInfo,
-    content_id,
-    live_documents,
     read_tombstones,
 )
 from refrag_core.storage import FileRecord, Store
@@ -198,15 +195,7 @@ def publish_duplicates(store: Store, duplicates: pa.Table) -> tuple[DuplicateInf
 
 def identified(store: Store, draft: Manifest) -> Manifest:
     """The draft with its content id and the counts of what is live, in one pass over the documents."""
-    counts = NOTHING
-
-    def digests() -> Iterable[tuple[str, bytes]]:
-        nonlocal counts
-        for live in live_documents(store, draft):
-            counts += Counts(1, live.num_passages, live.num_chunks, live.num_tokens)
-            yield live.document_id, live.content_digest
-
-    identity = content_id(digests(), draft.components, draft.parameters)
+    identity, counts = content_of(store, draft)
     return replace(draft, content_id=identity, counts=counts)
 
 

@@ -581,17 +581,27 @@ def content_id(documents: Iterable[tuple[str, bytes]], components: Components, p
 
     Independent of engine, table format, worker count, shard boundaries and history.
     """
+    hasher = content_hasher(components, parameters)
+    for document_id, digest in documents:
+        hasher.update(encode_document(document_id, digest))
+    return hasher.hexdigest()
+
+
+def content_hasher(components: Components, parameters: Parameters) -> "hashlib._Hash":
+    """What `content_id` starts from; `encode_document` of every document follows."""
     models = {k: v["fingerprint"] if v else None for k, v in asdict(components).items()}
     header: dict[str, JSON] = {
         "format_version": FORMAT_VERSION,
         "components": models,
         "parameters": _parameters(parameters),
     }
-    hasher = hashlib.sha256(canonical_json(header))
-    for document_id, digest in documents:
-        key = document_key(document_id)
-        hasher.update(len(key).to_bytes(8, "little") + key + digest)
-    return hasher.hexdigest()
+    return hashlib.sha256(canonical_json(header))
+
+
+def encode_document(document_id: str, content_digest: bytes) -> bytes:
+    """What a document adds to the content id: the length of its key in 8 bytes, its key, its digest."""
+    key = document_key(document_id)
+    return len(key).to_bytes(8, "little") + key + content_digest
 
 
 def manifest_path(root: Path, version: int) -> Path:

@@ -8,6 +8,7 @@ import numpy as np
 
 from refrag.schemas import arrow
 from refrag_core import lance_tables
+from refrag_core.content import content_of
 from refrag_core.embedding_storage import LARGEST_CODE
 from refrag_core.errors import CorruptIndexError, IndexNotFoundError
 from refrag_core.generations import read_removed
@@ -18,9 +19,7 @@ from refrag_core.manifest import (
     Parameters,
     Shard,
     beside,
-    content_id,
     list_versions,
-    live_documents,
     read_manifest,
     version_name,
 )
@@ -131,8 +130,7 @@ def _check_content(store: Store, manifest: Manifest) -> Iterator[Problem]:
         yield from _check_embeddings(store, shard, manifest.parameters)
     yield from _check_segments(store, manifest)
     yield from _check_lance(store, manifest)
-    documents = ((live.document_id, live.content_digest) for live in live_documents(store, manifest))
-    if content_id(documents, manifest.components, manifest.parameters) != manifest.content_id:
+    if content_of(store, manifest)[0] != manifest.content_id:
         yield Problem(manifest.name, "the documents' digests do not give its content id")
 
 
