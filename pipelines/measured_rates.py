@@ -64,12 +64,12 @@ class AroundRates:
 
 
 AROUND = AroundRates(
-    record=2.25e-5,
-    train=1.84e-7,
-    add=2.15e-8,
-    gate=1.18e-5,
-    document=8.84e-6,
-    shard=1.32e-3,
+    record=2.01e-5,
+    train=1.54e-7,
+    add=1.59e-8,
+    gate=8.76e-6,
+    document=4.99e-7,
+    shard=1.13e-3,
     source="benchmarks/results/scaling-costs.json: AMD EPYC, one core, CPU seconds beside other work",
 )
 
