@@ -288,6 +288,7 @@ class _Build:
         return scan
 
     def _plan(self, scan: ScanResult, latest: Manifest | None, parent: Manifest | None) -> Plan:
+        self.progress.start("plan", None, "documents")
         started = time.perf_counter()
         plan = make_plan(
             scan.runs,
@@ -296,7 +297,9 @@ class _Build:
             options=plan_options(self.options, scan.text_bytes, anew=parent is None),
             work=self.work.below("plan"),
             map_ranges=self.engine.map,
+            on_range=self.progress.advance,
         )
+        self.progress.finish()
         self.steps["plan"] += time.perf_counter() - started
         if parent is None:
             self._check_none_is_lost(plan)

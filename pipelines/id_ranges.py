@@ -125,6 +125,7 @@ def make_plan(
     work: WorkFolder,
     map_ranges: Map,
     range_rows: int = RANGE_ROWS,
+    on_range: Callable[[int], None] = lambda _: None,
 ) -> Plan:
     """Join the scan with the parent generation and cut the new and changed documents into shards.
 
@@ -134,12 +135,16 @@ def make_plan(
         work: folder of this run that every worker reaches.
         map_ranges: an engine's `map`.
         range_rows: records a range; the plan does not depend on it.
+        on_range: told of the documents that are planned, range by range.
     """
     work.make()
     ranges = split_ids(runs, max(1, -(-sum(run.rows for run in runs) // range_rows)))
     runs = _fewer_runs(runs, ranges, work, map_ranges)
     tasks = _tasks(ranges, runs, parent)
-    receipts = list(map_ranges(partial(plan_range, store=store, options=options, work=work), tasks))
+    receipts: list[RangeReceipt] = []
+    for receipt in map_ranges(partial(plan_range, store=store, options=options, work=work), tasks):
+        receipts.append(receipt)
+        on_range(sum(receipt.counts.values()))
     plan = _total(receipts)
     plan.duplicates = _within_budget(receipts, work)
     plan.shards += [spec for receipt in receipts for spec in receipt.shards]
