@@ -147,7 +147,12 @@ GpusPerWorker = Annotated[
     float | None, typer.Option(help="Ray: GPUs of a worker that encodes, 0.5 say; default: 1 where there are any.")
 ]
 ShardTimeout = Annotated[
-    float, typer.Option(help="Ray: seconds after which work on a shard is ended and run again elsewhere.", min=1)
+    float | None,
+    typer.Option(
+        help="Seconds after which work on a shard is ended and run again. Default: 3600 with Ray; none on this machine, "
+        "where it bounds tokenizing.",
+        min=1,
+    ),
 ]
 WaitForNodes = Annotated[
     float, typer.Option(help="Ray: seconds to wait at the start for nodes that an autoscaler is asked for.", min=0)
@@ -343,7 +348,7 @@ def _engine(
     ray_address: str | None = None,
     device_workers: str | None = None,
     gpus_per_worker: float | None = None,
-    shard_timeout: float = 3600,
+    shard_timeout: float | None = None,
     wait_for_nodes: float = 0,
     beam_options: Sequence[str] | None = None,
 ) -> "OpenEngine":
@@ -364,7 +369,7 @@ def _engine(
             device_workers=None if device_workers is None else _range("--device-workers", device_workers),
             gpus_per_worker=gpus_per_worker,
             device=device,
-            shard_timeout=shard_timeout,
+            shard_timeout=3600.0 if shard_timeout is None else shard_timeout,
             wait_for_nodes=wait_for_nodes,
             locations=locations,
             output=output,
@@ -374,18 +379,18 @@ def _engine(
         "--ray-address": ray_address,
         "--device-workers": device_workers,
         "--gpus-per-worker": gpus_per_worker,
-        "--shard-timeout": shard_timeout != 3600 or None,
+        "--shard-timeout": shard_timeout if name is EngineName.BEAM else None,
         "--wait-for-nodes": wait_for_nodes or None,
     }
     if foreign := [option for option, value in given.items() if value is not None]:
-        raise ConfigError(f"{', '.join(foreign)} was given with --engine {name}; expected it with --engine ray alone")
+        raise ConfigError(f"{', '.join(foreign)} was given with --engine {name}; expected it with --engine ray")
     if name is EngineName.BEAM:
         from refrag.pipelines.engines.beam import BeamEngine
 
         return BeamEngine(beam_options or (), exchange=output or "", workers=workers)
     from refrag.pipelines.engines.local import LocalEngine
 
-    return LocalEngine(workers)
+    return LocalEngine(workers, shard_timeout)
 
 
 def _range(option: str, text: str) -> tuple[int, int]:
@@ -428,7 +433,7 @@ def index_build(
     ray_address: RayAddress = None,
     device_workers: DeviceWorkers = None,
     gpus_per_worker: GpusPerWorker = None,
-    shard_timeout: ShardTimeout = 3600,
+    shard_timeout: ShardTimeout = None,
     wait_for_nodes: WaitForNodes = 0,
     score: Score = False,
     tables: BuiltTables = None,

@@ -182,6 +182,10 @@ class Sabotaged:
     change: Change = lambda stages: stages
     copies: int = 1
 
+    @property
+    def spans_machines(self) -> bool:
+        return self.engine.spans_machines
+
     def map(self, function: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
         """See Engine."""
         return self.engine.map(function, items)

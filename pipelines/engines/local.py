@@ -1,6 +1,5 @@
 """The local engine: worker processes tokenize ahead while this process runs the device stages."""
 
-import contextlib
 import multiprocessing
 import os
 import signal
@@ -11,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from multiprocessing.queues import SimpleQueue
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -34,9 +32,8 @@ def default_workers() -> int:
     return max(1, min(16, available_cores() - 1))
 
 
-def _start_worker(parent: int, started: "SimpleQueue[int]") -> None:
-    """Leave Ctrl-C to the parent, tell it who this is, and end when the parent is gone, however it went."""
-    started.put(os.getpid())
+def _start_worker(parent: int) -> None:
+    """Leave Ctrl-C to the parent, and end when the parent is gone, however it went."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the pool is the parallelism; each worker takes one core
 
@@ -73,7 +70,7 @@ class LocalEngine:
         self.workers = default_workers() if workers is None else workers
         self.shard_timeout = shard_timeout
         self._pool: ProcessPoolExecutor | None = None
-        self._started: SimpleQueue[int] | None = None
+        self._others: frozenset[int | None] = frozenset()
 
     def __enter__(self) -> "LocalEngine":
         return self
@@ -93,8 +90,8 @@ class LocalEngine:
         """Hand an item to the workers; where they died since the last one, the future says so."""
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
-            self._started = context.SimpleQueue()
-            self._pool = ProcessPoolExecutor(self.workers, context, _start_worker, (os.getpid(), self._started))
+            self._others = frozenset(child.pid for child in multiprocessing.active_children())
+            self._pool = ProcessPoolExecutor(self.workers, context, _start_worker, (os.getpid(),))
         try:
             return self._pool.submit(function, item)
         except BrokenProcessPool as error:
@@ -151,11 +148,10 @@ class LocalEngine:
 
     def _kill_workers(self) -> None:
         """Kill all: which one hangs nobody can tell, and the others' work is done again."""
-        assert self._started is not None
+        for child in multiprocessing.active_children():
+            if child.pid not in self._others:
+                child.kill()
         assert self._pool is not None
-        while not self._started.empty():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._started.get(), signal.SIGKILL)
         self._pool.shutdown()
 
     def _given_up(self, hung: int) -> str:

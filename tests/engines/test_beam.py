@@ -28,6 +28,7 @@ from refrag.pipelines.stages import ShardResult, Stages
 from refrag_core.errors import ConfigError, ObjectStoreError, StageError
 from refrag_core.manifest import read_manifest
 from refrag_core.storage import FolderStore, Store
+from refrag_core.work_folder import WorkFolder
 from tests import command_line
 from tests.faults.kill_builds import build_arguments, ids_of, problems_of
 from tests.small_index import SmallIndex, documents, write_jsonl
@@ -83,7 +84,7 @@ def test_worker_processes_on_the_command_line(local: SmallIndex, tmp_path: Path)
     assert ids_of(index) == ids_of(local.path)
     assert digests(index) == digests(local.path)
     assert list(problems_of(index)) == []
-    allowed = ("scan", "encode", "index")
+    allowed = ("scan", "plan", "encode", "index")
     assert [line for line in done.err.splitlines() if not line.startswith(allowed)] == []
 
 
@@ -256,8 +257,9 @@ def work(tmp_path: Path, own_cache: Path) -> tuple[Store, Stages, list[ShardSpec
     index = SmallIndex(tmp_path, documents(30, sentences=3))
     store = FolderStore(index.path)
     models = resolve_models(store, index.options.models)
-    scan = scan_corpus(index.options.corpus, tmp_path / "scan", chunk_sizes=(16,), default_chunk_size=16)
-    specs = list(cut_shards(merge_runs(scan.runs, work=tmp_path / "scan"), tmp_path / "plan", 500))
+    folder = WorkFolder(str(tmp_path / "work"))
+    scan = scan_corpus(index.options.corpus, folder.below("scan"), chunk_sizes=(16,), default_chunk_size=16)
+    specs = list(cut_shards(merge_runs(scan.runs, work=folder.below("merging")), folder.below("plan"), 500))
     assert len(specs) > 3
     return store, models.stages(score=False), specs
 

@@ -190,10 +190,10 @@ def test_a_range_that_is_none(tmp_path: Path, text: str) -> None:
 
 
 def test_what_is_said_of_a_cluster_is_not_ignored_on_one_machine(tmp_path: Path) -> None:
-    done = command_line.call("index", "build", tmp_path, "--ray-address", "auto", "--shard-timeout", 60)
+    done = command_line.call("index", "build", tmp_path, "--ray-address", "auto", "--wait-for-nodes", 60)
     assert done.code == 2
     assert done.err == (
-        "error: --ray-address, --shard-timeout was given with --engine local; expected it with --engine ray alone\n"
+        "error: --ray-address, --wait-for-nodes was given with --engine local; expected it with --engine ray\n"
     )
 
 
