@@ -149,8 +149,8 @@ GpusPerWorker = Annotated[
 ShardTimeout = Annotated[
     float | None,
     typer.Option(
-        help="Seconds after which work on a shard is ended and run again. Default: 3600 with Ray; none on this machine, "
-        "where it bounds tokenizing.",
+        help="Seconds after which work on a shard is ended and run again. Default: 3600 with Ray; none on this "
+        "machine, where it bounds tokenizing.",
         min=1,
     ),
 ]
