@@ -102,9 +102,9 @@ def test_compressed_files_read_as_their_contents(tmp_path: Path, suffix: str, pa
         ("a.txt", b"good \xff bad", "invalid_utf8"),
         ("a.html", b"good \xff bad", "invalid_utf8"),
         ("a.txt", b"x" * 101, "document_too_large"),
-        ("a.txt.gz", gzip.compress(b"x" * 101), "document_too_large"),
+        ("a.txt.gz", gzip.compress(b"x" * 101, mtime=0), "document_too_large"),
         ("a.txt.gz", b"not gzip", "unreadable_file"),
-        ("a.txt.gz", gzip.compress(b"x" * 50)[:-3], "unreadable_file"),
+        ("a.txt.gz", gzip.compress(b"x" * 50, mtime=0)[:-3], "unreadable_file"),
         ("a.txt.zst", zstandard.compress(b"x" * 50)[:-3], "unreadable_file"),
         ("a.html", b"<p>" * 3 + b"<div>" * 50_000, "unreadable_file"),
     ],
@@ -336,7 +336,7 @@ def all_before_damage(packed: bytes) -> tuple[bytes, str]:
 def test_everything_before_a_truncation_survives(tmp_path: Path) -> None:
     data = incompressible(2000)
     path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress(data)[:-1000])
+    path.write_bytes(gzip.compress(data, mtime=0)[:-1000])
     *good, last = scan(path)
     assert isinstance(last, Reject)
     assert (last.reason, last.position) == ("unreadable_file", len(good))
@@ -350,15 +350,17 @@ def test_everything_before_a_truncation_survives(tmp_path: Path) -> None:
 
 def test_everything_before_a_damaged_byte_survives() -> None:
     first, second = incompressible(300), incompressible(500)
-    packed = gzip.compress(first) + gzip.compress(second)
-    damaged = packed[: len(gzip.compress(first))] + b"\0\0garbage" + packed[len(gzip.compress(first)) :]
+    packed = gzip.compress(first, mtime=0) + gzip.compress(second, mtime=0)
+    damaged = (
+        packed[: len(gzip.compress(first, mtime=0))] + b"\0\0garbage" + packed[len(gzip.compress(first, mtime=0)) :]
+    )
     got, detail = all_before_damage(damaged)
     assert got == first
     assert detail.startswith("not valid gzip")
 
 
 def test_a_wrong_checksum_is_found_after_all_its_data() -> None:
-    packed = bytearray(gzip.compress(incompressible(50)))
+    packed = bytearray(gzip.compress(incompressible(50), mtime=0))
     packed[-6] ^= 1
     got, detail = all_before_damage(bytes(packed))
     assert got == incompressible(50)
@@ -366,7 +368,7 @@ def test_a_wrong_checksum_is_found_after_all_its_data() -> None:
 
 
 def test_members_and_frames_follow_one_another_and_padding_is_allowed() -> None:
-    zipped = gzip.compress(b"one ") + gzip.compress(b"two") + bytes(600)
+    zipped = gzip.compress(b"one ", mtime=0) + gzip.compress(b"two", mtime=0) + bytes(600)
     assert b"".join(decompress(iter([zipped]), "gzip")) == b"one two"
     frames = zstandard.compress(b"one ") + zstandard.compress(b"two")
     assert b"".join(decompress(iter([frames[:9], frames[9:]]), "zstd")) == b"one two"
