@@ -1,9 +1,12 @@
+import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from refrag_core.checkpoint import Checkpoint
@@ -11,7 +14,7 @@ from refrag_core.decoder import Adapter, merge_adapter
 from refrag_core.errors import ConfigError
 from refrag_core.training.batches import NO_TOKEN, next_paragraph_batch
 from refrag_core.training.loop import Trainer
-from refrag_core.training.model import FullLinear, LoRALinear, adapter_state, without_adapter
+from refrag_core.training.model import ChunkReadout, FullLinear, LoRALinear, adapter_state, without_adapter
 from tests.refrag_core.training.conftest import settings
 
 
@@ -84,6 +87,31 @@ def test_full_training_is_what_the_checkpoint_holds(tmp_path: Path, data: Path, 
     assert torch.allclose(base(input_ids=ids).logits, trained, atol=1e-4)
 
 
+def test_a_readout_has_a_map_for_each_place() -> None:
+    """By hand: the map of place 0 keeps a vector, that of place 1 turns it round; both are brought to an RMS of 1."""
+    readout = ChunkReadout(3, 2, seed=0)
+    with torch.no_grad():
+        readout.maps[0], readout.maps[1] = torch.eye(2), -torch.eye(2)
+        made = readout(torch.tensor([[3.0, 4.0], [0.0, 2.0]]), 2)
+    rms = math.sqrt(12.5)
+    expected = torch.tensor([[3 / rms, 4 / rms], [-3 / rms, -4 / rms], [0, math.sqrt(2)], [0, -math.sqrt(2)]])
+    assert torch.allclose(made, expected, atol=1e-5)
+
+
+def test_a_readout_teaches_and_stays_out_of_the_checkpoint(
+    tmp_path: Path, data: Path, models: tuple[Path, Path]
+) -> None:
+    tasks = [{"kind": "reconstruct", "batch_rows": 8}]
+    trainer = Trainer(settings(data, models, tmp_path, readout=0.5, steps=60, log_every=20, tasks=tasks))
+    assert trainer.run()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    seen = [sum(line["readouts"].values()) / len(line["readouts"]) for line in lines]
+    assert seen[-1] < seen[0] - 0.1
+    assert trainer.model.readout is not None
+    names = {name for path in (tmp_path / "checkpoint").glob("*.safetensors") for name in load_file(path)}
+    assert not [name for name in names if "maps" in name]
+
+
 def test_short_chunks_are_encoded_as_if_alone(tmp_path: Path, data: Path, models: tuple[Path, Path]) -> None:
     model = Trainer(settings(data, models, tmp_path)).model.eval()
     with torch.no_grad():
@@ -91,13 +119,13 @@ def test_short_chunks_are_encoded_as_if_alone(tmp_path: Path, data: Path, models
         model.encoder.token_map.weight.normal_()
     ids = np.arange(8).reshape(1, 8)
     batch = next_paragraph_batch(ids, np.array([[9, 10]]), chunk_size=4, expansion_mask=np.zeros((1, 2), dtype=bool))
-    arrays = [torch.from_numpy(array) for array in (batch.ids, batch.chunk_ids, batch.places)]
-    short = arrays[1].clone()
+    slots, chunks, places = (torch.from_numpy(array) for array in (batch.ids, batch.chunk_ids, batch.places))
+    short = chunks.clone()
     short[0, 1, 2:] = NO_TOKEN
     with torch.no_grad():
-        whole = model.embed(*arrays)
-        assert torch.allclose(model.embed(*arrays, True), whole, atol=1e-5)
-        ragged = model.embed(arrays[0], short, arrays[2], True)
+        whole = model.embed(slots, model.vectors(chunks), places)
+        assert torch.allclose(model.embed(slots, model.vectors(chunks, ragged=True), places), whole, atol=1e-5)
+        ragged = model.embed(slots, model.vectors(short, ragged=True), places)
         alone = model.projection(model.encoder(torch.tensor([[4, 5]])))
     assert torch.allclose(ragged[0, 0], whole[0, 0], atol=1e-5)
     assert torch.allclose(ragged[0, 1], alone[0], atol=1e-5)
