@@ -173,7 +173,9 @@ PlannedWorkers = Annotated[
 Gpu = Annotated[
     str | None, typer.Option(help="The workers' cards, h100: rates measured on one. Default: this machine's own rates.")
 ]
-CoresAWorker = Annotated[int, typer.Option("--cores", help="CPU cores of a machine of the cluster.", min=1)]
+CoresAWorker = Annotated[
+    int | None, typer.Option("--cores", help="CPU cores of a machine of the cluster. Default: 16.", min=1)
+]
 BeamOptions = Annotated[
     list[str] | None,
     typer.Option(
@@ -402,8 +404,8 @@ def _range(option: str, text: str) -> tuple[int, int]:
 
 
 def _driver_device(engine: EngineName, device: str) -> str:
-    """The device of the process that drives a build: a cluster's GPUs need not be on its machine."""
-    return device if engine is EngineName.LOCAL or device == "cpu" else "auto"
+    """The device of the process that drives a build: Ray gives each worker its own, maybe on another machine."""
+    return "auto" if engine is EngineName.RAY and device != "cpu" else device
 
 
 # --- refrag index -------------------------------------------------------------------------------------
@@ -484,7 +486,7 @@ def index_build(
         workers,
         progress=progress,
         output=output,
-        locations=corpus,
+        locations=[*corpus, *([work] if work else [])],
         device=device,
         ray_address=ray_address,
         device_workers=device_workers,
@@ -542,7 +544,7 @@ def index_plan(
     output: Output = "refrag-index",
     engine: Annotated[EngineName, typer.Option(help="What is to drive the build.")] = EngineName.LOCAL,
     gpu: Gpu = None,
-    cores: CoresAWorker = 16,
+    cores: CoresAWorker = None,
     checkpoint: Checkpoint = None,
     encoder: Encoder = None,
     decoder: Decoder = None,
@@ -625,22 +627,22 @@ def index_plan(
         _print_cluster(report.cluster)
 
 
-def _cluster(engine: EngineName, workers: int | None, gpu: str | None, cores: int) -> "ClusterOptions | None":
+def _cluster(engine: EngineName, workers: int | None, gpu: str | None, cores: int | None) -> "ClusterOptions | None":
     from refrag.pipelines.cluster_plan import ClusterOptions
-    from refrag_core.errors import UsageError
 
     if engine is EngineName.LOCAL:
-        if gpu is not None:
-            raise UsageError(
-                "--gpu was given for the local engine, expected --engine ray or beam: leave one of them out"
-            )
+        for option, value in (("--gpu", gpu), ("--cores", cores)):
+            if value is not None:
+                raise UsageError(
+                    f"{option} was given for the local engine, expected --engine ray or beam: leave one of them out"
+                )
         return None
     if not workers:
         raise UsageError(
             f"--engine {engine} was planned without machines, expected how many: say --workers N, and --gpu h100 where "
             "they have cards"
         )
-    return ClusterOptions(engine=engine.value, workers=workers, gpu=gpu, cores=cores)
+    return ClusterOptions(engine=engine.value, workers=workers, gpu=gpu, cores=cores or 16)
 
 
 def _print_cluster(plan: "ClusterPlan") -> None:
@@ -694,6 +696,7 @@ def index_repair(
     metadata_fields: MetadataFields = None,
     device: Device = "auto",
     engine: EngineOption = EngineName.LOCAL,
+    beam_option: BeamOptions = None,
     workers: Workers = None,
     ray_address: RayAddress = None,
     as_json: JsonFlag = False,
@@ -710,7 +713,14 @@ def index_repair(
     options = RepairOptions(index=index, corpus=source, checkpoint=checkpoint, device=_driver_device(engine, device))
     progress, read = _progress(), [*(corpus or []), *([checkpoint] if checkpoint else [])]
     with _engine(
-        engine, workers, progress=progress, output=index, locations=read, device=device, ray_address=ray_address
+        engine,
+        workers,
+        progress=progress,
+        output=index,
+        locations=read,
+        device=device,
+        ray_address=ray_address,
+        beam_options=beam_option,
     ) as running:
         report = repair_index(options, running, progress)
     if as_json:
@@ -1028,6 +1038,7 @@ def index_compact(
         float, typer.Option(help="Share of tombstoned documents from which a shard is written anew.", min=0, max=1)
     ] = 0.0,
     engine: EngineOption = EngineName.LOCAL,
+    beam_option: BeamOptions = None,
     workers: Workers = None,
     ray_address: RayAddress = None,
     as_json: JsonFlag = False,
@@ -1037,7 +1048,9 @@ def index_compact(
 
     options = CompactOptions(index=index, shard_bytes=shard_bytes, min_dead_fraction=min_dead_fraction)
     progress = _progress()
-    with _engine(engine, workers, progress=progress, output=index, ray_address=ray_address) as running:
+    with _engine(
+        engine, workers, progress=progress, output=index, ray_address=ray_address, beam_options=beam_option
+    ) as running:
         report = compact_index(options, running, progress)
     if as_json:
         _print_json(report)

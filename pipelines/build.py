@@ -127,7 +127,7 @@ def build_index(options: BuildOptions, engine: Engine, progress: Progress | None
     """
     if options.tables == "lance":
         lance_tables.check_writable(options.output)
-    store = open_store(absolute(options.output) if engine.spans_machines else options.output)
+    store = store_for(engine, options.output)
     with lock_and_clear(store):
         latest = latest_manifest(store)
         if lance_tables.is_wanted(options.tables, latest):
@@ -156,6 +156,11 @@ def build_from(
         parent: the generation whose documents and shards stand; None to make everything anew.
     """
     return _Build(options, engine, progress, store).run(models, latest, parent)
+
+
+def store_for(engine: Engine, location: IndexLocation) -> Store:
+    """The store of an index, as the engine's workers reach it: elsewhere they have another working folder."""
+    return open_store(absolute(location) if engine.spans_machines else location)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from refrag.pipelines import assembly
-from refrag.pipelines.build import lock_and_clear
+from refrag.pipelines.build import lock_and_clear, store_for
 from refrag.pipelines.duplicates import NO_DUPLICATES, duplicate_passages
 from refrag.pipelines.engines import Engine
 from refrag.pipelines.indexing import regroup
@@ -46,7 +46,7 @@ from refrag_core.manifest import (
     read_manifest,
     read_tombstones,
 )
-from refrag_core.storage import FileRecord, IndexLocation, Store, open_store
+from refrag_core.storage import FileRecord, IndexLocation, Store
 from refrag_core.tables import open_table
 
 BYTES_A_TOKEN = 4
@@ -125,7 +125,7 @@ def compact_index(options: CompactOptions, engine: Engine, progress: Progress | 
     Raises IndexNotFoundError, IndexLockedError, CommitConflictError, and CorruptIndexError for a damaged table.
     """
     started = time.perf_counter()
-    store = open_store(options.index)
+    store = store_for(engine, options.index)
     read_manifest(store)
     with lock_and_clear(store):
         parent = read_manifest(store)

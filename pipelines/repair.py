@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from refrag.pipelines.assembly import publish_duplicates
-from refrag.pipelines.build import BuildOptions, build_from, lock_and_clear
+from refrag.pipelines.build import BuildOptions, build_from, lock_and_clear, store_for
 from refrag.pipelines.components import ModelOptions, Models, resolve_models
 from refrag.pipelines.duplicates import duplicate_passages
 from refrag.pipelines.engines import Engine
@@ -31,7 +31,7 @@ from refrag_core.manifest import (
     read_manifest,
     read_tombstones,
 )
-from refrag_core.storage import IndexLocation, Store, open_store
+from refrag_core.storage import IndexLocation, Store
 from refrag_core.verification import Problem, verify_index
 
 _FROM_CORPUS = ("documents", "passages", "chunks")
@@ -64,7 +64,7 @@ def repair_index(options: RepairOptions, engine: Engine, progress: Progress) -> 
     Raises UsageError when the corpus is needed and was not given, and CorruptIndexError for a damaged manifest,
     which nothing but a copy can bring back.
     """
-    store = open_store(options.index)
+    store = store_for(engine, options.index)
     with lock_and_clear(store):
         problems = verify_index(store).problems
         manifest = _newest_intact(store, problems)
@@ -114,7 +114,7 @@ def _check_corpus(options: RepairOptions, manifest: Manifest, damaged: set[str])
 def _make_again(
     store: Store, manifest: Manifest, damaged: set[str], options: RepairOptions, engine: Engine, progress: Progress
 ) -> Manifest:
-    models = resolve_models(store, _model_options(manifest, options))
+    models = resolve_models(store, _model_options(manifest, options), elsewhere=engine.spans_machines)
     base = _without_lost(manifest, damaged)
     for shard in base.shards:
         for stage in _stages_of(models, shard, damaged):

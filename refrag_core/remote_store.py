@@ -23,7 +23,7 @@ from refrag_core.holds import Hold
 from refrag_core.lease import Lease
 from refrag_core.object_store import UPLOADS, FolderObjects, RemoteObjects, sync_file
 from refrag_core.processes import is_of_dead_process, process_name
-from refrag_core.storage import RUNS, WORK, FileRecord, check_name
+from refrag_core.storage import EXCHANGE, RUNS, WORK, FileRecord, check_name
 
 PARALLEL_FILES = 8
 """Files that are fetched at once."""
@@ -277,6 +277,7 @@ class RemoteStore:
         for folder in self._objects.list_folder(WORK)[0]:
             if folder.removeprefix(f"{WORK}/").startswith(RUNS):
                 self.remove(folder)
+        self.remove(EXCHANGE)
         for path in (self._cache / WORK).glob("*"):
             if is_of_dead_process(path.name.removeprefix(RUNS)):
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -29,6 +29,9 @@ WORK = "work"
 RUNS = "run-"
 """Prefix of the folders that hold one execution's own files."""
 
+EXCHANGE = f"{WORK}/exchange"
+"""Folder of results on their way from workers to a driver."""
+
 _TEMPORARY = f"{WORK}/tmp"
 
 
@@ -350,7 +353,7 @@ class FolderStore:
     def clear_runs(self) -> None:
         """See Store."""
         for folder in (self.root / WORK).iterdir():
-            if folder.name.startswith(RUNS) or folder.name == "tmp":
+            if folder.name.startswith(RUNS) or f"{WORK}/{folder.name}" in (_TEMPORARY, EXCHANGE):
                 shutil.rmtree(folder, ignore_errors=True)
 
     def finish_work(self) -> None:

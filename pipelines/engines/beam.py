@@ -337,7 +337,7 @@ class BeamEngine:
             does the work, or with `--direct_running_mode=multi_processing` processes on this machine.
         exchange: an index's path or URI, below which results of `map` come back; must be reached by the workers. Only
             runners of this machine do without.
-        workers: processes of the direct runner; None leaves that to the options.
+        workers: processes of the direct runner, 0 for this process alone; None leaves that to the options.
 
     Raises ConfigError for options that Beam refuses.
     """
@@ -354,6 +354,7 @@ class BeamEngine:
         self._quiet.enter_context(_logged_to(logging.FileHandler(self._folder / "driver.log", delay=True)))
         self._quiet.enter_context(_quiet_threads())
         try:
+            _check_workers_once(options, workers)
             self._flags = _checked([*options, *_flags_of(workers)], workers)
             self.runner = _runner_of(self._flags)
         except BaseException:
@@ -383,12 +384,16 @@ class BeamEngine:
     def map(self, function: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
         """Results in the order of the items; the worker's own error where one fails.
 
-        An item that is alone is run here: starting a pipeline for it takes seconds, on a service minutes.
+        An item that is alone is run here, and fails as it would elsewhere: starting a pipeline for it takes seconds, on
+        a service minutes.
         """
         remaining = iter(items)
         while part := list(islice(remaining, _ITEMS_A_PIPELINE)):
             if len(part) == 1:
-                yield function(part[0])
+                alone = _attempted(partial(function, part[0]))
+                if isinstance(alone, Failure):
+                    raise alone.error
+                yield alone
                 return
             keyed = {f"{number:08d}": item for number, item in enumerate(part)}
             location = self._exchange or self._own_folder()
@@ -512,7 +517,7 @@ class BeamEngine:
         log = shlex.quote(str(self._folder / "workers.log"))
         # The shell makes the mark, under the process id that is the worker's: not even a start that fails goes unseen.
         mark = f"{shlex.quote(str(self._folder / PREFIX))}$$"
-        return SubprocessSDKEnvironment.from_command_string(f": >{mark}; exec {command} 2>>{log}")
+        return SubprocessSDKEnvironment.from_command_string(f": >{mark}; exec {command} >>{log} 2>&1")
 
     def _failure(self, message: str) -> StageError:
         self._failed = True
@@ -547,9 +552,19 @@ def _quiet_threads() -> Iterator[None]:
 
 
 def _flags_of(workers: int | None) -> list[str]:
-    if not workers:
+    if workers is None:
         return []
+    if workers == 0:
+        return ["--direct_running_mode=in_memory"]
     return ["--direct_running_mode=multi_processing", f"--direct_num_workers={workers}"]
+
+
+def _check_workers_once(options: Sequence[str], workers: int | None) -> None:
+    said = [option for option in options if option.startswith(("--direct_running_mode", "--direct_num_workers"))]
+    if said and workers is not None:
+        raise ConfigError(
+            f"--workers {workers} was given with Beam's own {said[0]}; expected one of the two: leave the other out"
+        )
 
 
 def _parsed(flags: Sequence[str]) -> Any:

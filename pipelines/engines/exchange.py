@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from refrag_core.storage import WORK, IndexLocation, Store, absolute, open_store
+from refrag_core.storage import EXCHANGE, IndexLocation, Store, absolute, open_store
 
-FOLDER = f"{WORK}/exchange"
 _ABANDONED_SECONDS = 86400.0
 
 
@@ -41,7 +40,7 @@ class Exchange:
         return Exchange(absolute(location))
 
     def _name(self, key: str) -> str:
-        return f"{FOLDER}/{self.token}.{key}.json"
+        return f"{EXCHANGE}/{self.token}.{key}.json"
 
     def put(self, key: str, data: bytes) -> None:
         """Leave the result of an item for the driver."""
@@ -49,7 +48,7 @@ class Exchange:
 
     def present(self) -> Iterator[str]:
         """The items whose results are there."""
-        for name in _store(self.location).list(FOLDER):
+        for name in _store(self.location).list(EXCHANGE):
             token, _, rest = name.partition(".")
             if token == self.token and rest.endswith(".json"):
                 yield rest.removesuffix(".json")
@@ -60,7 +59,7 @@ class Exchange:
 
     @property
     def _mark(self) -> str:
-        return f"{FOLDER}/{self.token}.open"
+        return f"{EXCHANGE}/{self.token}.open"
 
     def open(self) -> None:
         """Begin: until the exchange is stopped, workers take up items."""
@@ -77,7 +76,7 @@ class Exchange:
     def remove(self) -> None:
         """Stop, and remove the results, and what drivers that were killed have left a day ago or earlier."""
         store, before = _store(self.location), time.time() - _ABANDONED_SECONDS
-        for path in (f"{FOLDER}/{name}" for name in store.list(FOLDER)):
+        for path in (f"{EXCHANGE}/{name}" for name in store.list(EXCHANGE)):
             with contextlib.suppress(FileNotFoundError):  # another driver may clear up as well
-                if path.startswith(f"{FOLDER}/{self.token}.") or store.modified(path) < before:
+                if path.startswith(f"{EXCHANGE}/{self.token}.") or store.modified(path) < before:
                     store.remove(path)

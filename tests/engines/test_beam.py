@@ -20,14 +20,13 @@ from refrag.pipelines.build import BuildReport, build_index
 from refrag.pipelines.components import resolve_models
 from refrag.pipelines.engines import beam
 from refrag.pipelines.engines.beam import BeamEngine, BuildIndex, FailedShard
-from refrag.pipelines.engines.exchange import FOLDER
 from refrag.pipelines.plan import ShardSpec, cut_shards
 from refrag.pipelines.receipts import Receipt
 from refrag.pipelines.scan import merge_runs, scan_corpus
 from refrag.pipelines.stages import ShardResult, Stages
 from refrag_core.errors import ConfigError, ObjectStoreError, StageError
 from refrag_core.manifest import read_manifest
-from refrag_core.storage import FolderStore, Store
+from refrag_core.storage import EXCHANGE, FolderStore, Store
 from refrag_core.work_folder import WorkFolder
 from tests import command_line
 from tests.faults.kill_builds import build_arguments, ids_of, problems_of
@@ -215,7 +214,7 @@ def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         with pytest.raises(StageError):
             list(engine.map(fail_at_two, range(4)))
         next(engine.map(squared, range(100)))  # a consumer that stops early
-    assert list((tmp_path / "index" / FOLDER).iterdir()) == []
+    assert list((tmp_path / "index" / EXCHANGE).iterdir()) == []
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
     assert (list(logging.getLogger().handlers), threading.excepthook) == (before, hook)
 

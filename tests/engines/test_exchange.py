@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from refrag.pipelines.engines import exchange as module
-from refrag.pipelines.engines.exchange import FOLDER, Exchange
-from refrag_core.storage import open_store
+from refrag.pipelines.engines.exchange import Exchange
+from refrag_core.storage import EXCHANGE, open_store
 
 
 @pytest.fixture(params=["folder", "bucket"])
@@ -42,14 +42,14 @@ def test_workers_take_up_items_while_somebody_waits(location: str) -> None:
     mine.remove()
     assert mine.stopped()
     other.remove()
-    assert open_store(location).list(FOLDER) == []
+    assert open_store(location).list(EXCHANGE) == []
 
 
 def test_what_killed_drivers_left_goes_after_a_day(tmp_path: Path) -> None:
     dead, mine = Exchange.of(tmp_path), Exchange.of(tmp_path)
     dead.put("a", b"old")
     dead.put("b", b"new")
-    name = next(name for name in (tmp_path / FOLDER).iterdir() if ".a." in name.name)
+    name = next(name for name in (tmp_path / EXCHANGE).iterdir() if ".a." in name.name)
     before = time.time() - module._ABANDONED_SECONDS - 1
     os.utime(name, (before, before))
     mine.remove()
