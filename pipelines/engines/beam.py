@@ -9,6 +9,7 @@ import contextlib
 import io
 import logging
 import os
+import pickle
 import shlex
 import shutil
 import sys
@@ -18,7 +19,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -83,7 +83,9 @@ NAMESPACE = "refrag"
 _ATTEMPTS = 3
 _PAUSE_SECONDS = 1.0
 _ITEMS_A_PIPELINE = 10_000
-"""A job's description may have 10 MB on some runners, and a million specs are not held at once."""
+_BYTES_A_PIPELINE = 4 << 20
+"""Of its items, pickled. A job's description may have 10 MB on some runners, and a million specs are not held at once.
+"""
 
 _POLL_SECONDS = (0.05, 10.0)
 _POLL_FACTOR = 20
@@ -256,6 +258,19 @@ def _map_pipeline(function: Callable[[Any], Any], pipeline: Any, exchange: Excha
 # --- running pipelines ------------------------------------------------------------------------------
 
 
+def _parts(items: Iterable[Item]) -> Iterator[list[Item]]:
+    """The items of one pipeline after another."""
+    part, size = list[Item](), 0
+    for item in items:
+        part.append(item)
+        size += len(pickle.dumps(item))
+        if len(part) >= _ITEMS_A_PIPELINE or size >= _BYTES_A_PIPELINE:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
 class _Running:
     """A pipeline that runs in a thread, since some runners return at the end only."""
 
@@ -387,14 +402,13 @@ class BeamEngine:
         An item that is alone is run here, and fails as it would elsewhere: starting a pipeline for it takes seconds, on
         a service minutes.
         """
-        remaining = iter(items)
-        while part := list(islice(remaining, _ITEMS_A_PIPELINE)):
+        for part in _parts(items):
             if len(part) == 1:
                 alone = _attempted(partial(function, part[0]))
                 if isinstance(alone, Failure):
                     raise alone.error
                 yield alone
-                return
+                continue
             keyed = {f"{number:08d}": item for number, item in enumerate(part)}
             location = self._exchange or self._own_folder()
             waiting: dict[str, Made] = {}
@@ -408,8 +422,7 @@ class BeamEngine:
 
     def run(self, store: Store, stages: Stages, specs: Iterable[ShardSpec]) -> Iterator[ShardResult]:
         """Every shard through every stage, largest first, so that no large one is left over at the end."""
-        remaining = iter(specs)
-        while part := list(islice(remaining, _ITEMS_A_PIPELINE)):
+        for part in _parts(specs):
             part.sort(key=lambda spec: (-spec.num_bytes, spec.name))
             keyed = {spec.name: spec for spec in part}
             for _, result in self._execute(store.location, keyed, partial(_build_pipeline, store, stages)):

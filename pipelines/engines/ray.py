@@ -124,6 +124,10 @@ def check_options(options: RayOptions) -> None:
     gpus = options.gpus_per_worker
     if gpus is not None and (gpus < 0 or (gpus > 1 and gpus != int(gpus))):
         raise ConfigError(f"--gpus-per-worker is {gpus:g}; expected a fraction up to 1, or a whole number of GPUs")
+    if gpus is not None and options.device != "auto" and (gpus > 0) != (options.device == "cuda"):
+        raise ConfigError(
+            f"--gpus-per-worker is {gpus:g} and --device is {options.device}; expected them to agree: leave one out"
+        )
 
 
 # --- what runs on the workers -----------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import Any
 
 import apache_beam
 import pytest
+import torch
 from apache_beam.testing.util import assert_that
 
 from refrag.pipelines.build import BuildReport, build_index
@@ -184,6 +185,26 @@ def test_many_items_go_into_several_pipelines(monkeypatch: pytest.MonkeyPatch) -
         assert list(results) == [item * item for item in range(2, 21)]
 
 
+def size_of(item: bytes) -> int:
+    return len(item)
+
+
+def test_large_items_go_into_several_pipelines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job's description may have no more than so many bytes."""
+    monkeypatch.setattr(beam, "_BYTES_A_PIPELINE", 3000)
+    sizes: list[int] = []
+    original = beam._map_pipeline
+
+    def noted(function: Any, pipeline: Any, exchange: Any, items: dict[str, bytes]) -> None:
+        sizes.append(len(items))
+        original(function, pipeline, exchange, items)
+
+    monkeypatch.setattr(beam, "_map_pipeline", noted)
+    with BeamEngine() as engine:
+        assert list(engine.map(size_of, [bytes(1200)] * 6)) == [1200] * 6
+    assert sizes == [3, 3]
+
+
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_an_error_of_refrag_arrives_as_itself(runner: str) -> None:
     with BeamEngine(RUNNERS[runner]) as engine, pytest.raises(StageError) as raised:
@@ -195,6 +216,27 @@ def test_an_error_of_refrag_arrives_as_itself(runner: str) -> None:
 def test_what_no_worker_should_do_is_one_message(function: Any) -> None:
     with BeamEngine() as engine, pytest.raises(StageError, match=r"a worker (failed with ZeroDivisionError|made a)"):
         list(engine.map(function, range(4)))
+
+
+def test_an_item_alone_fails_as_it_would_among_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(beam, "_PAUSE_SECONDS", 0.0)
+    with BeamEngine() as engine:
+        with pytest.raises(StageError, match="a worker failed with ZeroDivisionError: division by zero"):
+            list(engine.map(crash_at_two, [2]))
+        with pytest.raises(StageError, match=r"^shard 2 cannot be read, expected it to be"):
+            list(engine.map(fail_at_two, [2]))
+        assert list(engine.map(partial(lose_connections, tmp_path), [1])) == [1]
+
+
+def talkative(item: int) -> int:
+    os.write(1, b"a worker's library says something\n")
+    return item
+
+
+def test_stdout_is_for_the_result_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    with BeamEngine(workers=1) as engine:
+        assert list(engine.map(talkative, range(2))) == [0, 1]
+    assert capfd.readouterr().out == ""
 
 
 def test_lost_connections_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,6 +372,8 @@ def test_large_shards_go_first(work: tuple[Store, Stages, list[ShardSpec]], monk
         (("--direct_num_wrkers=2",), None, "Beam's direct runner has no option --direct_num_wrkers; expected one of"),
         (("--direct_num_workers=two",), None, "invalid int value: 'two'; expected PipelineOptions of Beam"),
         (("--runner=NoSuchRunner",), None, r"Beam has no runner NoSuchRunner here \(.*\); expected one that is"),
+        (("--direct_num_workers=2",), 4, "--workers 4 was given with Beam's own --direct_num_workers=2; expected one"),
+        (("--direct_running_mode=multi_processing",), 0, "--workers 0 was given with Beam's own --direct_running_mode"),
         (PORTABLE, 2, "--workers counts processes of Beam's direct runner, and PortableRunner was asked for; expected"),
     ],
 )
@@ -363,6 +407,24 @@ def test_beam_options_need_the_beam_engine(tmp_path: Path) -> None:
     done = command_line.call("index", "build", tmp_path, "--beam-option=--runner=DirectRunner")
     assert done.code == 2
     assert "--beam-option was given with --engine local; expected --engine beam" in done.err
+
+
+@pytest.mark.parametrize("command", ["compact", "repair"])
+def test_every_command_with_the_engine_takes_its_options(command: str, tmp_path: Path) -> None:
+    done = command_line.call("index", command, tmp_path, "--engine", "beam", "--beam-option=--direct_num_wrkers=2")
+    assert done.code == 2
+    assert "Beam's direct runner has no option --direct_num_wrkers" in done.err
+
+
+def test_a_device_that_is_not_there_is_refused(local: SmallIndex, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one here")
+    checkpoint, retriever = str(local.models / "checkpoint"), str(local.models / "encoder")
+    models = ("--checkpoint", checkpoint, "--retriever", retriever)
+    place = (local.corpus, "-o", tmp_path / "index", "--engine", "beam", "--device", "cuda")
+    done = command_line.call("index", "build", *place, *models)
+    assert (done.code, done.out) == (2, "")
+    assert "device is 'cuda', and PyTorch finds no CUDA device; expected cpu or auto on this machine" in done.err
 
 
 def test_without_the_extra_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

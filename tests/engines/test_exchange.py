@@ -45,6 +45,17 @@ def test_workers_take_up_items_while_somebody_waits(location: str) -> None:
     assert open_store(location).list(EXCHANGE) == []
 
 
+def test_what_a_killed_driver_left_goes_with_the_next_run_of_any_engine(location: str) -> None:
+    """And its workers, which may live on elsewhere, stop."""
+    dead, store = Exchange.of(location), open_store(location)
+    dead.open()
+    dead.put("a", b"result")
+    with store.lock():
+        store.clear_runs()
+    assert dead.stopped()
+    assert store.list(EXCHANGE) == []
+
+
 def test_what_killed_drivers_left_goes_after_a_day(tmp_path: Path) -> None:
     dead, mine = Exchange.of(tmp_path), Exchange.of(tmp_path)
     dead.put("a", b"old")

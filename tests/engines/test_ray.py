@@ -150,6 +150,8 @@ def test_a_node_that_lacks_something_is_an_error_before_anything_starts(
         (RayOptions(device="cuda:1"), "--device is 'cuda:1'; expected auto, cpu or cuda with --engine ray"),
         (RayOptions(workers=0), "--workers is 0, expected at least 1 with --engine ray"),
         (RayOptions(gpus_per_worker=1.5), "--gpus-per-worker is 1.5; expected a fraction up to 1, or a whole number"),
+        (RayOptions(device="cuda", gpus_per_worker=0), "--gpus-per-worker is 0 and --device is cuda; expected them to"),
+        (RayOptions(device="cpu", gpus_per_worker=0.5), "--gpus-per-worker is 0.5 and --device is cpu; expected them"),
     ],
 )
 def test_settings_that_no_cluster_can_serve(options: RayOptions, message: str) -> None:

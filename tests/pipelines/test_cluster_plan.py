@@ -144,6 +144,10 @@ def test_the_command_plans_for_a_cluster(tmp_path: Path, own_cache: Path) -> Non
     without = call(*shown)
     assert without.code == 2
     assert "--engine ray was planned without machines, expected how many: say --workers N" in without.err
+    for option, value in (("--gpu", "h100"), ("--cores", 4)):  # the last --engine counts
+        local = call(*shown, "--engine", "local", option, value)
+        assert local.code == 2
+        assert f"{option} was given for the local engine, expected --engine ray or beam" in local.err
     unknown = call(*shown, "--workers", 2, "--gpu", "tpu")
     assert unknown.code == 2
     assert "--gpu tpu has no measured rates" in unknown.err

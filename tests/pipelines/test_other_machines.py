@@ -11,8 +11,11 @@ import pytest
 
 from refrag.pipelines import stages as stages_module
 from refrag.pipelines.build import build_index
+from refrag.pipelines.compact import CompactOptions, compact_index
 from refrag.pipelines.engines.local import LocalEngine
 from refrag.pipelines.plan import ShardSpec
+from refrag.pipelines.progress import Silent
+from refrag.pipelines.repair import RepairOptions, repair_index
 from refrag.pipelines.stages import EncodeStage, ShardResult, Stages, TokenizeStage
 from refrag_core import models
 from refrag_core.errors import ConfigError, FingerprintMismatchError, ModelNotFoundError, StageError
@@ -128,6 +131,27 @@ def test_storage_that_a_worker_does_not_share_is_one_error(tmp_path: Path, machi
     machine._there = unshared  # type: ignore[method-assign]
     with pytest.raises(StageError, match=r" does not see .*run-.*, expected the folder of this run's intermediate"):
         build_index(small.options, machine)
+
+
+def test_an_index_named_from_the_working_folder_is_compacted_and_repaired(
+    tmp_path: Path, machine: OtherMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers have another working folder."""
+    monkeypatch.chdir(tmp_path)
+    small = SmallIndex(tmp_path, documents(20), output="index")
+    content = build_index(small.options, machine).content_id
+    report = compact_index(CompactOptions(index="index", shard_bytes=100_000), machine)
+    assert (report.shards_after, report.content_id) == (1, content)
+    manifest = read_manifest(open_store("index"))
+    for name in (manifest.shards[0].tables["passages"], manifest.segments[0].file):
+        Path("index", name).write_bytes(b"damaged")
+    options = RepairOptions(
+        index="index", corpus=small.options.corpus, checkpoint=str(small.models / "checkpoint"), device="auto"
+    )
+    assert repair_index(options, machine, Silent()).build_id
+    mended = read_manifest(open_store("index"))
+    assert mended.content_id == content
+    assert mended.files.keys().isdisjoint(problem.file for problem in verify_index(open_store("index")).problems)
 
 
 # --- models -------------------------------------------------------------------------------------------
