@@ -134,7 +134,9 @@ EngineOption = Annotated[
 ]
 Workers = Annotated[
     int | None,
-    typer.Option(help="Processes for CPU work; 0 runs in this process. Default: CPUs - 1; of a cluster all.", min=0),
+    typer.Option(
+        help="Processes for CPU work; 0 runs in this process. Default: CPUs - 1; with Ray all, with Beam 0.", min=0
+    ),
 ]
 RayAddress = Annotated[
     str | None,

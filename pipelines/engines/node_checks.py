@@ -121,6 +121,6 @@ def refuse(problems: Mapping[str, Sequence[str]]) -> None:
     rest = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
     raise ClusterError(
         f"{len(wrong)} of {len(problems)} nodes are not ready: {told}{rest}. Expected on every node the same refrag "
-        "with its packages (`pip install 'refrag[cpu,ray]'`, or one image for all), and the corpus, models and output "
-        "under the same paths (a shared file system, or s3://…): nothing was started"
+        "with its packages (`pip install 'refrag[cpu,ray]'`, or one image for all), and the corpus and output under "
+        "the same paths (a shared file system, or s3://…): nothing was started"
     )

@@ -74,8 +74,8 @@ def test_one_error_names_the_nodes_and_what_to_do() -> None:
         refuse({"a/12": [], "b/34": ["has no refrag", "lacks the packages torch"]})
     assert str(raised.value) == (
         "1 of 2 nodes are not ready: b/34 has no refrag, lacks the packages torch. Expected on every node the same "
-        "refrag with its packages (`pip install 'refrag[cpu,ray]'`, or one image for all), and the corpus, models and "
-        "output under the same paths (a shared file system, or s3://…): nothing was started"
+        "refrag with its packages (`pip install 'refrag[cpu,ray]'`, or one image for all), and the corpus and output "
+        "under the same paths (a shared file system, or s3://…): nothing was started"
     )
 
 
