@@ -118,8 +118,10 @@ def resolve_models(store: Store, options: ModelOptions, *, elsewhere: bool = Fal
     """
     from refrag_core.retriever import retriever_fingerprint
 
+    device = options.device if elsewhere else resolve_device(options.device)
     checkpoint = _checkpoint(options)
     retriever = resolve_model(options.retriever)
+    parameters = _parameters(checkpoint, retriever, options)  # before anything is written
     folder = f"{CHECKPOINTS}/{checkpoint.fingerprint[:32]}"
     files = _publish_checkpoint(store, checkpoint, folder)
     return Models(
@@ -130,8 +132,8 @@ def resolve_models(store: Store, options: ModelOptions, *, elsewhere: bool = Fal
         retriever_reference=options.retriever,
         retriever=retriever,
         retriever_fingerprint=retriever_fingerprint(retriever),
-        parameters=_parameters(checkpoint, retriever, options),
-        device=options.device if elsewhere else resolve_device(options.device),
+        parameters=parameters,
+        device=device,
         checkpoint_path=store.folder(folder).resolve(),
         index=absolute(store.location),
     )
