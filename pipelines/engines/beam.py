@@ -9,7 +9,6 @@ import contextlib
 import io
 import logging
 import os
-import pickle
 import shlex
 import shutil
 import sys
@@ -84,7 +83,7 @@ _ATTEMPTS = 3
 _PAUSE_SECONDS = 1.0
 _ITEMS_A_PIPELINE = 10_000
 _BYTES_A_PIPELINE = 4 << 20
-"""Of its items, pickled. A job's description may have 10 MB on some runners, and a million specs are not held at once.
+"""Of its items, as Beam codes them. A job's description may have 10 MB on some runners, and a million specs are not held at once.
 """
 
 _POLL_SECONDS = (0.05, 10.0)
@@ -258,12 +257,15 @@ def _map_pipeline(function: Callable[[Any], Any], pipeline: Any, exchange: Excha
 # --- running pipelines ------------------------------------------------------------------------------
 
 
+_CODER = beam.coders.FastPrimitivesCoder()
+
+
 def _parts(items: Iterable[Item]) -> Iterator[list[Item]]:
     """The items of one pipeline after another."""
     part, size = list[Item](), 0
     for item in items:
         part.append(item)
-        size += len(pickle.dumps(item))
+        size += len(_CODER.encode(item))
         if len(part) >= _ITEMS_A_PIPELINE or size >= _BYTES_A_PIPELINE:
             yield part
             part, size = [], 0
