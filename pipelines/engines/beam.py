@@ -83,8 +83,8 @@ _ATTEMPTS = 3
 _PAUSE_SECONDS = 1.0
 _ITEMS_A_PIPELINE = 10_000
 _BYTES_A_PIPELINE = 4 << 20
-"""Of its items, as Beam codes them. A job's description may have 10 MB on some runners, and a million specs are not held
-at once."""
+"""Of its items, as Beam codes them. A job's description may have 10 MB on some runners, and a million specs are not
+held at once."""
 
 _POLL_SECONDS = (0.05, 10.0)
 _POLL_FACTOR = 20

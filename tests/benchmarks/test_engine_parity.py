@@ -60,6 +60,7 @@ def test_the_mixed_corpus_takes_so_much_text_in_every_format(tmp_path: Path) -> 
         list(mixed(tmp_path, 1 << 20))
 
 
+@pytest.mark.slow
 def test_two_engines_agree_and_a_second_run_builds_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
