@@ -6,6 +6,7 @@ checkpoint over the two. The encoder folder also serves as a retriever.
 """
 
 import json
+import os
 import string
 from pathlib import Path
 from typing import Any
@@ -165,7 +166,8 @@ def checkpoint_folder(folder: Path, *, family: str = "llama", seed: int = 0, que
 def cache_for(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache folder of the test's own; tests of the real models share one, since converting takes half a minute."""
     if request.node.get_closest_marker("models"):
-        return tmp_path_factory.getbasetemp() / "converted-models"
+        base = tmp_path_factory.getbasetemp()
+        return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "converted-models"
     return tmp_path_factory.mktemp("cache")
 
 

@@ -35,6 +35,7 @@ def test_every_format_holds_the_same_records(tmp_path: Path, kind: str) -> None:
     assert read(path) == list(documents(20_000))
 
 
+@pytest.mark.slow
 def test_a_run_reports_its_peak(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "result.json"
     assert main(["--megabytes", "0.02", "--output", str(output)]) == 0

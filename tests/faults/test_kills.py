@@ -37,6 +37,7 @@ def root(tmp_path: Path, own_cache: Path) -> Path:
 # --- SIGKILL at random moments ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_three_kills_leave_no_trace(tmp_path: Path, own_cache: Path) -> None:
     outcome = kill_builds(tmp_path, kills=3, seed=1, num_documents=24)
     assert len(outcome.killed) == 3

@@ -19,6 +19,7 @@ from refrag_core.chunking import (
     tokenize_documents,
 )
 from refrag_core.errors import ConfigError
+from tests.tiny_models import cache_for
 
 TRAINING = "The quick brown fox jumps over the lazy dog. It was 2024, and café owners in Zürich said: yes! Why?"
 SPECIAL = "<|im_end|>"
@@ -308,10 +309,12 @@ def test_the_content_digest_does_not_depend_on_memory_layout() -> None:
 
 
 @pytest.mark.models
-@pytest.mark.usefixtures("own_cache")
-def test_smollm2_passages_decode_to_their_text() -> None:
+def test_smollm2_passages_decode_to_their_text(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from refrag_core.models import load_tokenizer, resolve_model
 
+    monkeypatch.setenv("REFRAG_CACHE", str(cache_for(request, tmp_path_factory)))
     tokenizer = load_tokenizer(resolve_model("smollm2-135m-instruct"))
     assert chunking._prepared(tokenizer)._lengths is not None
     text = "In 1987, 3.14 <|im_end|> was said. " * 40 + "東京 🦊\n\n" * 30
