@@ -653,16 +653,24 @@ def _print_cluster(plan: "ClusterPlan") -> None:
     _print_rows(
         [
             ("cluster", f"{plan.engine}, {plan.workers:,} machines{cards}"),
-            ("time", f"~{plan.hours:,.2f} h, most of it by {plan.bottleneck}"),
-            *((f"  {phase}", f"~{hours:,.3f} h") for phase, hours in plan.phases.items()),
+            ("time", f"~{_hours(plan.hours)}, most of it by {plan.bottleneck}"),
+            *((f"  {phase}", f"~{_hours(hours)}") for phase, hours in plan.phases.items()),
+            ("left out", "; ".join(plan.left_out)),
             ("CPU", f"~{plan.cpu_hours:,.2f} core hours of work"),
             ("GPU", f"~{plan.gpu_hours:,.2f} card hours"),
-            ("storage", f"~{plan.storage_gb:,.2f} GB, and ~{plan.work_gb:,.2f} GB while it is built"),
+            ("storage", f"~{plan.storage_gb:,.3f} GB, and ~{plan.work_gb:,.3f} GB while it is built"),
             ("requests", ", ".join(f"~{count:,} {verb}" for verb, count in plan.requests.items())),
         ]
     )
+    print("Estimated from these rates; prices are yours to multiply:")
     for name, rate in plan.rates.items():
         print(f"  {name}: {rate.value:,.0f} {rate.unit} ({rate.source})")
+
+
+def _hours(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:,.1f} h"
+    return f"{hours * 60:,.1f} min" if hours >= 1 / 60 else f"{hours * 3600:,.1f} s"
 
 
 @index_app.command("verify")

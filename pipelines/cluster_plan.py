@@ -63,6 +63,8 @@ class ClusterPlan:
     requests: Mapping[str, int]
     """Of an object store: PUT, GET and LIST."""
     rates: Mapping[str, Rate]
+    left_out: tuple[str, ...]
+    """What the build would do and no figure above counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,10 +93,14 @@ def plan_cluster(options: ClusterOptions, work: Work, models: Models) -> Cluster
     """What the build would take on this cluster. Raises ConfigError for a GPU without measured rates."""
     card = None if options.gpu is None else gpu_rates(options.gpu)
     rates = _rates(work, models, card)
-    cores = options.workers * options.cores
+    cores, shards = options.workers * options.cores, max(1, work.shards)
     device = _device_seconds(work, rates, card)
     tokenize = work.core_seconds.get("tokenize", 0.0)
-    stages = {"tokenize": tokenize / cores, "device": device / (options.workers if card else cores)}
+    # A shard is one worker's at a time: what there are no shards for stands idle.
+    stages = {
+        "tokenize": tokenize / min(cores, shards),
+        "device": device / min(options.workers if card else cores, shards),
+    }
     plan_seconds = work.documents * AROUND.record
     index = index_cost(work.passages, models.parameters.vector_dim)
     segments = max(1, -(-work.passages // SEGMENT_ROWS))
@@ -126,7 +132,15 @@ def plan_cluster(options: ClusterOptions, work: Work, models: Models) -> Cluster
             "LIST": 1 + work.shards * PUTS_A_SHARD // 1000,
         },
         rates=rates,
+        left_out=_left_out(work, card),
     )
+
+
+def _left_out(work: Work, card: GpuRates | None) -> tuple[str, ...]:
+    start = "starting machines, workers and models"
+    if card is not None and work.core_seconds.get("scores"):
+        return (start, "scoring (--score), which no card was measured at: leave --gpu out for this machine's own rate")
+    return (start,)
 
 
 def _hours(seconds: float) -> float:

@@ -65,6 +65,16 @@ def test_phases_of_a_cluster_with_cards(models: Any) -> None:
     assert plan.rates["tokenize"].source == "measured here, on a sample (cpu)"
 
 
+def test_scoring_that_no_card_was_measured_at_is_said_to_be_left_out(models: Any) -> None:
+    scored = replace(WORK, core_seconds=dict(WORK.core_seconds) | {"scores": 1e6})
+    carded, plain = (ClusterOptions(engine="ray", workers=4, cores=8, gpu=gpu) for gpu in ("h100", None))
+    assert "scoring (--score), which no card was measured at" in plan_cluster(carded, scored, models).left_out[-1]
+    assert plan_cluster(carded, WORK, models).left_out == ("starting machines, workers and models",)
+    counted = plan_cluster(plain, scored, models)
+    assert counted.left_out == ("starting machines, workers and models",)
+    assert counted.hours > plan_cluster(plain, WORK, models).hours
+
+
 def test_without_cards_this_machine_s_rates_count(models: Any) -> None:
     plan = planned(models)
     assert plan.phases["stages"] == pytest.approx(260_000 * 2 / 32 / 3600, rel=1e-3)
@@ -78,6 +88,15 @@ def test_more_machines_take_less_time_down_to_the_driver_s_own(models: Any) -> N
     assert hours == sorted(hours, reverse=True)
     many = planned(models, workers=4096, gpu="h100")
     assert many.bottleneck in ("commit", "index")
+
+
+def test_machines_without_a_shard_stand_idle(models: Any) -> None:
+    few = replace(WORK, shards=3, core_seconds=dict(WORK.core_seconds) | {"tokenize": 1.0})
+    hours = [
+        plan_cluster(ClusterOptions(engine="ray", workers=workers, gpu="h100"), few, models).phases["stages"]
+        for workers in (2, 3, 100)
+    ]
+    assert hours[0] > hours[1] == hours[2]
 
 
 def test_tokenizing_can_be_what_is_slow(models: Any) -> None:
@@ -140,6 +159,8 @@ def test_the_command_plans_for_a_cluster(tmp_path: Path, own_cache: Path) -> Non
     }
     text = call(*shown, "--workers", 2, "--gpu", "h100").out
     assert "ray, 2 machines with one h100 each" in text
+    assert "left out" in text
+    assert " min" not in text  # six documents take seconds, and are told in seconds
     assert not small.path.exists()
     without = call(*shown)
     assert without.code == 2
