@@ -27,7 +27,7 @@ demo: $(STAMP)
 	@BIN=$(BIN) DEMO=$(DEMO) bash benchmarks/demo.sh
 
 test: $(STAMP)
-	@echo "== tests (about 8 minutes on 2 cores)"
+	@echo "== tests (about 10 minutes on 2 cores)"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-slow: $(STAMP)

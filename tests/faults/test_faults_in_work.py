@@ -161,7 +161,7 @@ def run_shard(store: Store, work: Stages, spec: ShardSpec, meet: Any, said: Any)
     )
 
 
-@pytest.fixture(params=["folder", "bucket"])
+@pytest.fixture(params=["folder", pytest.param("bucket", marks=pytest.mark.slow)])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     return tmp_path / "index" if request.param == "folder" else f"{request.getfixturevalue('bucket')}/index"
 
