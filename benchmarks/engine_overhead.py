@@ -49,12 +49,7 @@ def opened(name: str, workers: int) -> AbstractContextManager[Engine]:
     if name == "beam":
         from refrag.pipelines.engines.beam import BeamEngine
 
-        options = [
-            "--runner=DirectRunner",
-            "--direct_running_mode=multi_processing",
-            f"--direct_num_workers={workers}",
-        ]
-        return BeamEngine(options)
+        return BeamEngine(workers=workers)
     from refrag.pipelines.engines.local import LocalEngine
 
     return LocalEngine(workers)

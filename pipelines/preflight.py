@@ -14,11 +14,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
-from refrag.pipelines.stages import EmbedStage, ScoreStage, Stages
+from refrag.pipelines.stages import EmbedStage, ScoreStage, Stages, fingerprint_of
 from refrag_core.digests import digest_bytes, digest_json
 from refrag_core.errors import ClusterError, ModelNotFoundError
-from refrag_core.models import fingerprint_model, fingerprint_tokenizer, resolve_model
-from refrag_core.retriever import retriever_fingerprint
+from refrag_core.models import model_on_this_machine
 
 _ALWAYS = ("numpy", "pyarrow", "safetensors", "tokenizers", "torch", "transformers")
 # What each extra brings, by the names that are imported.
@@ -156,10 +155,7 @@ def source_digest() -> str:
 
 def _fingerprint(need: ModelNeed) -> str | None:
     try:
-        folder = Path(need.folder) if Path(need.folder).exists() else resolve_model(need.reference)
-        if need.kind == "retriever":
-            return retriever_fingerprint(folder)
-        return fingerprint_tokenizer(folder) if need.kind == "tokenizer" else fingerprint_model(folder)
+        return fingerprint_of(need.kind, model_on_this_machine(need.reference, need.folder))
     except (ModelNotFoundError, OSError):
         return None
 

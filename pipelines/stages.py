@@ -129,11 +129,12 @@ def _checked(kind: str, reference: str, folder: str, fingerprint: str) -> str:
     from refrag_core import models
 
     path = models.model_on_this_machine(reference, folder)
-    models.check_fingerprint(kind, path, _fingerprint_of(kind, path), fingerprint)
+    models.check_fingerprint(kind, path, fingerprint_of(kind, path), fingerprint)
     return str(path)
 
 
-def _fingerprint_of(kind: str, path: Path) -> str:
+def fingerprint_of(kind: str, path: Path) -> str:
+    """Of what a stage reads of a `tokenizer`, `retriever` or `decoder` in this folder."""
     from refrag_core.models import fingerprint_model, fingerprint_tokenizer
 
     if kind == "retriever":

@@ -3,6 +3,10 @@
 import contextlib
 import os
 import re
+import threading
+import time
+
+_PARENT_CHECK_SECONDS = 0.5
 
 
 def process_name() -> str:
@@ -13,11 +17,25 @@ def process_name() -> str:
 def is_of_dead_process(name: str) -> bool:
     """Whether `name` starts as `process_name` names one of this machine that has ended."""
     found = re.match(rf"{re.escape(os.uname().nodename)}-(\d+)(-|$)", name)
-    if found is None:
-        return False
+    return found is not None and not is_alive(int(found[1]))
+
+
+def is_alive(pid: int) -> bool:
+    """Whether this machine has a process of that number."""
     try:
         with contextlib.suppress(PermissionError):  # it lives, as another user's
-            os.kill(int(found[1]), 0)
+            os.kill(pid, 0)
     except ProcessLookupError:
-        return True
-    return False
+        return False
+    return True
+
+
+def end_with_parent(parent: int) -> None:
+    """End this process soon after the process `parent`, which started it, is gone, however that went."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_PARENT_CHECK_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

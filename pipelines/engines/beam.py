@@ -29,6 +29,7 @@ from refrag.pipelines.plan import ShardSpec
 from refrag.pipelines.stages import ShardResult, Stages, run_device_stages
 from refrag_core.devices import available_cores
 from refrag_core.errors import ConfigError, MissingExtraError, ObjectStoreError, StageError
+from refrag_core.processes import is_alive
 from refrag_core.storage import IndexLocation, Store
 
 
@@ -324,7 +325,7 @@ class _Workers:
 
     def any_lost(self) -> bool:
         """Whether one has died before its end."""
-        return any(not _lives(pid) for pid in self._pids())
+        return any(not is_alive(pid) for pid in self._pids())
 
     def kill(self) -> None:
         """End those that still run."""
@@ -332,14 +333,6 @@ class _Workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, 9)
             (self.folder / f"{PREFIX}{pid}").unlink(missing_ok=True)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 class _WorkerLost(Exception):

@@ -10,30 +10,22 @@ import os
 import runpy
 import signal
 import sys
-import threading
-import time
 from pathlib import Path
 
+from refrag_core.processes import end_with_parent
+
 PREFIX = "worker-"
-_LOOK_SECONDS = 0.5
 
 
 def main(folder: str, driver: str, threads: str) -> None:
     """Serve the runner that the environment names, until it says that all is done."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's
-    threading.Thread(target=_end_with, args=(int(driver),), daemon=True).start()
+    end_with_parent(int(driver))  # Beam's worker would go on with its bundle, and then wait for a driver that is gone
     os.environ.setdefault("OMP_NUM_THREADS", threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     sys.argv = ["sdk_worker"]
     runpy.run_module("apache_beam.runners.worker.sdk_worker_main", run_name="__main__")
     Path(folder, f"{PREFIX}{os.getpid()}").unlink(missing_ok=True)
-
-
-def _end_with(driver: int) -> None:
-    """Beam's worker would go on with its bundle, and then wait for a driver that is gone."""
-    while os.getppid() == driver:
-        time.sleep(_LOOK_SECONDS)
-    os._exit(1)
 
 
 if __name__ == "__main__":

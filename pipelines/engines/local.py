@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -17,13 +16,13 @@ from refrag.pipelines.plan import ShardSpec
 from refrag.pipelines.stages import ShardResult, Stages, run_device_stages
 from refrag_core.devices import available_cores
 from refrag_core.errors import StageError
+from refrag_core.processes import end_with_parent
 from refrag_core.storage import Store
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 _ATTEMPTS = 3
-_PARENT_CHECK_SECONDS = 0.5
 _CLOSING_SECONDS = 5.0
 
 
@@ -36,13 +35,7 @@ def _start_worker(parent: int) -> None:
     """Leave Ctrl-C to the parent, and end when the parent is gone, however it went."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the pool is the parallelism; each worker takes one core
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_PARENT_CHECK_SECONDS)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    end_with_parent(parent)
 
 
 class _HangError(Exception):

@@ -74,10 +74,6 @@ class ExampleStream:
         self._begin(step + 1, made.next_position, elapsed)
         return made
 
-    def close(self) -> None:
-        """End the thread."""
-        self._thread.shutdown(cancel_futures=True)
-
     def _begin(self, step: int, position: int, elapsed: float) -> None:
         progress = progress_of(step, self._config.steps, elapsed, self._config.seconds)
         planned = plan_step(self._config, position=position, step=step, progress=progress)

@@ -418,7 +418,7 @@ def test_every_command_with_the_engine_takes_its_options(command: str, tmp_path:
 
 def test_a_device_that_is_not_there_is_refused(local: SmallIndex, tmp_path: Path) -> None:
     if torch.cuda.is_available():
-        pytest.skip("there is one here")
+        pytest.skip("this machine has a CUDA device, which nothing could refuse")
     checkpoint, retriever = str(local.models / "checkpoint"), str(local.models / "encoder")
     models = ("--checkpoint", checkpoint, "--retriever", retriever)
     place = (local.corpus, "-o", tmp_path / "index", "--engine", "beam", "--device", "cuda")

@@ -20,7 +20,7 @@ from refrag_core.errors import CorpusChangedError, RefragError, StageError
 from refrag_core.manifest import Segment, Shard
 from refrag_core.storage import FileRecord
 
-SPEC = ShardSpec("a" * 32, "/work/list.parquet", 16, 3, 1000)
+SPEC = ShardSpec("a" * 32, "/shared/list.parquet", 16, 3, 1000)
 RECEIPT = Receipt(
     stage="tokenize",
     key="k" * 32,

@@ -83,7 +83,7 @@ def build(store: Store, shards: Sequence[Shard], parent: Manifest | None = None,
         "min_recall": 0.5,
         "memory_budget_bytes": None,
         "progress": Silent(),
-        "work": WorkFolder(f"{store.location}/work/run-1"),
+        "work": WorkFolder(store.shared_run_location()),
     }
     settings["work"].make()
     return build_vector_index(store, LocalEngine(0), shards, parent=parent, **settings | changes)
@@ -381,7 +381,7 @@ def test_a_sample_is_gathered_in_the_order_of_the_rows(store: Store, monkeypatch
     monkeypatch.setattr(vector_index, "TRAINING_ROWS_PER_LIST", 2)
     monkeypatch.setattr(indexing, "SEGMENT_ROWS", 60)
     shards = make_shards(store, a=50, b=30, c=40)
-    work = WorkFolder(f"{store.location}/work/run-1")
+    work = WorkFolder(store.shared_run_location())
     work.make()
     spec = vector_index.IndexSpec("ivf_sqfp16", DIM, 16)
     files = indexing._sample(LocalEngine(0), store, shards, spec, work)
