@@ -5,13 +5,14 @@ whose next token counts. Notation: b rows, s context tokens, o output tokens, k 
 context (s = L·k), t slots of a row, n compressed chunks of a row, m predictions of a row.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from refrag_core.composition import COMPRESSED
 from refrag_core.errors import ConfigError
+from refrag_core.training.losses import IGNORED
 
 Ids = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -105,6 +106,29 @@ def next_paragraph_batch(context: Ids, output: Ids, *, chunk_size: int, expansio
         predict_at=_every_row(slots.shape[1] - 1 + np.arange(output.shape[1]), rows),
         targets=output,
     )
+
+
+def recall_batch(
+    context: Ids, starts: Ids, *, span_tokens: int, given_tokens: int, chunk_size: int, expansion_mask: Mask
+) -> TrainingBatch:
+    """Contexts followed by pieces of themselves, each to be continued from its first tokens.
+
+    To predict a piece the decoder has to find the chunk that its first tokens are in and to go on from there: what
+    a next paragraph asks of it here and there, asked of every token.
+
+    Args:
+        context: `[b, s]`, s = L·k.
+        starts: `[b, r]`, where in its context each of a row's r pieces begins; the pieces follow one another.
+        span_tokens: tokens of a piece.
+        given_tokens: those of its first that are not predicted, since nothing tells which piece comes.
+        expansion_mask: as in `next_paragraph_batch`.
+    """
+    rows, pieces = starts.shape
+    index = (starts[:, :, None] + np.arange(span_tokens)).reshape(rows, -1)
+    output = np.take_along_axis(context, index, axis=1)
+    batch = next_paragraph_batch(context, output, chunk_size=chunk_size, expansion_mask=expansion_mask)
+    predicted = np.arange(pieces * span_tokens) % span_tokens >= given_tokens
+    return replace(batch, targets=np.where(predicted, output, IGNORED))
 
 
 def text_batch(token_ids: Ids, *, first: int = 1) -> TrainingBatch:

@@ -1,7 +1,7 @@
 """The settings of a training run: one TOML file, validated, with overrides.
 
     [[tasks]]
-    kind = "reconstruct"       # reconstruct | next-paragraph | text | instruct
+    kind = "reconstruct"       # reconstruct | recall | next-paragraph | text | instruct
     weight = 0.5               # share of the micro-batches
     batch_rows = 64            # windows a micro-batch
 
@@ -21,7 +21,10 @@ from refrag_core.errors import ConfigError
 from refrag_core.models import DEFAULT_DECODER, DEFAULT_ENCODER
 from refrag_core.stored_weights import StoredDtype
 
-TaskKind = Literal["reconstruct", "next-paragraph", "text", "instruct"]
+TaskKind = Literal["reconstruct", "recall", "next-paragraph", "text", "instruct"]
+
+EXPANDING: tuple[TaskKind, ...] = ("recall", "next-paragraph", "instruct")
+"""Tasks in which some chunks may be given as tokens."""
 Teacher = Literal["self", "base"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -83,11 +86,17 @@ class TaskConfig:
     curriculum: Literal["mixture", "geometric"] = "mixture"
     """Of the lengths of reconstructions: `refrag_core.training.schedule.length_weights`."""
     expansion_fractions: tuple[float, ...] = (0.0, 0.1, 0.25)
-    """p of the contexts of next-paragraph and instruct, each equally likely; expanded chunks are drawn at random."""
+    """p of the contexts of recall, next-paragraph and instruct, each equally likely; expanded chunks are drawn at
+    random."""
     gold_expansion_weight: float = 1.0
     """How many times as readily chunks of passages that hold the answer are drawn, in instruct."""
+    span_tokens: int = 32
+    """Tokens of a piece of the context that recall continues; output_tokens is a multiple."""
+    given_tokens: int = 4
+    """The first of them, which are given."""
     distillation: float = 0.0
-    """Weight of the KL divergence from the decoder that reads the full context, in next-paragraph's loss."""
+    """Weight of the KL divergence from the decoder that reads the full context, in the loss of next-paragraph; in
+    that of text, from the teacher on the same text."""
     teacher: Teacher = "self"
     """That decoder: as it is being trained, or `base`, without its adapter."""
 
@@ -322,6 +331,17 @@ def _check_fit(config: TrainingConfig) -> None:
             )
     if not all(any(task.weight_at(progress) for task in config.tasks) for progress in (0.0, 1.0)):
         raise ConfigError("all tasks have weight 0 at the start or at the end; expected a positive one")
+    for task in config.tasks:
+        if task.kind == "recall" and (config.output_tokens % task.span_tokens or task.given_tokens >= task.span_tokens):
+            raise ConfigError(
+                f"recall has span_tokens {task.span_tokens} and given_tokens {task.given_tokens}; expected a divisor "
+                f"of output_tokens {config.output_tokens}, and fewer given than a span has"
+            )
+        if task.kind == "text" and task.distillation and task.teacher != "base":
+            raise ConfigError(
+                "text has distillation from the decoder that is being trained, which says what the decoder says "
+                'itself; expected teacher = "base"'
+            )
     if any(task.distillation > 1.0 for task in config.tasks):
         raise ConfigError("distillation must be 0 to 1, the divergence's share of the loss")
     if config.decoder_training == "frozen" and any(task.kind == "text" for task in config.tasks):

@@ -20,10 +20,11 @@ from refrag_core.training.batches import (
     TrainingBatch,
     next_paragraph_batch,
     random_masks,
+    recall_batch,
     reconstruction_batch,
     text_batch,
 )
-from refrag_core.training.losses import token_nll
+from refrag_core.training.losses import IGNORED, token_nll
 from refrag_core.training.model import TrainingModel, without_adapter
 from refrag_core.training.token_shards import TokenSplit, fixed_windows
 
@@ -31,6 +32,9 @@ Selection = Literal["random", "last"]
 Losses = npt.NDArray[np.float64]
 
 RECONSTRUCTED_CHUNKS = 16
+RECALLED_TOKENS = 32
+"""Of a piece of the context that is to be continued from its first `RECALL_GIVEN`."""
+RECALL_GIVEN = 4
 _BOOTSTRAPS = 1000
 _QUANTILES = (0.025, 0.975)
 
@@ -67,7 +71,8 @@ class Scorer:
         found = []
         for start in range(0, count, self._rows):
             batch = make(slice(start, min(start + self._rows, count)))
-            found.append(self._batch(batch).mean(axis=1))
+            counted = batch.targets != IGNORED
+            found.append(self._batch(batch).sum(axis=1) / counted.sum(axis=1))
         return np.concatenate(found)
 
     @torch.no_grad()
@@ -189,6 +194,7 @@ def _compressed(
     nothing = np.zeros((len(context), num_chunks), dtype=np.bool_)
     result["wrong"] = _mean(refrag(np.roll(context, 1, axis=0), nothing))
     result["reconstruction"] = _reconstruction(scorer, context, chunk_size)
+    result["recall"] = _recall(scorer, context, chunk_size, options.seed)
     return result
 
 
@@ -215,6 +221,26 @@ def _reconstruction(scorer: Scorer, context: npt.NDArray[np.int64], chunk_size: 
         str(count): _mean(scorer.losses(lambda part, n=count: make(part, n), len(context)))  # type: ignore[misc]
         for count in counts
     }
+
+
+def _recall(scorer: Scorer, context: npt.NDArray[np.int64], chunk_size: int, seed: int) -> float:
+    """Nats a token of one piece of each context, continued from its first tokens, with all chunks compressed."""
+    rows, size = context.shape
+    span = min(RECALLED_TOKENS, size // 2)
+    starts = np.random.default_rng(seed).integers(0, size - span + 1, (rows, 1))
+    nothing = np.zeros((rows, size // chunk_size), dtype=np.bool_)
+
+    def make(part: slice) -> TrainingBatch:
+        return recall_batch(
+            context[part],
+            starts[part],
+            span_tokens=span,
+            given_tokens=min(RECALL_GIVEN, span - 1),
+            chunk_size=chunk_size,
+            expansion_mask=nothing[part],
+        )
+
+    return _mean(scorer.losses(make, rows))
 
 
 def gap_closed(none: Losses, found: Losses, full: Losses, weights: Losses | None = None) -> float:

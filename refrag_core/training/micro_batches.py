@@ -7,13 +7,16 @@ import numpy as np
 from refrag_core.errors import ConfigError
 from refrag_core.policy import num_expanded
 from refrag_core.training.batches import (
+    Ids,
+    Mask,
     TrainingBatch,
     next_paragraph_batch,
     random_masks,
+    recall_batch,
     reconstruction_batch,
     text_batch,
 )
-from refrag_core.training.config import TaskConfig, TrainingConfig
+from refrag_core.training.config import EXPANDING, TaskConfig, TrainingConfig
 from refrag_core.training.instruct_data import InstructionSet
 from refrag_core.training.schedule import chunk_counts, length_weights, normalised
 from refrag_core.training.token_shards import Windows
@@ -61,8 +64,7 @@ def _drawn(config: TrainingConfig, progress: float, random: np.random.Generator)
     shares = normalised([task.weight_at(progress) for task in config.tasks])
     task = config.tasks[int(random.choice(len(config.tasks), p=shares))]
     size = int(random.choice(config.chunk_sizes))
-    expands = task.kind in ("next-paragraph", "instruct")
-    return task, size, float(random.choice(task.expansion_fractions)) if expands else 0.0
+    return task, size, float(random.choice(task.expansion_fractions)) if task.kind in EXPANDING else 0.0
 
 
 def make_example(
@@ -80,7 +82,8 @@ def make_example(
     tokens = windows.take(planned.position, task.batch_rows)
     context, output = tokens[:, : config.context_tokens], tokens[:, config.context_tokens :]
     if task.kind == "text":
-        return Example("text", task, text_batch(tokens), None)
+        batch = text_batch(tokens)
+        return Example("text", task, batch, batch if task.distillation else None)
     if task.kind == "reconstruct":
         counts = chunk_counts(config.context_tokens, size)
         count = int(random.choice(counts, p=length_weights(task.curriculum, progress, len(counts))))
@@ -90,9 +93,24 @@ def make_example(
         return Example(f"reconstruct/k{size}", task, batch, None)
     fraction, chunks = planned.expansion_fraction, config.context_tokens // size
     masks = random_masks(len(context), chunks, num_expanded(chunks, fraction), random)
+    if task.kind == "recall":
+        return Example(f"recall/k{size}/p{fraction:g}", task, _recall(config, planned, context, masks), None)
     batch = next_paragraph_batch(context, output, chunk_size=size, expansion_mask=masks)
     full = text_batch(tokens, first=config.context_tokens) if task.distillation else None
     return Example(f"next-paragraph/k{size}/p{fraction:g}", task, batch, full)
+
+
+def _recall(config: TrainingConfig, planned: MicroBatch, context: Ids, masks: Mask) -> TrainingBatch:
+    task = planned.task
+    pieces = (len(context), config.output_tokens // task.span_tokens)
+    return recall_batch(
+        context,
+        planned.random.integers(0, context.shape[1] - task.span_tokens + 1, pieces),
+        span_tokens=task.span_tokens,
+        given_tokens=task.given_tokens,
+        chunk_size=planned.chunk_size,
+        expansion_mask=masks,
+    )
 
 
 def instruct_example(instructions: InstructionSet | None, planned: MicroBatch) -> Example:

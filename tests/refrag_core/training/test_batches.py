@@ -2,7 +2,14 @@ import numpy as np
 import pytest
 
 from refrag_core.errors import ConfigError
-from refrag_core.training.batches import next_paragraph_batch, random_masks, reconstruction_batch, text_batch
+from refrag_core.training.batches import (
+    next_paragraph_batch,
+    random_masks,
+    recall_batch,
+    reconstruction_batch,
+    text_batch,
+)
+from refrag_core.training.losses import IGNORED
 
 V = -1
 
@@ -61,3 +68,17 @@ def test_random_masks_have_as_many_in_every_row() -> None:
     masks = random_masks(50, 8, 3, np.random.default_rng(0))
     assert masks.sum(axis=1).tolist() == [3] * 50
     assert (masks.sum(axis=0) > 0).all()
+
+
+def test_recall_continues_pieces_of_its_own_context() -> None:
+    batch = recall_batch(
+        rows([1, 2, 3, 4, 5, 6], [11, 12, 13, 14, 15, 16]),
+        rows([0, 3], [2, 1]),
+        span_tokens=3,
+        given_tokens=1,
+        chunk_size=2,
+        expansion_mask=np.asarray([[False, True, False], [False, False, True]]),
+    )
+    assert batch.ids.tolist() == [[V, 3, 4, V, 1, 2, 3, 4, 5, 6], [V, V, 15, 16, 13, 14, 15, 12, 13, 14]]
+    assert batch.predict_at.tolist() == [[3, 4, 5, 6, 7, 8]] * 2
+    assert batch.targets.tolist() == [[IGNORED, 2, 3, IGNORED, 5, 6], [IGNORED, 14, 15, IGNORED, 13, 14]]

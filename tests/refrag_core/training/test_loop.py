@@ -149,3 +149,20 @@ def test_evaluation_has_every_condition(tmp_path: Path, data: Path, models: tupl
     assert rows["last"]["0"]["positions"] == 4
     assert rows["last"]["0.25"]["positions"] == 3 + 4
     assert set(rows["reconstruction"]) == {"4"}
+    assert rows["recall"] > 0.0
+
+
+def test_plain_text_can_be_held_to_the_decoder_before_training(
+    tmp_path: Path, data: Path, models: tuple[Path, Path]
+) -> None:
+    tasks = [
+        {"kind": "text", "batch_rows": 4, "distillation": 0.5, "teacher": "base"},
+        {"kind": "recall", "batch_rows": 4, "span_tokens": 4, "given_tokens": 1, "expansion_fractions": [0.25]},
+    ]
+    changes = {"tasks": tasks, "decoder_training": "full", "steps": 12, "micro_batches": 2}
+    assert Trainer(settings(data, models, tmp_path, **changes)).run()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    divergences = [line["divergences"]["text"] for line in lines if "text" in line.get("divergences", ())]
+    assert divergences[0] == pytest.approx(0.0, abs=1e-6)
+    assert divergences[-1] > 1e-4
+    assert {name for line in lines for name in line["losses"]} >= {"text", "recall/k2/p0.25", "recall/k4/p0.25"}
