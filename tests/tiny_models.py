@@ -93,7 +93,7 @@ def decoder(family: str = "llama", *, seed: int = 0, max_positions: int = MAX_PO
     if family == "qwen3":
         sizes |= {"head_dim": 8}
     config = AutoConfig.for_model(family, **sizes)
-    return _randomised(AutoModelForCausalLM.from_config(config), seed, 0.3)
+    return randomised(AutoModelForCausalLM.from_config(config), seed, 0.3)
 
 
 def encoder_body(family: str = "bert", *, seed: int = 0) -> PreTrainedModel:
@@ -109,7 +109,7 @@ def encoder_body(family: str = "bert", *, seed: int = 0) -> PreTrainedModel:
         pad_token_id=0,
         **({} if family == "mpnet" else {"type_vocab_size": 2}),
     )
-    return _randomised(AutoModel.from_config(config), seed, 0.15)
+    return randomised(AutoModel.from_config(config), seed, 0.15)
 
 
 def decoder_folder(
@@ -171,7 +171,7 @@ def cache_for(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return tmp_path_factory.mktemp("cache")
 
 
-def _randomised(model: PreTrainedModel, seed: int, deviation: float) -> PreTrainedModel:
+def randomised(model: PreTrainedModel, seed: int, deviation: float) -> PreTrainedModel:
     """The usual 0.02 leaves a tiny model repeating its last token, and a parity test that cannot fail."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

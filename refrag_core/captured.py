@@ -1,0 +1,91 @@
+"""Calls of one function whose shapes repeat: on CUDA captured once a shape and replayed, elsewhere simply made.
+
+A decoder's forward over few positions costs the host more than the device: hundreds of launches. A captured graph is
+one launch. Everything a captured function reads must be in its tensors or stay where it is for good.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_WARM_UP_CALLS = 2
+
+Key = tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    """One graph, the tensors that it reads and the one that it writes."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: tuple[Tensor, ...]
+    output: Tensor
+
+
+class CapturedCalls:
+    """`function(*tensors, *constants)`, a graph for every combination of shapes, dtypes and constants on CUDA.
+
+    Not for two threads at once. Graphs share their memory, so that the largest decides how much it is.
+
+    Args:
+        function: of tensors and hashable constants to one tensor, without waiting for the device.
+        device: where it computes. On anything but CUDA it is called as it is.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], device: torch.device) -> None:
+        self._function = function
+        self._device = device
+        self._graphs: dict[Key, _Captured] = {}
+        self._pool: Any = None
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    @torch.inference_mode()
+    def __call__(self, tensors: Sequence[Tensor], *constants: Any) -> Tensor:
+        """The function's result, in memory of its own. Tensors may be on the host; they travel without waiting."""
+        if self._device.type != "cuda":
+            return self._function(*(tensor.to(self._device) for tensor in tensors), *constants)
+        key = (*((tensor.shape, tensor.dtype) for tensor in tensors), *constants)
+        captured = self._graphs.get(key)
+        if captured is None:
+            captured = self._graphs[key] = self._capture(tensors, constants)
+        for kept, given in zip(captured.inputs, tensors, strict=True):
+            kept.copy_(given, non_blocking=True)
+        captured.graph.replay()
+        return captured.output.clone()
+
+    def _capture(self, tensors: Sequence[Tensor], constants: Sequence[Any]) -> _Captured:
+        with torch.cuda.device(self._device):
+            inputs = tuple(tensor.to(self._device, copy=True) for tensor in tensors)
+            self._warm_up(inputs, constants)
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may allocate meanwhile: only this one's calls are checked.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                output = self._function(*inputs, *constants)
+        return _Captured(graph, inputs, output)
+
+    def _warm_up(self, inputs: Sequence[Tensor], constants: Sequence[Any]) -> None:
+        """Compile, choose kernels and allocate what stays, before anything is recorded."""
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP_CALLS):
+                self._function(*inputs, *constants)
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+
+
+def bucket(size: int, *, smallest: int, fine: int = 512) -> int:
+    """The padded size for `size`: multiples of `smallest` up to `fine`, from there on eighths of a power of two.
+
+    Padding is at most `smallest` below `fine` and an eighth above it, with few different shapes.
+    """
+    step = smallest
+    if size > fine:
+        step = max(smallest, 1 << ((size - 1).bit_length() - 3))
+    return -(-size // step) * step
