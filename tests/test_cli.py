@@ -553,7 +553,7 @@ def test_options_are_spelt_alike_everywhere() -> None:
 # --- interruptions ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_an_interrupted_build_goes_on_where_it_was(tmp_path: Path, number: signal.Signals) -> None:
     corpus, index, calm = tmp_path / "corpus", tmp_path / "index", tmp_path / "calm"
     write_jsonl(corpus / "records.jsonl", documents(40))

@@ -17,6 +17,7 @@ def small(tmp_path: Path) -> SmallIndex:
     return SmallIndex(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_measures_build_and_bare_loop(
     small: SmallIndex, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

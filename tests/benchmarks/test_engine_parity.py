@@ -79,6 +79,7 @@ def test_two_engines_agree_and_a_second_run_builds_nothing(
     assert main(arguments) == 1
 
 
+@pytest.mark.slow
 def test_a_build_that_fails_says_how_to_go_on(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"failed with exit code 1; run again to go on"):
         built("local", ENGINES["local"], [str(tmp_path / "nowhere")], tmp_path)

@@ -9,6 +9,7 @@ from tests.small_index import SmallIndex, documents
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
+@pytest.mark.slow
 def test_cold_and_warm_figures(tmp_path: Path) -> None:
     small = SmallIndex(tmp_path, documents(12))
     small.build()

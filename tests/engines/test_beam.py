@@ -161,6 +161,7 @@ def test_results_come_in_the_order_of_the_items(runner: str) -> None:
         assert not engine.spans_machines
 
 
+@pytest.mark.slow
 def test_worker_processes_share_the_items() -> None:
     with BeamEngine(workers=2) as engine:
         made = list(engine.map(later_first, range(12)))

@@ -5,18 +5,23 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from refrag.pipelines import preflight
 from refrag.pipelines.build import build_index
+from refrag.pipelines.engines import ray as ray_engine
 from refrag.pipelines.engines.dispatch import Limits
 from refrag.pipelines.engines.node_checks import Needs
 from refrag.pipelines.engines.ray import RayEngine, RayOptions, _on_device, connect
-from refrag.pipelines.stages import EmbedStage
+from refrag.pipelines.preflight import Machine
+from refrag.pipelines.stages import EmbedStage, Stages, TokenizeStage
 from refrag_core.errors import ClusterError, ConfigError, StageError
 from refrag_core.manifest import read_manifest
+from refrag_core.models import fingerprint_tokenizer
 from refrag_core.storage import FolderStore
 from tests import command_line
 from tests.engines.odd_work import fail_oddly, hang_once, node_of
@@ -25,6 +30,7 @@ from tests.pipelines.test_local_engine import die_once, fail_at_two, one_and_its
 from tests.ray_cluster import RayCluster
 from tests.sabotage import Sabotage, Sabotaged, faulty
 from tests.small_index import SmallIndex, documents
+from tests.tiny_models import decoder_folder
 
 
 @pytest.fixture(scope="session")
@@ -208,3 +214,29 @@ def test_an_address_where_nothing_listens() -> None:
         ClusterError, match=r"^no Ray cluster at 127.0.0.1:1 \(\[Errno 111\] Connection refused\), expected"
     ):
         connect(RayOptions(address="127.0.0.1:1"))
+
+
+def test_other_machines_are_looked_at_before_the_first_shard(
+    cluster: RayCluster, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = decoder_folder(tmp_path / "decoder")
+    stages = Stages(TokenizeStage(str(decoder), fingerprint_tokenizer(decoder), 256), ())
+    monkeypatch.setattr(ray_engine, "_this_host", lambda: "a machine of no cluster")
+    compared: list[tuple[Machine, ...]] = []
+
+    def with_other_code(needs: Needs, driver: Machine, workers: list[Machine]) -> None:
+        compared.append((driver, *workers))
+        preflight.check_workers(needs, driver, workers)
+        preflight.check_workers(needs, replace(driver, source="0" * 64), workers)
+
+    monkeypatch.setattr(ray_engine, "check_workers", with_other_code)
+    with RayEngine(RayOptions(address=cluster.address)) as running, pytest.raises(ClusterError) as raised:
+        list(running.run(FolderStore(tmp_path), stages, iter([])))
+    assert re.match(
+        r"2 of 2 workers cannot run this build: refrag's own code is another than the driver's on \S+ \(\w{8}\), \S+ "
+        r"\(\w{8}\); expected on each what the driver has\. To mend it: pip install 'refrag\[cpu,ray\]==[\d.]+' there$",
+        str(raised.value),
+    )
+    (machines,) = compared
+    assert {machine.models for machine in machines} == {(fingerprint_tokenizer(decoder),)}
+    assert len({machine.name for machine in machines}) == 3

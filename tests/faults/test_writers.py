@@ -56,6 +56,7 @@ print("committed")
 COMMANDS = ("build", "build", "compact", "rollback")
 
 
+@pytest.mark.slow
 def test_of_concurrent_writers_exactly_one_commits(tmp_path: Path, own_cache: Path) -> None:
     index = SmallIndex(tmp_path, documents(8, sentences=3))
     index.build()

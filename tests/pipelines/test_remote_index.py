@@ -117,6 +117,7 @@ def test_a_build_survives_errors_and_slowness(calm: SmallIndex, remote: SmallInd
     assert verify_index(open_store(remote.options.output)).problems == ()
 
 
+@pytest.mark.slow
 def test_an_update_killed_in_an_upload_goes_on_elsewhere(
     built: str, remote: SmallIndex, faulty: FaultyServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

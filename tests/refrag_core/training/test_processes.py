@@ -25,6 +25,7 @@ def logged(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line)["losses"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_losses_of_one(tmp_path: Path, data: Path, models: tuple[Path, Path]) -> None:
     one = settings(data, models, tmp_path / "one", micro_batches=2)
     Trainer(one).run()
