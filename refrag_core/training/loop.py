@@ -34,7 +34,15 @@ from refrag_core.training.evaluate import EvaluationOptions, evaluate
 from refrag_core.training.example_stream import ExampleStream, PreparedExample
 from refrag_core.training.instruct_data import InstructionSet
 from refrag_core.training.losses import vocabulary_loss
-from refrag_core.training.model import ChunkReadout, TrainingModel, compile_layers, without_adapter
+from refrag_core.training.low_rank import input_moments
+from refrag_core.training.model import (
+    ChunkReadout,
+    TrainingModel,
+    adapter_layers,
+    compile_layers,
+    start_adapter,
+    without_adapter,
+)
 from refrag_core.training.optimizer import make_optimizer
 from refrag_core.training.processes import join_processes
 from refrag_core.training.run_log import RunLog
@@ -52,10 +60,11 @@ from refrag_core.training.run_state import (
 from refrag_core.training.schedule import learning_rate_factor, progress_of
 from refrag_core.training.throughput import FlopModel, Meter
 from refrag_core.training.token_shards import TokenShards, Windows
-from refrag_core.training.trained_checkpoint import load_training_model, save_trained_checkpoint
+from refrag_core.training.trained_checkpoint import load_training_model, save_trained_checkpoint, write_record
 
 _SHORT_EVALUATION_WINDOWS = 64
 _READOUT_STRIDE = 4
+_MOMENT_STEPS = 16
 """Of so many chunks one is read out, which tells vectors as much and takes a fourth of the time."""
 
 
@@ -272,7 +281,9 @@ class Trainer:
 
     def _finish(self) -> None:
         self.say("writing the checkpoint")
-        self.save_checkpoint({})
+        adapter = self.save_checkpoint().load_adapter()
+        if adapter is not None and self.config.decoder_training == "full":
+            start_adapter(self.model.decoder, adapter.state)  # what is evaluated is what the checkpoint holds
         result = {}
         for split in ("held_out", "train", "reported"):
             if int(self.shards.index["splits"][split]["tokens"]) == 0:
@@ -285,11 +296,30 @@ class Trainer:
                 continue
             self.say(f"{split}: {summary(result[split])}")
             (self.folder / EVALUATION_FILE).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        self.save_checkpoint(result)
+        write_record(self.folder / "checkpoint", self._record(result))
 
-    def save_checkpoint(self, evaluation: Mapping[str, Any]) -> Checkpoint:
+    @torch.no_grad()
+    def _input_moments(self) -> dict[str, Tensor] | None:
+        """Of the layers whose whole matrices were trained, over the examples that would come next."""
+        if self.config.decoder_training != "full":
+            return None
+        step, position = self.step, self.position
+        with input_moments(dict(adapter_layers(self.model.decoder))) as moments:
+            for number in range(_MOMENT_STEPS):
+                made = self.examples.take(step=step + number, position=position, elapsed=self.elapsed)
+                position = made.next_position
+                with torch.compiler.set_stance("force_eager"), self.autocast():
+                    for prepared in made.examples:
+                        self.model(*upload(prepared.own[:4], self.device), prepared.example.batch.ragged)
+        return moments
+
+    def save_checkpoint(self) -> Checkpoint:
         """Write `checkpoint/` and what it was trained on."""
-        record = {
+        folder, moments = self.folder / "checkpoint", self._input_moments()
+        return save_trained_checkpoint(folder, self.base, self.model, self.config, self._record({}), moments)
+
+    def _record(self, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+        return {
             "config": self.config.to_json(),
             "data_fingerprint": self.data_fingerprint,
             "data": self.shards.index,
@@ -304,7 +334,6 @@ class Trainer:
             "evaluation": evaluation,
             "policy_trained": self.base.config.policy.trained,
         }
-        return save_trained_checkpoint(self.folder / "checkpoint", self.base, self.model, self.config, record)
 
     # --- state
 

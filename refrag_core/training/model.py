@@ -4,7 +4,7 @@ Notation as in `refrag_core.training.batches`; d_enc and d_dec as elsewhere.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from refrag_core.encoder import EncoderModule
 from refrag_core.errors import ConfigError, UnsupportedDecoderError
+from refrag_core.training.low_rank import closest_factors
 
 DecoderTraining = Literal["frozen", "lora", "full"]
 
@@ -45,16 +46,20 @@ class AdaptedLinear(nn.Module):
         """`[out, in]`, base and update."""
         raise NotImplementedError
 
-    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
-        """`down` float32 `[rank, in]` and `up` float32 `[out, rank]`: the update is `scale` · up @ down."""
+    def factors(self, rank: int, moment: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`down` float32 `[rank, in]` and `up` float32 `[out, rank]`: the update is `scale` · up @ down.
+
+        Where it has more than that rank it is what comes closest, by the second moment `[in, in]` of the inputs where
+        that is given.
+        """
         raise NotImplementedError
 
     def takes(self, down: Tensor, up: Tensor) -> bool:
-        """Whether the update can start from these factors."""
-        raise NotImplementedError
+        """Whether the update can start from these factors, of any rank."""
+        return (self.base.out_features, self.base.in_features) == (up.shape[0], down.shape[1])
 
     def start_from(self, down: Tensor, up: Tensor) -> None:
-        """Make the update `scale` · up @ down."""
+        """Make the update `scale` · up @ down, or what comes closest to it."""
         raise NotImplementedError
 
 
@@ -70,20 +75,19 @@ class LoRALinear(AdaptedLinear):
         """`[out, in]`."""
         return torch.addmm(self.base.weight, self.up, self.down, alpha=self.scale)
 
-    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+    def factors(self, rank: int, moment: Tensor | None = None) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """Its own. Raises ConfigError for another rank."""
         if rank != len(self.down):
             raise ConfigError(f"the decoder is trained with rank {len(self.down)}; expected adapter_rank {rank}")
         return self.down.detach(), self.up.detach()
 
-    def takes(self, down: Tensor, up: Tensor) -> bool:
-        """Factors of its own shape."""
-        return self.down.shape == down.shape and self.up.shape == up.shape
-
     def start_from(self, down: Tensor, up: Tensor) -> None:
-        """Copy the factors."""
-        self.down.copy_(down)
-        self.up.copy_(up)
+        """Copy the factors; of more than its rank it takes the closest, with fewer the rest begins at nothing."""
+        rank = len(self.down)
+        if len(down) > rank:
+            down, up = closest_factors(self.scale * (up.float() @ down.float()), rank, self.scale)
+        self.down[: len(down)].copy_(down)
+        self.up[:, : len(down)].copy_(up)
 
 
 class FullLinear(AdaptedLinear):
@@ -97,24 +101,9 @@ class FullLinear(AdaptedLinear):
         """`[out, in]`, rounded once."""
         return (self.base.weight.float() + self.update).to(self.base.weight.dtype)
 
-    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
-        """Of the update's `rank` largest singular values (Eckart-Young), each factor with half of their scale.
-
-        By eigenvectors of the smaller Gram matrix: a few hundred matrices take seconds that way, not minutes.
-        """
-        update = self.update.detach().double()
-        tall = update.shape[0] > update.shape[1]
-        wide = update.T if tall else update
-        squares, vectors = torch.linalg.eigh(wide @ wide.T)
-        root = (squares[-rank:].clamp_min(0.0).sqrt() / self.scale).sqrt().flip(0)
-        own = vectors[:, -rank:].flip(1)
-        other = own.T @ wide / (self.scale * root[:, None]).clamp_min(torch.finfo(torch.float64).tiny)
-        down, up = ((own * root).T, other.T) if tall else (other, own * root)
-        return down.float(), up.float()
-
-    def takes(self, down: Tensor, up: Tensor) -> bool:
-        """Factors of any rank."""
-        return self.update.shape == (up.shape[0], down.shape[1])
+    def factors(self, rank: int, moment: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Those that come closest to the update."""
+        return closest_factors(self.update, rank, self.scale, moment)
 
     def start_from(self, down: Tensor, up: Tensor) -> None:
         """Multiply the factors out."""
@@ -164,12 +153,36 @@ def adapter_layers(decoder: Any) -> dict[str, AdaptedLinear]:
     return {name: module for name, module in decoder.named_modules() if isinstance(module, AdaptedLinear)}
 
 
-def adapter_state(decoder: Any, rank: int) -> dict[str, Tensor]:
-    """`NAME.down` and `NAME.up` of every adapted layer, as `refrag_core.decoder.merge_adapter` reads them."""
+def adapter_state(decoder: Any, rank: int, moments: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """`NAME.down` and `NAME.up` of every adapted layer, as `refrag_core.decoder.merge_adapter` reads them.
+
+    Args:
+        moments: `refrag_core.training.low_rank.input_moments` of the layers, for updates of more than `rank`.
+    """
     state = {}
     for name, layer in sorted(adapter_layers(decoder).items()):
-        state[f"{name}.down"], state[f"{name}.up"] = layer.factors(rank)
+        state[f"{name}.down"], state[f"{name}.up"] = layer.factors(rank, None if moments is None else moments[name])
     return state
+
+
+@torch.no_grad()
+def start_adapter(decoder: Any, state: Mapping[str, Tensor]) -> None:
+    """Make the adapted layers' updates what `state` (of `adapter_state`) says, as far as their ranks go.
+
+    Raises ConfigError for other layers.
+    """
+    layers = adapter_layers(decoder)
+    names = {key.rpartition(".")[0] for key in state}
+    odd = sorted(layers.keys() ^ names) or [
+        name for name, layer in layers.items() if not layer.takes(state[f"{name}.down"], state[f"{name}.up"])
+    ]
+    if odd:
+        raise ConfigError(
+            f"the checkpoint's adapter differs from the config's in {len(odd)} layers ({odd[0]}, …); expected the same "
+            f"adapter_targets and decoder to go on training it"
+        )
+    for name, layer in layers.items():
+        layer.start_from(state[f"{name}.down"], state[f"{name}.up"])
 
 
 @contextmanager

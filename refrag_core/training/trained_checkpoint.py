@@ -21,18 +21,26 @@ from refrag_core.encoder import (
     random_gates,
     trained_layers,
 )
-from refrag_core.errors import ConfigError
 from refrag_core.stored_weights import write_weights
 from refrag_core.training.config import TrainingConfig
-from refrag_core.training.model import ChunkReadout, TrainingModel, adapter_layers, adapter_state, add_adapter, unfreeze
+from refrag_core.training.model import (
+    ChunkReadout,
+    TrainingModel,
+    adapter_layers,
+    adapter_state,
+    add_adapter,
+    start_adapter,
+    unfreeze,
+)
 from refrag_core.training.run_state import TRAINING_FILE
 
 
 def load_training_model(checkpoint: Checkpoint, config: TrainingConfig) -> TrainingModel:
     """The checkpoint's parts, ready to train: encoder body and projection float32, decoder in the run's precision.
 
-    A checkpoint's adapter is trained on, or, with a frozen decoder, merged into it. Raises ConfigError when it
-    has another shape than the config asks for; a full update goes on from any. Raises FingerprintMismatchError
+    A checkpoint's adapter is trained on, or, with a frozen decoder, merged into it. One of a higher rank than the
+    config's is cut to the closest, one of a lower grows. Raises ConfigError when it has other layers than the config
+    asks for, and FingerprintMismatchError
     when the models on this machine are not those that the checkpoint was made with.
     """
     decoder_folder = checkpoint.verified_decoder_folder()
@@ -62,35 +70,25 @@ def load_training_model(checkpoint: Checkpoint, config: TrainingConfig) -> Train
     elif config.decoder_training == "full":
         unfreeze(decoder, scale=scale, targets=config.adapter_targets)
     if adapter is not None and not frozen:
-        _load_adapter(decoder, adapter.state)
+        start_adapter(decoder, adapter.state)
     if config.gradient_checkpointing:
         decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         decoder.train()
     return model
 
 
-@torch.no_grad()
-def _load_adapter(decoder: Any, state: Mapping[str, torch.Tensor]) -> None:
-    layers = adapter_layers(decoder)
-    names = {key.rpartition(".")[0] for key in state}
-    odd = sorted(layers.keys() ^ names) or [
-        name for name, layer in layers.items() if not layer.takes(state[f"{name}.down"], state[f"{name}.up"])
-    ]
-    if odd:
-        raise ConfigError(
-            f"the checkpoint's adapter differs from the config's in {len(odd)} layers ({odd[0]}, …); expected the "
-            f"same adapter_rank and adapter_targets to go on training it"
-        )
-    for name, layer in layers.items():
-        layer.start_from(state[f"{name}.down"], state[f"{name}.up"])
-
-
 def save_trained_checkpoint(
-    folder: Path, base: Checkpoint, model: TrainingModel, config: TrainingConfig, record: Mapping[str, Any]
+    folder: Path,
+    base: Checkpoint,
+    model: TrainingModel,
+    config: TrainingConfig,
+    record: Mapping[str, Any],
+    moments: Mapping[str, torch.Tensor] | None = None,
 ) -> Checkpoint:
     """Write the model as a checkpoint, with `record` as its training.json, and return it as loaded from `folder`.
 
-    Projection and body are trained; the policy is still the base's.
+    Projection and body are trained; the policy is still the base's. With `moments` of what the decoder's layers read,
+    a full update is cut to its rank by what it does to them.
     """
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -99,9 +97,8 @@ def save_trained_checkpoint(
     adapter = base.config.adapter
     layers = list(adapter_layers(model.decoder).values())
     if layers:
-        files = write_weights(
-            temporary, "adapter", adapter_state(model.decoder, config.adapter_rank), dtype=config.adapter_dtype
-        )
+        state = adapter_state(model.decoder, config.adapter_rank, moments)
+        files = write_weights(temporary, "adapter", state, dtype=config.adapter_dtype)
         adapter = AdapterConfig(layers[0].scale, files)
     elif adapter is not None:
         for file in adapter.files:
@@ -126,7 +123,14 @@ def save_trained_checkpoint(
         folder=temporary,
     )
     made.save(temporary)
-    (temporary / TRAINING_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_record(temporary, record)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
     return Checkpoint.load(folder)
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Put `record` into the checkpoint's training.json, whole or not at all."""
+    temporary = folder / f"{TRAINING_FILE}.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(folder / TRAINING_FILE)

@@ -134,10 +134,9 @@ def test_training_goes_on_from_a_checkpoint(tmp_path: Path, data: Path, models: 
     assert layers is not None
     name = next(name for name in layers if name.endswith("query.weight"))
     assert torch.equal(again.model.encoder.body.get_parameter(name), layers[name])  # type: ignore[union-attr]
-    with pytest.raises(ConfigError, match="same"):
-        Trainer(
-            settings(data, models, tmp_path / "three", checkpoint=str(tmp_path / "one" / "checkpoint"), adapter_rank=5)
-        )
+    changes = {"checkpoint": str(tmp_path / "one" / "checkpoint"), "adapter_targets": ["q_proj"]}
+    with pytest.raises(ConfigError, match="same adapter_targets"):
+        Trainer(settings(data, models, tmp_path / "three", **changes))
 
 
 def test_evaluation_has_every_condition(tmp_path: Path, data: Path, models: tuple[Path, Path]) -> None:

@@ -63,9 +63,17 @@ def test_a_full_update_goes_on_from_factors_of_any_rank() -> None:
     assert torch.allclose(layer.weight(), layer.base.weight + 1.0)
 
 
-def test_low_rank_layers_take_their_own_rank_alone() -> None:
+def test_low_rank_layers_grow_from_fewer_and_take_the_closest_of_more() -> None:
     layer = LoRALinear(linear(), rank=2, scale=1.0)
-    assert not layer.takes(torch.ones((1, 3)), torch.ones((4, 1)))
+    with torch.no_grad():
+        layer.start_from(torch.ones((1, 3)), torch.full((4, 1), 2.0))
+        assert torch.allclose(layer.up @ layer.down, torch.full((4, 3), 2.0))
+        assert (layer.down[1] != 1.0).any()
+        wanted = torch.randn((4, 3))
+        layer.start_from(torch.eye(3), wanted)
+    left, values, right = torch.linalg.svd(wanted)
+    assert torch.allclose(layer.up @ layer.down, left[:, :2] * values[:2] @ right[:2], atol=1e-5)
+    assert not layer.takes(torch.ones((1, 4)), torch.ones((4, 1)))
     with pytest.raises(ConfigError, match="rank 2"):
         layer.factors(1)
 

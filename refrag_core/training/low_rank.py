@@ -1,0 +1,68 @@
+"""The low-rank update that is closest to a whole matrix's: by its entries, or by what it does to a layer's inputs."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_RIDGE = 1e-3
+"""Added to the inputs' second moment, as a share of its mean: no direction counts for nothing."""
+_NEGLIGIBLE = 1e-9
+"""Of the largest singular value."""
+
+
+def closest_factors(update: Tensor, rank: int, scale: float, moment: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`down` float32 `[rank, in]` and `up` float32 `[out, rank]`, `scale` · up @ down ≈ `update` `[out, in]`.
+
+    The rank is less where the update has no more. Without a moment the sum of squared differences is the least
+    possible (Eckart-Young). With the second moment `[in, in]` of the layer's inputs (E[x xᵀ] = L Lᵀ) it is the mean
+    squared difference of the layer's output that is: that of update · L, divided by L again.
+
+    By eigenvectors of the smaller Gram matrix: a few hundred matrices take seconds that way, not minutes.
+    """
+    matrix = update.detach().double()
+    root = None if moment is None else _root(moment)
+    seen = matrix if root is None else matrix @ root
+    tall = seen.shape[0] > seen.shape[1]
+    wide = seen.T if tall else seen
+    squares, vectors = torch.linalg.eigh(wide @ wide.T)
+    singular = squares[-rank:].clamp_min(0.0).sqrt().flip(0)
+    kept = singular > _NEGLIGIBLE * singular[0]
+    half = torch.where(kept, (singular / scale).sqrt(), 0.0)
+    own = vectors[:, -rank:].flip(1)
+    other = (own.T @ wide) * torch.where(kept, 1.0 / (scale * half), 0.0)[:, None]
+    down, up = ((own * half).T, other.T) if tall else (other, own * half)
+    if root is not None:
+        down = torch.linalg.solve_triangular(root, down, upper=False, left=False)
+    return down.float(), up.float()
+
+
+def _root(moment: Tensor) -> Tensor:
+    """L of L Lᵀ."""
+    matrix = moment.double()
+    mean = matrix.diagonal().mean()
+    ridge = torch.where(mean > 0, _RIDGE * mean, 1.0)
+    root: Tensor = torch.linalg.cholesky(
+        matrix + ridge * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    )
+    return root
+
+
+@contextmanager
+def input_moments(layers: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Second moments float32 `[in, in]` of what each layer reads while the context is open, by its name."""
+    sums: dict[str, Tensor] = {}
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.callback(layer.register_forward_pre_hook(partial(_add, sums, name)).remove)
+        yield sums
+
+
+@torch.no_grad()
+def _add(sums: dict[str, Tensor], name: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+    rows = inputs[0].flatten(0, -2).float()
+    product = rows.T @ rows
+    sums[name] = product if name not in sums else sums[name] + product

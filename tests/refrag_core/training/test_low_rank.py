@@ -1,0 +1,41 @@
+import pytest
+import torch
+from torch import nn
+
+from refrag_core.training.low_rank import closest_factors, input_moments
+
+
+def random(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5)])
+def test_by_its_inputs_it_is_the_closest_in_its_outputs(shape: tuple[int, int]) -> None:
+    """The output's error is that of the singular values which are left out of update · √moment."""
+    update = random(*shape, seed=0)
+    inputs = random(400, shape[1], seed=1) * torch.logspace(0, -1.5, shape[1])
+    moment = inputs.T @ inputs
+    down, up = closest_factors(update, 2, 2.0, moment)
+    left_out = torch.linalg.svdvals(inputs @ update.T)[2:].square().sum()
+    error = (inputs @ (update - 2.0 * up @ down).T).square().sum()
+    assert error == pytest.approx(float(left_out), rel=0.02)
+    plain_down, plain_up = closest_factors(update, 2, 2.0)
+    assert error < 0.9 * (inputs @ (update - 2.0 * plain_up @ plain_down).T).square().sum()
+    assert (update - 2.0 * plain_up @ plain_down).norm() < (update - 2.0 * up @ down).norm()
+
+
+def test_an_update_of_lower_rank_is_kept_whole() -> None:
+    update = random(6, 1, seed=2) @ random(1, 8, seed=3)
+    for moment in (None, torch.eye(8) * 3.0, torch.zeros((8, 8))):
+        down, up = closest_factors(update, 4, 0.5, moment)
+        assert torch.allclose(0.5 * up @ down, update, atol=1e-4)
+
+
+def test_moments_of_inputs_are_gathered_while_open() -> None:
+    layer, other = nn.Linear(2, 3), nn.Linear(2, 3)
+    with input_moments({"a": layer, "b": other}) as moments:
+        layer(torch.tensor([[[1.0, 2.0]], [[3.0, -1.0]]]))
+        layer(torch.tensor([[0.0, 1.0]]))
+    layer(torch.ones((5, 2)))
+    assert moments.keys() == {"a"}
+    assert moments["a"].tolist() == [[10.0, -1.0], [-1.0, 6.0]]
