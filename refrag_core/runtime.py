@@ -160,15 +160,19 @@ def check_untrained(trained: bool, policy: str | None, expansion_fraction: float
     Args:
         policy, expansion_fraction: as the user gave them; None where not given.
     """
-    all_expanded = policy == "all" or (expansion_fraction == 1.0 and policy != "none")
-    nothing_asked = policy is None and expansion_fraction is None
-    if trained or allow or all_expanded or nothing_asked:
+    if trained or allow or not needs_training(policy, expansion_fraction):
         return
     raise UntrainedProjectionError(
         "compressed chunks were asked for, but the projection of this index's checkpoint was never trained and would "
         "feed the decoder noise; expected a trained checkpoint (`refrag index build --checkpoint FOLDER`): leave "
         "--policy and --expansion-fraction out to expand every chunk, or pass --allow-untrained to see the noise"
     )
+
+
+def needs_training(policy: str | None, expansion_fraction: float | None) -> bool:
+    """Whether these settings, None where not given, ask for compressed chunks."""
+    all_expanded = policy == "all" or (expansion_fraction == 1.0 and policy != "none")
+    return not all_expanded and not (policy is None and expansion_fraction is None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -706,6 +710,11 @@ class Clock:
         self.laps: dict[str, float] = {}
         self.ends: dict[str, float] = {}
 
+    @property
+    def seconds(self) -> float:
+        """Since the request came in."""
+        return time.perf_counter() - self.started
+
     def lap(self, step: str, now: float | None = None) -> None:
         """End a step, now or at a moment of `time.perf_counter`."""
         now = time.perf_counter() if now is None else max(now, self._last)
@@ -739,8 +748,8 @@ def _used_chunks(
 
 def _stats(prepared: Prepared, new_tokens: int) -> Stats:
     clock, composed, chosen = prepared.clock, prepared.composed, prepared.chosen
-    laps = {step: round(clock.laps.get(step, 0.0), 3) for step in STEPS}
-    spent = Stats(**{f"{step}_ms": laps[step] for step in STEPS})
+    laps: dict[str, Any] = {f"{step}_ms": round(clock.laps.get(step, 0.0), 3) for step in STEPS}
+    spent = Stats(**laps)
     if composed is None:
         return spent
     kept = chosen.fetched[: composed.arrangement.num_passages]
