@@ -1,6 +1,7 @@
 """Continuous batching against decoding each prompt alone."""
 
 import threading
+from contextlib import suppress
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from refrag_core.composition import pad_batch
 from refrag_core.decoder import Decoder
-from refrag_core.decoder_engine import Sampling, TokenStream
+from refrag_core.decoder_engine import Sampling
 from refrag_core.errors import ConfigError, EngineError
 from refrag_core.serving.scheduler import EmbeddedEngine, embedded_engine
 from refrag_core.slot_decoder import SlotDecoder
@@ -45,12 +46,12 @@ def braked(decoder: Decoder, *, slots: int, eos_ids: frozenset[int] = frozenset(
     return EmbeddedEngine(brake, slots=slots, max_positions=POSITIONS, eos_ids=eos_ids), brake
 
 
-@pytest.mark.parametrize("slots", [1, 3, 8])
+@pytest.mark.parametrize("slots", [1, 4])
 def test_tokens_are_those_of_each_prompt_alone(decoder: Decoder, slots: int) -> None:
     """Greedy and drawn, whoever else is in the batch, however many wait."""
     samplings = [
         Sampling(max_new_tokens=4 + number, temperature=0.9 * (number % 3 == 2), top_p=0.8, seed=number)
-        for number in range(12)
+        for number in range(9)
     ]
     asked = prompts(decoder, len(samplings))
     engine = embedded_engine(decoder, slots=slots, max_positions=POSITIONS)
@@ -115,15 +116,10 @@ def test_a_failure_ends_the_answers_that_it_struck_and_no_others(decoder: Decode
     failing.set()
     first, second, third = (engine.submit(p, Sampling(max_new_tokens=5)) for p in prompts(decoder, 3))
 
-    def failed(stream: TokenStream) -> bool:
-        try:
-            return not list(stream)
-        except EngineError as error:
-            assert str(error) == "the decoder failed (RuntimeError): ask again"
-            return True
-
-    assert failed(first)
-    failed(second)  # in the same batch, or just after it
+    with pytest.raises(EngineError, match=r"^the decoder failed \(RuntimeError\): ask again$"):
+        list(first)
+    with suppress(EngineError):  # in the same batch, or just after it
+        list(second)
     assert list(third) == alone(decoder, prompts(decoder, 3)[2], Sampling(max_new_tokens=5))
     engine.close()
 
