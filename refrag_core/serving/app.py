@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from refrag_core.errors import DrainingError, RefragError, UnknownModelError
+from refrag_core.errors import DrainingError, IndexNotFoundError, RefragError, UnknownModelError, UsageError
 from refrag_core.serving.answering import Answering, Finished, Started
 from refrag_core.serving.event_stream import EventStream, unless_left
 from refrag_core.serving.gate import Gate
@@ -145,7 +145,10 @@ def _add_index(app: FastAPI, answering: Answering) -> None:
     @app.post("/v1/reload", responses=_responses(200, "The generation that is answered from now."))
     async def reload(body: ReloadRequest) -> Response:
         """Take up another generation; what is under way ends on the one that it began with."""
-        version = await asyncio.to_thread(answering.generations.reload, body.version)
+        try:
+            version = await asyncio.to_thread(answering.generations.reload, body.version)
+        except IndexNotFoundError as error:
+            raise UsageError(f"there is no generation {body.version}; expected one that the index has") from error
         return _json({"version": version})
 
 
