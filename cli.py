@@ -1421,6 +1421,75 @@ def _print_answer(answer: "Answer") -> None:
     )
 
 
+# --- refrag serve -------------------------------------------------------------------------------------
+
+
+@app.command("serve")
+def serve(
+    index: IndexArgument,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0 for every one of this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
+    model_name: Annotated[
+        str | None, typer.Option(help="Under which clients ask for it. Default: the index's name.")
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File with the key that clients must show. Default: $REFRAG_API_KEY, else none.")
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(help="Host name that requests may carry, besides this address; behind a proxy. Repeatable."),
+    ] = None,
+    slots: Annotated[int, typer.Option(help="Answers decoded at the same time.", min=1)] = 8,
+    max_positions: Annotated[
+        int, typer.Option(help="Positions of a prompt with its answer; each slot's cache has as many.", min=1)
+    ] = 4096,
+    max_new_tokens: Annotated[int, typer.Option(help="Where a request names no number.", min=1)] = 256,
+    queue_limit: Annotated[int, typer.Option(help="Requests that wait at most; more get 429.", min=0)] = 64,
+    request_seconds: Annotated[float, typer.Option(help="From a request to its answer's end.", min=0)] = 120.0,
+    body_bytes: Annotated[int, typer.Option(help="Largest body of a request.", min=1)] = 1 << 20,
+    drain_seconds: Annotated[float, typer.Option(help="For running answers once SIGTERM has come.", min=0)] = 30.0,
+    reload_seconds: Annotated[
+        float, typer.Option(help="Look for a newer generation so often; 0 waits for SIGHUP or /v1/reload.", min=0)
+    ] = 0.0,
+    chunk_cache: Annotated[
+        Path | None, typer.Option(help="File that keeps the embeddings of conversations' turns between runs.")
+    ] = None,
+    allow_untrained: AllowUntrained = False,
+    decoder: Decoder = None,
+    retriever: Retriever = None,
+    checkpoint: Checkpoint = None,
+    tables: ReadTables = TablesName.PARQUET,
+    verify_key: VerifyKey = None,
+    device: Device = "auto",
+) -> None:
+    """Answer over HTTP, as OpenAI's clients expect it, with a page for people at /."""
+    from refrag_core.serving.command import ServeCommand, run_server
+
+    settings = ServeCommand(
+        host=host,
+        port=port,
+        model_name=model_name,
+        api_key_file=api_key_file,
+        allowed_hosts=tuple(allowed_host or ()),
+        slots=slots,
+        max_positions=max_positions,
+        max_new_tokens=max_new_tokens,
+        queue_limit=queue_limit,
+        request_seconds=request_seconds,
+        body_bytes=body_bytes,
+        drain_seconds=drain_seconds,
+        reload_seconds=reload_seconds,
+        allow_untrained=allow_untrained,
+    )
+
+    def opened() -> "Runtime":
+        return _open_runtime(index, decoder, retriever, checkpoint, device, chunk_cache, tables, verify_key)
+
+    run_server(index, opened, settings, say=_warn, on_ready=lambda url: print(url, flush=True))
+
+
 # --- refrag eval --------------------------------------------------------------------------------------
 
 

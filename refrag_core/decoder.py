@@ -201,9 +201,9 @@ class Decoder:
         Raises ConfigError for settings out of range, before anything is computed.
         """
         check_sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
-        return self._steps(batch, max_new_tokens, _Sampler(temperature, top_p, seed, self.device))
+        return self._steps(batch, max_new_tokens, Sampler(temperature, top_p, seed, self.device))
 
-    def _steps(self, batch: PromptBatch, max_new_tokens: int, sampler: "_Sampler") -> Iterator[list[int]]:
+    def _steps(self, batch: PromptBatch, max_new_tokens: int, sampler: "Sampler") -> Iterator[list[int]]:
         prefilled = self.prefill(batch)
         mask, position = batch.attention_mask, batch.position_ids[:, -1]
         chosen = sampler.choose(prefilled.logits)
@@ -278,7 +278,7 @@ def check_sampling(*, max_new_tokens: int, temperature: float, top_p: float) -> 
         raise ConfigError(f"top_p must be more than 0 and at most 1, found {top_p}")
 
 
-class _Sampler:
+class Sampler:
     """Chooses the next tokens; with a temperature, by draws that the seed decides."""
 
     def __init__(self, temperature: float, top_p: float, seed: int, device: torch.device) -> None:

@@ -12,6 +12,8 @@ __all__ = [
     "CorpusChangedError",
     "CorpusError",
     "CorruptIndexError",
+    "DrainingError",
+    "EngineError",
     "FilterError",
     "FingerprintMismatchError",
     "IndexLockedError",
@@ -20,13 +22,16 @@ __all__ = [
     "MissingScoresError",
     "ModelNotFoundError",
     "ObjectStoreError",
+    "QueueFullError",
     "RecallGateError",
     "RefragError",
+    "RequestTimeoutError",
     "RunLockedError",
     "SignatureError",
     "StageError",
     "TrainingDivergedError",
     "TrainingStateError",
+    "UnknownModelError",
     "UnsupportedDecoderError",
     "UntrainedProjectionError",
     "UsageError",
@@ -59,6 +64,10 @@ class MissingScoresError(UsageError):
 
 class UntrainedProjectionError(UsageError):
     """Compressed chunks were asked for with a projection that was never trained."""
+
+
+class UnknownModelError(UsageError):
+    """A request names a model that the server does not have."""
 
 
 class CorpusError(RefragError):
@@ -103,6 +112,22 @@ class CommitConflictError(RefragError):
 
 class ObjectStoreError(RefragError):
     """An object store cannot be reached, refuses the request, or keeps failing."""
+
+
+class EngineError(RefragError):
+    """A decoder engine failed, was closed, or cannot be reached."""
+
+
+class QueueFullError(RefragError):
+    """A server has as many requests waiting as it takes."""
+
+
+class DrainingError(RefragError):
+    """A server has been told to stop and takes no more requests."""
+
+
+class RequestTimeoutError(RefragError):
+    """A request took longer than the server gives it."""
 
 
 class StageError(RefragError):

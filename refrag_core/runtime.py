@@ -16,13 +16,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from tokenizers import Tokenizer
 
+from refrag_core.answer_text import AnswerText, FinishReason
 from refrag_core.bundle import check_files, check_signed
 from refrag_core.checkpoint import Checkpoint, load_checkpoint
 from refrag_core.chunk_cache import CachedChunkEncoder, ChunkCache, DiskChunkCache, MemoryChunkCache
 from refrag_core.chunking import ChunkingOptions, chunk_rows, cut_passages, passage_id, tokenize_documents
 from refrag_core.composition import Composed, ContextPassage, compose, pad_batch
-from refrag_core.decoder import FINISHED, Decoder, TextStream
+from refrag_core.decoder import FINISHED, Decoder
 from refrag_core.devices import resolve_device
 from refrag_core.embedding_storage import concatenate_rows, store_rows
 from refrag_core.encoder import ChunkEncoder
@@ -39,6 +41,11 @@ from refrag_core.tables import TableFormat
 from refrag_core.template import PromptTemplate
 
 Mask = npt.NDArray[np.bool_]
+Scores = npt.NDArray[np.floating]
+
+
+STEPS = ("retrieval", "fetch", "encode", "policy", "compose", "queue", "prefill")
+"""What comes before the first token, in order; each has its milliseconds in `Stats`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +59,14 @@ class AskOptions:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    stop: tuple[str, ...] = ()
+    """Texts before which an answer ends."""
     strict: bool = False
     """Fail instead of dropping passages that do not fit the decoder."""
+    max_positions: int | None = None
+    """Slots + new tokens at most, where that is less than the decoder's own limit."""
+    explain: bool = False
+    """Give the chunks of each passage, with their text and what the policy ranked them by."""
     retrieval: RetrievalOptions = BY_VECTORS
     """Which passages may be found, and how they are ranked."""
 
@@ -69,6 +82,8 @@ class Stats:
     """Encoding of text that is not in the index; 0 without any."""
     policy_ms: float = 0.0
     compose_ms: float = 0.0
+    queue_ms: float = 0.0
+    """Wait for a free slot of the decoder; 0 where nobody else asks."""
     prefill_ms: float = 0.0
     """Prefill and the choice of the first token."""
     ttft_ms: float = 0.0
@@ -86,6 +101,18 @@ class Stats:
     """Context tokens over the slots that they took."""
 
 
+@dataclass(frozen=True, slots=True)
+class UsedChunk:
+    """One chunk of a passage in the prompt."""
+
+    text: str
+    """A character that two chunks share is the later one's."""
+    num_tokens: int
+    expanded: bool
+    score: float | None
+    """What the policy ranked it by: its logit, or nats a token; None for policies that rank nothing."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UsedPassage:
     """A passage in the prompt and what became of its chunks."""
@@ -101,6 +128,8 @@ class UsedPassage:
     num_chunks: int
     expanded: tuple[int, ...]
     """Ordinals of the chunks given as full tokens."""
+    chunks: tuple[UsedChunk, ...] = ()
+    """All of them, where the options ask to `explain`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +150,8 @@ class Answer:
     """Generation of the index."""
     passing: int | None
     """Live passages that the filter let through; None without one."""
+    finish_reason: FinishReason = "stop"
+    """`stop`: at an end-of-sequence id or a stop text; `length`: at max_new_tokens."""
 
 
 def check_untrained(trained: bool, policy: str | None, expansion_fraction: float | None, allow: bool) -> None:
@@ -129,15 +160,19 @@ def check_untrained(trained: bool, policy: str | None, expansion_fraction: float
     Args:
         policy, expansion_fraction: as the user gave them; None where not given.
     """
-    all_expanded = policy == "all" or (expansion_fraction == 1.0 and policy != "none")
-    nothing_asked = policy is None and expansion_fraction is None
-    if trained or allow or all_expanded or nothing_asked:
+    if trained or allow or not needs_training(policy, expansion_fraction):
         return
     raise UntrainedProjectionError(
         "compressed chunks were asked for, but the projection of this index's checkpoint was never trained and would "
         "feed the decoder noise; expected a trained checkpoint (`refrag index build --checkpoint FOLDER`): leave "
         "--policy and --expansion-fraction out to expand every chunk, or pass --allow-untrained to see the noise"
     )
+
+
+def needs_training(policy: str | None, expansion_fraction: float | None) -> bool:
+    """Whether these settings, None where not given, ask for compressed chunks."""
+    all_expanded = policy == "all" or (expansion_fraction == 1.0 and policy != "none")
+    return not all_expanded and not (policy is None and expansion_fraction is None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +194,20 @@ class Selection:
     fetched: Sequence[FetchedPassage]
     expansion_mask: Mask
     """bool over all chunks of all passages, in order."""
+    scores: Scores | None = None
+    """float over the same chunks: what the policy ranked them by."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A question with its prompt, ready for a decoder."""
+
+    question: str
+    options: AskOptions
+    chosen: Selection
+    composed: Composed | None
+    """None where a filter leaves no passage and none is given: then there is nothing to decode."""
+    clock: "Clock"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -344,21 +393,32 @@ class Runtime:
         self, fetched: Sequence[FetchedPassage], options: AskOptions, query: npt.NDArray[np.float32] | None = None
     ) -> Mask:
         """expansion_mask over all chunks of all passages. Raises MissingScoresError for `perplexity` without scores."""
-        num_chunks = sum(len(passage.embeddings) for passage in fetched)
-        logits = nll = None
-        if options.policy == "learned" and num_chunks:
+        return self._select(fetched, options, self.score_chunks(fetched, options, query))
+
+    def score_chunks(
+        self, fetched: Sequence[FetchedPassage], options: AskOptions, query: npt.NDArray[np.float32] | None = None
+    ) -> Scores | None:
+        """What the policy ranks the chunks by, float32 over all of them: logits or nats a token; None for the others.
+
+        Also None for `perplexity` where the index has no scores.
+        """
+        if options.policy == "learned" and fetched:
             embeddings = concatenate_rows([passage.embeddings for passage in fetched])
-            logits = policy_logits(self.policy, embeddings, query if self.policy.query_dim else None)
-        if all(passage.scores is not None for passage in fetched) and fetched:
-            nll = np.concatenate([passage.scores for passage in fetched if passage.scores is not None])
+            return policy_logits(self.policy, embeddings, query if self.policy.query_dim else None)
+        nll = [passage.scores for passage in fetched if passage.scores is not None]
+        return np.concatenate(nll) if options.policy == "perplexity" and fetched and len(nll) == len(fetched) else None
+
+    @staticmethod
+    def _select(fetched: Sequence[FetchedPassage], options: AskOptions, scores: Scores | None) -> Mask:
+        num_chunks = sum(len(passage.embeddings) for passage in fetched)
         if not num_chunks:
             return np.zeros(0, bool)
         return select(
             options.policy,
             num_chunks=num_chunks,
             expansion_fraction=options.expansion_fraction,
-            logits=logits,
-            nll=nll,
+            logits=scores if options.policy == "learned" else None,
+            nll=scores if options.policy == "perplexity" else None,
             seed=options.seed,
         )
 
@@ -374,7 +434,7 @@ class Runtime:
             embed=self.decoder.embed,
             project=self.projection,
             device=self.decoder.device,
-            max_positions=self.decoder.max_positions,
+            max_positions=_lower(self.decoder.max_positions, options.max_positions),
             max_new_tokens=options.max_new_tokens,
             strict=options.strict,
         )
@@ -395,31 +455,60 @@ class Runtime:
             given: texts by name that stand before the retrieved passages; encoded now, through the chunk cache.
             on_text: gets each piece of the answer's text as soon as it is certain.
         """
-        return self.pinned()._ask(question, options or AskOptions(), given or {}, on_text)
+        runtime = self.pinned()
+        return runtime._generate(runtime.prepare(question, options or AskOptions(), given=given), on_text)
 
-    def _ask(
+    def prepare(
         self,
         question: str,
         options: AskOptions,
-        given: Mapping[str, str],
-        on_text: Callable[[str], object] | None,
-    ) -> Answer:
-        clock = _Clock()
+        *,
+        given: Mapping[str, str] | None = None,
+        instructions: str = "",
+        clock: "Clock | None" = None,
+    ) -> Prepared:
+        """All that comes before the decoder: retrieve → fetch → select → compose. For a `pinned` runtime.
+
+        Args:
+            instructions: text that stands before the question in the prompt, and is not searched for.
+            clock: runs since the request came in; None starts one now.
+        """
+        clock = clock or Clock()
         query = self.searcher.embed(question)
         refs = self.searcher.nearest(question, query, options.top_k, options.retrieval)
         clock.lap("retrieval")
         if options.retrieval.where is not None and not refs and not given:
-            return self._answer(question, options, "", Stats(retrieval_ms=round(clock.laps["retrieval"], 3)))
+            return Prepared(question, options, Selection([], [], np.zeros(0, bool)), None, clock)
         fetched = self.fetch(refs)
         clock.lap("fetch")
-        extra = [made for name, text in given.items() for made in self.encode_text(name, text)]
+        extra = [made for name, text in (given or {}).items() for made in self.encode_text(name, text)]
         clock.lap("encode")
         columns = [*(columns for _, columns in extra), *fetched]
-        mask = self.select(columns, options, query)
-        clock.lap("policy")
         sources: list[tuple[PassageRef | GivenPassage, float | None]] = [(passage, None) for passage, _ in extra]
         sources += refs
-        return self._generate(question, options, Selection(sources, columns, mask), clock, on_text)
+        chosen = self._choose(sources, columns, options, query, clock)
+        return self._prepared(question, options, chosen, clock, instructions)
+
+    def _choose(
+        self,
+        sources: Sequence[tuple[PassageRef | GivenPassage, float | None]],
+        columns: Sequence[FetchedPassage],
+        options: AskOptions,
+        query: npt.NDArray[np.float32] | None,
+        clock: "Clock",
+    ) -> Selection:
+        scores = self.score_chunks(columns, options, query)
+        mask = self._select(columns, options, scores)
+        clock.lap("policy")
+        return Selection(sources, columns, mask, scores)
+
+    def _prepared(
+        self, question: str, options: AskOptions, chosen: Selection, clock: "Clock", instructions: str = ""
+    ) -> Prepared:
+        asked = f"{instructions}\n\n{question}" if instructions else question
+        composed = self.compose(asked, chosen.fetched, chosen.expansion_mask, options)
+        clock.lap("compose")
+        return Prepared(question, options, chosen, composed, clock)
 
     def answer_from(self, question: str, passages: Sequence[PassageRef], options: AskOptions) -> Answer:
         """Answer from these passages instead of retrieved ones; none at all is the closed-book answer.
@@ -429,84 +518,78 @@ class Runtime:
         return self.pinned()._answer_from(question, passages, options)
 
     def _answer_from(self, question: str, passages: Sequence[PassageRef], options: AskOptions) -> Answer:
-        clock = _Clock()
-        sources = [(ref, None) for ref in passages]
+        clock = Clock()
         fetched = self.reader.fetch(passages)
         clock.lap("fetch")
         query = self.searcher.embed(question) if options.policy == "learned" and self.policy.query_dim else None
-        mask = self.select(fetched, options, query)
-        clock.lap("policy")
-        return self._generate(question, options, Selection(sources, fetched, mask), clock, None)
+        chosen = self._choose([(ref, None) for ref in passages], fetched, options, query, clock)
+        return self._generate(self._prepared(question, options, chosen, clock), None)
 
-    def _generate(
-        self,
-        question: str,
-        options: AskOptions,
-        chosen: Selection,
-        clock: "_Clock",
-        on_text: Callable[[str], object] | None,
-    ) -> Answer:
-        composed = self.compose(question, chosen.fetched, chosen.expansion_mask, options)
-        clock.lap("compose")
+    def _generate(self, prepared: Prepared, on_text: Callable[[str], object] | None) -> Answer:
+        text, options = self.answer_text(prepared.options), prepared.options
+        if prepared.composed is None:
+            return self.finish(prepared, text)
         steps = self.decoder.generate(
-            pad_batch([composed.inputs_embeds]),
+            pad_batch([prepared.composed.inputs_embeds]),
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
             top_p=options.top_p,
             seed=options.seed,
         )
-        text, new_tokens = self._decode(steps, clock, on_text)
-        used, dropped = self._used(chosen, composed), self._dropped(chosen, composed)
-        return self._answer(question, options, text, _stats(chosen, composed, clock, new_tokens), used, dropped)
+        for piece in self._pieces(steps, text, prepared.clock):
+            if on_text is not None and piece:
+                on_text(piece)
+        return self.finish(prepared, text)
 
-    def _answer(
-        self,
-        question: str,
-        options: AskOptions,
-        text: str,
-        stats: Stats,
-        passages: tuple[UsedPassage, ...] = (),
-        dropped: tuple[str, ...] = (),
-    ) -> Answer:
-        where = options.retrieval.where
+    @staticmethod
+    def _pieces(steps: Iterator[list[int]], text: AnswerText, clock: "Clock") -> Iterator[str]:
+        for (token,) in steps:
+            if text.new_tokens == 0:
+                clock.lap("prefill")
+            if token != FINISHED:
+                yield text.push(token)
+            if text.ended:
+                break
+        clock.lap("decode")
+        yield text.finish()
+
+    def answer_text(self, options: AskOptions) -> AnswerText:
+        """What turns an answer's tokens into its text."""
+        return AnswerText(self.decoder.tokenizer, self.decoder.eos_ids, options.stop)
+
+    def finish(self, prepared: Prepared, text: AnswerText) -> Answer:
+        """The answer that the decoder made of a prepared question."""
+        options, chosen, where = prepared.options, prepared.chosen, prepared.options.retrieval.where
         return Answer(
-            question=question,
-            answer=text.strip(),
-            passages=passages,
-            dropped=dropped,
-            stats=stats,
+            question=prepared.question,
+            answer=text.text.strip(),
+            passages=self.used(prepared),
+            dropped=() if prepared.composed is None else self._dropped(chosen, prepared.composed),
+            stats=_stats(prepared, text.new_tokens),
             policy=options.policy,
             expansion_fraction=options.expansion_fraction,
             trained=self.trained,
             version=self.reader.manifest.version,
             passing=None if where is None else self.reader.passing(where).rows,
+            finish_reason=text.finish_reason,
         )
 
-    def _decode(
-        self, steps: Iterator[list[int]], clock: "_Clock", on_text: Callable[[str], object] | None
-    ) -> tuple[str, int]:
-        stream, pieces, count = TextStream(self.decoder.tokenizer), [], 0
-        for (token,) in steps:
-            if count == 0:
-                clock.lap("prefill")
-            count += 1
-            if token != FINISHED and token not in self.decoder.eos_ids:
-                pieces.append(stream.push(token))
-                if on_text is not None and pieces[-1]:
-                    on_text(pieces[-1])
-        clock.lap("decode")
-        pieces.append(stream.finish())
-        if on_text is not None and pieces[-1]:
-            on_text(pieces[-1])
-        return "".join(pieces), count
+    def used(self, prepared: Prepared) -> tuple[UsedPassage, ...]:
+        """The passages in a prepared prompt, best first, with what becomes of their chunks."""
+        return () if prepared.composed is None else self._used(prepared.chosen, prepared.composed, prepared.options)
 
-    def _used(self, chosen: Selection, composed: Composed) -> tuple[UsedPassage, ...]:
+    def _used(self, chosen: Selection, composed: Composed, options: AskOptions) -> tuple[UsedPassage, ...]:
         used, start = [], 0
         kept = composed.arrangement.num_passages
         for rank, ((source, score), fetched) in enumerate(zip(chosen.sources[:kept], chosen.fetched, strict=False), 1):
-            stop = start + len(fetched.embeddings)
-            used.append(self._used_passage(rank, source, score, fetched, chosen.expansion_mask[start:stop]))
-            start = stop
+            own = slice(start, start + len(fetched.embeddings))
+            expanded = chosen.expansion_mask[own]
+            passage = self._used_passage(rank, source, score, fetched, expanded)
+            if options.explain:
+                scores = None if chosen.scores is None else chosen.scores[own]
+                passage = replace(passage, chunks=_used_chunks(self.decoder.tokenizer, fetched, expanded, scores))
+            used.append(passage)
+            start = own.stop
         return tuple(used)
 
     def _used_passage(
@@ -619,7 +702,7 @@ class _DeferredEncoder:
         return self._encoder.encode(token_ids, num_tokens)
 
 
-class _Clock:
+class Clock:
     """Lap times in milliseconds from the moment the request came in."""
 
     def __init__(self) -> None:
@@ -627,34 +710,60 @@ class _Clock:
         self.laps: dict[str, float] = {}
         self.ends: dict[str, float] = {}
 
-    def lap(self, step: str) -> None:
-        """End a step."""
-        now = time.perf_counter()
+    @property
+    def seconds(self) -> float:
+        """Since the request came in."""
+        return time.perf_counter() - self.started
+
+    def lap(self, step: str, now: float | None = None) -> None:
+        """End a step, now or at a moment of `time.perf_counter`."""
+        now = time.perf_counter() if now is None else max(now, self._last)
         self.laps[step] = 1000 * (now - self._last)
         self.ends[step] = 1000 * (now - self.started)
         self._last = now
 
 
-def _stats(chosen: Selection, composed: Composed, clock: _Clock, new_tokens: int) -> Stats:
-    arrangement = composed.arrangement
-    kept = chosen.fetched[: arrangement.num_passages]
-    num_chunks = sum(len(passage.embeddings) for passage in kept)
+def _lower(*limits: int | None) -> int | None:
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _used_chunks(
+    tokenizer: Tokenizer, fetched: FetchedPassage, expanded: Mask, scores: Scores | None
+) -> tuple[UsedChunk, ...]:
+    tokens = fetched.tokens.tolist()
+    ends = [min(start + fetched.chunk_size, len(tokens)) for start in range(0, len(tokens), fetched.chunk_size)]
+    # A character may straddle two chunks: what is decoded up to a chunk's end then ends with a replacement character.
+    whole = [tokenizer.decode(tokens[:end], skip_special_tokens=False) for end in ends]
+    reach = [0, *(len(text.rstrip("\N{REPLACEMENT CHARACTER}")) for text in whole[:-1]), *map(len, whole[-1:])]
+    return tuple(
+        UsedChunk(
+            text=whole[-1][reach[number] : reach[number + 1]],
+            num_tokens=end - number * fetched.chunk_size,
+            expanded=bool(expanded[number]),
+            score=None if scores is None else round(float(scores[number]), 4),
+        )
+        for number, end in enumerate(ends)
+    )
+
+
+def _stats(prepared: Prepared, new_tokens: int) -> Stats:
+    clock, composed, chosen = prepared.clock, prepared.composed, prepared.chosen
+    laps: dict[str, Any] = {f"{step}_ms": round(clock.laps.get(step, 0.0), 3) for step in STEPS}
+    spent = Stats(**laps)
+    if composed is None:
+        return spent
+    kept = chosen.fetched[: composed.arrangement.num_passages]
     context_tokens = sum(len(passage.tokens) for passage in kept)
     slots = _context_slots(kept, chosen.expansion_mask)
-    return Stats(
-        retrieval_ms=round(clock.laps.get("retrieval", 0.0), 3),
-        fetch_ms=round(clock.laps["fetch"], 3),
-        encode_ms=round(clock.laps.get("encode", 0.0), 3),
-        policy_ms=round(clock.laps["policy"], 3),
-        compose_ms=round(clock.laps["compose"], 3),
-        prefill_ms=round(clock.laps["prefill"], 3),
-        ttft_ms=round(clock.ends["prefill"], 3),
+    return replace(
+        spent,
+        ttft_ms=round(clock.ends.get("prefill", 0.0), 3),
         ttit_ms=round(clock.laps["decode"] / (new_tokens - 1), 3) if new_tokens > 1 else 0.0,
         new_tokens=new_tokens,
-        num_chunks=num_chunks,
-        num_expanded=arrangement.num_expanded,
+        num_chunks=sum(len(passage.embeddings) for passage in kept),
+        num_expanded=composed.arrangement.num_expanded,
         context_tokens=context_tokens,
-        decoder_positions=len(arrangement.ids),
+        decoder_positions=len(composed.arrangement.ids),
         compression=round(context_tokens / slots, 3) if slots else 1.0,
     )
 

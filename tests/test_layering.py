@@ -25,6 +25,9 @@ HEAVY = {
     "duckdb",
     "sqlglot",
     "obstore",
+    "fastapi",
+    "uvicorn",
+    "prometheus_client",
 }
 ONLY_IN = {
     "lance": {"refrag_core/lance_tables.py"},

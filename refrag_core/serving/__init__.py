@@ -1,0 +1,1 @@
+"""Serving: an index behind HTTP, for many people at a time."""

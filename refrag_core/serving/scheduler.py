@@ -1,0 +1,216 @@
+"""Continuous batching: answers join and leave the decoder's batch at every step.
+
+One thread owns the decoder. Before each step it takes waiting prompts into free slots; a step then gives every
+running answer one more token. A row's tokens do not depend on who else is in the batch.
+"""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from refrag_core.decoder import Decoder, Sampler
+from refrag_core.decoder_engine import Sampling, TokenStream
+from refrag_core.errors import ConfigError, EngineError
+
+PREFILL_POSITIONS = 4096
+"""Slots that are prefilled between two steps, unless one prompt alone has more: running answers wait that long."""
+
+_log = logging.getLogger(__name__)
+
+
+class Slots(Protocol):
+    """What the scheduler asks of a decoder with a key-value cache of independent rows."""
+
+    def prefill(self, slots: Sequence[int], inputs_embeds: Sequence[Tensor]) -> Tensor:
+        """Put each prompt `[n_i, d_dec]` into its row; logits float32 `[len(slots), V]` of its last position."""
+        ...
+
+    def step(self, slots: Sequence[int], token_ids: Tensor) -> Tensor:
+        """One more token int64 `[len(slots)]` each; logits float32 `[len(slots), V]`."""
+        ...
+
+    def release(self, slot: int) -> None:
+        """The row's content is not needed any more."""
+        ...
+
+
+@dataclass(slots=True)
+class _Running:
+    """An answer that waits or is being decoded."""
+
+    inputs_embeds: Tensor | None
+    """`[s, d_dec]` until it is prefilled."""
+    sampling: Sampling
+    sampler: Sampler
+    stream: TokenStream
+    last: int = -1
+    count: int = 0
+
+
+class EmbeddedEngine:
+    """A `DecoderEngine` in this process.
+
+    Args:
+        decoder: the rows; nobody else may use them.
+        slots: rows that it has.
+        max_positions: positions of a row.
+        eos_ids: ids that end an answer.
+        device: where token ids go.
+    """
+
+    def __init__(
+        self,
+        decoder: Slots,
+        *,
+        slots: int,
+        max_positions: int,
+        eos_ids: frozenset[int],
+        device: torch.device | str = "cpu",
+        prefill_positions: int = PREFILL_POSITIONS,
+    ) -> None:
+        self.slots = slots
+        self.max_positions = max_positions
+        self._decoder = decoder
+        self._eos_ids = eos_ids
+        self._device = torch.device(device)
+        self._prefill_positions = prefill_positions
+        self._free = list(range(slots))[::-1]
+        self._running: dict[int, _Running] = {}
+        self._waiting: deque[_Running] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="decoder", daemon=True)
+        self._thread.start()
+
+    @property
+    def active(self) -> int:
+        """See DecoderEngine."""
+        return len(self._running)
+
+    def submit(self, inputs_embeds: Tensor, sampling: Sampling) -> TokenStream:
+        """See DecoderEngine. Raises ConfigError for a prompt that no row can hold."""
+        if len(inputs_embeds) + sampling.max_new_tokens > self.max_positions:
+            raise ConfigError(
+                f"the prompt has {len(inputs_embeds)} positions and {sampling.max_new_tokens} new tokens may follow; "
+                f"expected at most {self.max_positions} together: ask for fewer tokens or passages"
+            )
+        sampler = Sampler(sampling.temperature, sampling.top_p, sampling.seed, self._device)
+        running = _Running(inputs_embeds, sampling, sampler, TokenStream())
+        with self._changed:
+            if self._closed:
+                raise EngineError("the decoder takes no more prompts, since it is being closed: ask again")
+            self._waiting.append(running)
+            self._changed.notify_all()
+        return running.stream
+
+    def close(self) -> None:
+        """See DecoderEngine."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    # --- the decoder's thread
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        while self._wait():
+            self._round()
+
+    def _wait(self) -> bool:
+        """Until there is work; False when there will never be any."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._waiting or self._running)
+            return bool(self._waiting or self._running)
+
+    def _round(self) -> None:
+        self._drop_cancelled()
+        if entered := self._enter():
+            self._attempt(entered, self._prefill)
+        if self._running:
+            self._attempt(dict(self._running), self._step)
+
+    def _drop_cancelled(self) -> None:
+        for slot in [slot for slot, running in self._running.items() if running.stream.cancelled]:
+            self._end(slot)
+
+    def _enter(self) -> dict[int, _Running]:
+        """Waiting answers that get a slot now, first come, first served; cancelled ones leave the queue."""
+        entered: dict[int, _Running] = {}
+        positions = 0
+        with self._changed:
+            while self._waiting and (self._free or self._waiting[0].stream.cancelled):
+                first = self._waiting[0]
+                assert first.inputs_embeds is not None
+                if first.stream.cancelled:
+                    self._waiting.popleft().stream.end()
+                    continue
+                positions += len(first.inputs_embeds)
+                if entered and positions > self._prefill_positions:
+                    break
+                entered[self._free.pop()] = self._waiting.popleft()
+        self._running |= entered
+        return entered
+
+    def _attempt(self, chosen: Mapping[int, _Running], work: "_Work") -> None:
+        """Run `work`; an error ends the answers that it was done for, and no others."""
+        try:
+            work(chosen)
+        except Exception as error:
+            _log.exception("the decoder failed on %d answers", len(chosen))
+            failure = EngineError(f"the decoder failed ({type(error).__name__}): ask again")
+            for slot in chosen:
+                self._end(slot, failure)
+
+    def _prefill(self, entered: Mapping[int, _Running]) -> None:
+        prompts = []
+        for running in entered.values():
+            running.stream.begin()
+            assert running.inputs_embeds is not None
+            prompts.append(running.inputs_embeds)
+            running.inputs_embeds = None
+        self._choose(entered, self._decoder.prefill(list(entered), prompts))
+
+    def _step(self, chosen: Mapping[int, _Running]) -> None:
+        last = torch.tensor([running.last for running in chosen.values()], device=self._device)
+        self._choose(chosen, self._decoder.step(list(chosen), last))
+
+    def _choose(self, chosen: Mapping[int, _Running], logits: Tensor) -> None:
+        """Give each answer its next token, and end those that it ends."""
+        tokens = logits.argmax(dim=-1)
+        for row, running in enumerate(chosen.values()):
+            if running.sampling.temperature > 0:
+                tokens[row] = running.sampler.choose(logits[row : row + 1])[0]
+        for (slot, running), token in zip(list(chosen.items()), tokens.tolist(), strict=True):
+            running.last, running.count = token, running.count + 1
+            running.stream.put(token)
+            if token in self._eos_ids or running.count >= running.sampling.max_new_tokens:
+                self._end(slot)
+
+    def _end(self, slot: int, error: Exception | None = None) -> None:
+        running = self._running.pop(slot, None)
+        if running is None:
+            return
+        self._decoder.release(slot)
+        self._free.append(slot)
+        running.stream.end(error)
+
+
+class _Work(Protocol):
+    def __call__(self, chosen: Mapping[int, _Running], /) -> None: ...
+
+
+def embedded_engine(decoder: Decoder, *, slots: int, max_positions: int) -> EmbeddedEngine:
+    """The engine over a decoder of this process, with as many positions as it has at most."""
+    from refrag_core.slot_decoder import SlotDecoder
+
+    limit = decoder.max_positions
+    positions = max_positions if limit is None else min(max_positions, limit)
+    rows = SlotDecoder(decoder, slots=slots, max_positions=positions)
+    return EmbeddedEngine(rows, slots=slots, max_positions=positions, eos_ids=decoder.eos_ids, device=decoder.device)

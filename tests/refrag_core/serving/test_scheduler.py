@@ -1,0 +1,147 @@
+"""Continuous batching against decoding each prompt alone."""
+
+import threading
+from contextlib import suppress
+
+import pytest
+import torch
+from torch import Tensor
+
+from refrag_core.composition import pad_batch
+from refrag_core.decoder import Decoder
+from refrag_core.decoder_engine import Sampling
+from refrag_core.errors import ConfigError, EngineError
+from refrag_core.serving.scheduler import EmbeddedEngine, embedded_engine
+from refrag_core.slot_decoder import SlotDecoder
+from tests import tiny_models
+from tests.served import Brake
+
+POSITIONS = 96
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Decoder:
+    return Decoder(tiny_models.decoder(), tiny_models.decoder_tokenizer())
+
+
+def prompts(decoder: Decoder, count: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(count)
+    lengths = [3 + 5 * (number % 11) for number in range(count)]
+    return [torch.randn(length, decoder.dim, generator=generator) * 0.3 for length in lengths]
+
+
+def alone(decoder: Decoder, prompt: Tensor, sampling: Sampling) -> list[int]:
+    steps = decoder.generate(
+        pad_batch([prompt]),
+        max_new_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+    )
+    return [token for (token,) in steps]
+
+
+def braked(decoder: Decoder, *, slots: int, eos_ids: frozenset[int] = frozenset()) -> tuple[EmbeddedEngine, Brake]:
+    brake = Brake(SlotDecoder(decoder, slots=slots, max_positions=POSITIONS))
+    return EmbeddedEngine(brake, slots=slots, max_positions=POSITIONS, eos_ids=eos_ids), brake
+
+
+@pytest.mark.parametrize("slots", [1, 4])
+def test_tokens_are_those_of_each_prompt_alone(decoder: Decoder, slots: int) -> None:
+    """Greedy and drawn, whoever else is in the batch, however many wait."""
+    samplings = [
+        Sampling(max_new_tokens=4 + number, temperature=0.9 * (number % 3 == 2), top_p=0.8, seed=number)
+        for number in range(9)
+    ]
+    asked = prompts(decoder, len(samplings))
+    engine = embedded_engine(decoder, slots=slots, max_positions=POSITIONS)
+    streams = [engine.submit(prompt, sampling) for prompt, sampling in zip(asked, samplings, strict=True)]
+    found = [list(stream) for stream in streams]
+    engine.close()
+    expected = [alone(decoder, prompt, sampling) for prompt, sampling in zip(asked, samplings, strict=True)]
+    assert found == expected
+    assert len({token for tokens in found for token in tokens}) > 10
+    assert engine.active == 0
+
+
+def test_answers_share_steps_and_slots_are_used_again(decoder: Decoder) -> None:
+    engine, brake = braked(decoder, slots=4)
+    brake.on()
+    streams = [engine.submit(prompt, Sampling(max_new_tokens=6)) for prompt in prompts(decoder, 8)]
+    brake.off()
+    assert [len(list(stream)) for stream in streams] == [6] * 8
+    engine.close()
+    assert brake.largest_batch == 4
+    assert brake.steps <= 12  # 8 answers of 5 steps, 4 at a time; the first may have been alone for a step
+    assert sorted(brake.released) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_an_end_of_sequence_id_ends_an_answer(decoder: Decoder) -> None:
+    (prompt,) = prompts(decoder, 1)
+    plain = alone(Decoder(decoder.model, decoder.tokenizer, eos_ids=[]), prompt, Sampling(max_new_tokens=20))
+    end = plain[9]
+    engine, _ = braked(decoder, slots=2, eos_ids=frozenset({end}))
+    assert list(engine.submit(prompt, Sampling(max_new_tokens=20))) == plain[: plain.index(end) + 1]
+    engine.close()
+
+
+def test_a_cancelled_answer_frees_its_slot_and_one_that_waits_its_place(decoder: Decoder) -> None:
+    engine, brake = braked(decoder, slots=1)
+    brake.on()
+    first, second, third = (engine.submit(p, Sampling(max_new_tokens=30)) for p in prompts(decoder, 3))
+    assert next(iter(first)) >= 0  # it has the slot
+    second.cancel()
+    first.cancel()
+    brake.off()
+    assert len(list(third)) == 30
+    assert list(second) == []
+    assert second.began is None
+    assert len(list(first)) <= 1
+    engine.close()
+    assert brake.released == [0, 0]
+
+
+def test_a_failure_ends_the_answers_that_it_struck_and_no_others(decoder: Decoder) -> None:
+    engine, brake = braked(decoder, slots=2)
+    inner, failing = brake.step, threading.Event()
+
+    def step(slots: list[int], token_ids: Tensor) -> Tensor:
+        if failing.is_set():
+            failing.clear()
+            raise RuntimeError("out of memory at /secret/path")
+        result: Tensor = inner(slots, token_ids)
+        return result
+
+    brake.step = step  # type: ignore[method-assign]
+    failing.set()
+    first, second, third = (engine.submit(p, Sampling(max_new_tokens=5)) for p in prompts(decoder, 3))
+
+    with pytest.raises(EngineError, match=r"^the decoder failed \(RuntimeError\): ask again$"):
+        list(first)
+    with suppress(EngineError):  # in the same batch, or just after it
+        list(second)
+    assert list(third) == alone(decoder, prompts(decoder, 3)[2], Sampling(max_new_tokens=5))
+    engine.close()
+
+
+def test_what_no_row_holds_is_refused(decoder: Decoder) -> None:
+    engine = embedded_engine(decoder, slots=1, max_positions=16)
+    with pytest.raises(ConfigError, match="10 positions and 7 new tokens may follow; expected at most 16 together"):
+        engine.submit(torch.zeros(10, decoder.dim), Sampling(max_new_tokens=7))
+    engine.close()
+
+
+def test_closing_finishes_what_was_submitted_and_takes_nothing_more(decoder: Decoder) -> None:
+    engine, brake = braked(decoder, slots=1)
+    brake.on()
+    streams = [engine.submit(prompt, Sampling(max_new_tokens=3)) for prompt in prompts(decoder, 3)]
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    while not engine._closed:
+        pass
+    with pytest.raises(EngineError, match="takes no more prompts"):
+        engine.submit(prompts(decoder, 1)[0], Sampling(max_new_tokens=3))
+    brake.off()
+    assert [len(list(stream)) for stream in streams] == [3, 3, 3]
+    closing.join(30)
+    assert not closing.is_alive()
