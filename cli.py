@@ -1369,6 +1369,9 @@ def ask(
     tables: ReadTables = TablesName.PARQUET,
     verify_key: VerifyKey = None,
     device: Device = "auto",
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write a page for a browser: each chunk shaded as it was read.")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Answer a question from an index, with the passages used and a latency breakdown."""
@@ -1388,9 +1391,14 @@ def ask(
         seed=seed,
         strict=strict,
         retrieval=retrieval,
+        explain=html is not None,
     )
     on_text = (lambda text: print(text, end="", flush=True)) if stream and not as_json else None
     answer = runtime.ask(question, options, given=given, on_text=on_text)
+    if html is not None:
+        from refrag_core.inspector import write_answer
+
+        write_answer(answer, html)
     if as_json:
         _print_json(answer)
         return

@@ -48,7 +48,7 @@ def test_it_carries_every_source_file_and_the_format_s_specification(wheel: Path
         ("refrag_core", "refrag_core"),
     ):
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".json", ".md", ".toml"):
+            if path.suffix in (".py", ".json", ".md", ".toml", ".jinja", ".html", ".css", ".js"):
                 installed[str(path)] = f"{package}/{path.relative_to(ROOT / folder).as_posix()}"
     specification, config = "refrag/schemas/BUNDLE.md", "refrag_core/training/configs/policy.toml"
     assert {"refrag/schemas/manifest.schema.json", specification, config} <= set(installed.values())

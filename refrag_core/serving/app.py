@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from refrag_core import inspector
 from refrag_core.errors import DrainingError, IndexNotFoundError, RefragError, UnknownModelError, UsageError
 from refrag_core.serving.answering import Answering, Finished, Started
 from refrag_core.serving.event_stream import EventStream, unless_left
@@ -52,6 +53,7 @@ def make_app(answering: Answering) -> ASGIApp:
     _add_answers(app, answering)
     _add_index(app, answering)
     _add_state(app, answering)
+    _add_inspector(app)
     _describe(app)
     known = {getattr(route, "path", "") for route in app.routes}
 
@@ -193,6 +195,24 @@ def _add_state(app: FastAPI, answering: Answering) -> None:
     async def metrics() -> Response:
         """Figures for Prometheus."""
         return Response(answering.metrics.page(), media_type=answering.metrics.content_type)
+
+
+def _add_inspector(app: FastAPI) -> None:
+    headers = {
+        "content-security-policy": inspector.SERVED_POLICY,
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+        "cache-control": "no-cache",
+    }
+
+    def add(path: str, text: str, media_type: str) -> None:
+        @app.get(path, include_in_schema=False)
+        async def page() -> Response:
+            return Response(text, media_type=media_type, headers=headers)
+
+    add("/", inspector.served_page(), "text/html")
+    for name, (file, media_type) in inspector.FILES.items():
+        add(f"/{name}", inspector.read(file), media_type)
 
 
 def _json(value: Any) -> Response:
