@@ -105,7 +105,7 @@ def memory_megabytes(process_id: int) -> float:
     """Resident memory of a process, MB (10^6 bytes)."""
     import psutil
 
-    return round(psutil.Process(process_id).memory_info().rss / 1e6, 1)
+    return round(float(psutil.Process(process_id).memory_info().rss) / 1e6, 1)
 
 
 # --- a client -----------------------------------------------------------------------------------------

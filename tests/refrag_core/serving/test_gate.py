@@ -23,7 +23,6 @@ from refrag_core.runtime import Runtime
 from refrag_core.serving.command import ServeCommand, allowed_hosts, is_loopback, read_key
 from refrag_core.serving.server import listen
 from tests.served import MODEL, Running, served
-from tests.small_index import SmallIndex
 
 KEY = "open sesame"
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
@@ -42,13 +41,6 @@ REFUSED = {
         "code": "invalid_api_key",
     }
 }
-
-
-@pytest.fixture(scope="module")
-def runtime(library: SmallIndex, tmp_path_factory: pytest.TempPathFactory) -> Runtime:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REFRAG_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return Runtime.open(library.path, device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -27,13 +27,6 @@ POSITIONS = 512
 
 
 @pytest.fixture(scope="module")
-def runtime(library: SmallIndex, tmp_path_factory: pytest.TempPathFactory) -> Runtime:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REFRAG_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return Runtime.open(library.path, device="cpu")
-
-
-@pytest.fixture(scope="module")
 def brakes() -> list[Brake]:
     return []
 

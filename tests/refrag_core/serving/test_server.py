@@ -19,18 +19,10 @@ from refrag_core.serving.scheduler import EmbeddedEngine
 from refrag_core.serving.settings import ServeSettings
 from refrag_core.slot_decoder import SlotDecoder
 from tests.served import MODEL, Brake, Running, served
-from tests.small_index import SmallIndex
 
 QUESTION = "Which river is the capital of the northern island?"
 POSITIONS = 512
 NEW_TOKENS = 16
-
-
-@pytest.fixture(scope="module")
-def runtime(library: SmallIndex, tmp_path_factory: pytest.TempPathFactory) -> Runtime:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REFRAG_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return Runtime.open(library.path, device="cpu")
 
 
 @pytest.fixture(scope="module")
