@@ -45,9 +45,11 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def locked(runtime: Runtime) -> Iterator[Running]:
-    """A server with a key, at loopback."""
+    """A server with a key, at loopback; what is reloaded here stays so for itself."""
     hosts = allowed_hosts("127.0.0.1", ("proxy.example",))
-    with served(runtime, api_key=f"{KEY}\n", allowed_hosts=hosts, max_positions=512, max_new_tokens=8) as running:
+    with served(
+        runtime.pinned(), api_key=f"{KEY}\n", allowed_hosts=hosts, max_positions=512, max_new_tokens=8
+    ) as running:
         yield running
 
 
