@@ -53,7 +53,10 @@ def _root(moment: Tensor) -> Tensor:
 
 @contextmanager
 def input_moments(layers: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Second moments float32 `[in, in]` of what each layer reads while the context is open, by its name."""
+    """Second moments float64 `[in, in]` (sums) of what each layer reads while the context is open, by its name.
+
+    In float64: rounded sums are no longer positive definite where a few features are a thousand times the others.
+    """
     sums: dict[str, Tensor] = {}
     with ExitStack() as hooks:
         for name, layer in layers.items():
@@ -63,6 +66,7 @@ def input_moments(layers: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 
 @torch.no_grad()
 def _add(sums: dict[str, Tensor], name: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
-    rows = inputs[0].flatten(0, -2).float()
-    product = rows.T @ rows
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        rows = inputs[0].flatten(0, -2).double()
+        product = rows.T @ rows
     sums[name] = product if name not in sums else sums[name] + product

@@ -39,3 +39,16 @@ def test_moments_of_inputs_are_gathered_while_open() -> None:
     layer(torch.ones((5, 2)))
     assert moments.keys() == {"a"}
     assert moments["a"].tolist() == [[10.0, -1.0], [-1.0, 6.0]]
+
+
+def test_moments_are_exact_within_autocast() -> None:
+    """Features of very different size, as decoders have them: sums in bfloat16 are not positive definite."""
+    layer = nn.Linear(64, 4, bias=False)
+    rows = random(300, 64, seed=4) * torch.logspace(3, -1, 64)
+    with input_moments({"layer": layer}) as moments, torch.autocast("cpu", torch.bfloat16):
+        layer(rows)
+    expected = rows.double().T @ rows.double()
+    assert torch.allclose(moments["layer"], expected, rtol=1e-9)
+    down, up = closest_factors(random(4, 64, seed=5), 2, 1.0, moments["layer"])
+    assert down.isfinite().all()
+    assert up.isfinite().all()
