@@ -166,7 +166,7 @@ def test_all_before_the_newest_turn_is_reused(runtime: Runtime, prompts: list[Co
 
 def test_the_policy_may_change_its_mind_without_an_end_to_reuse(runtime: Runtime) -> None:
     """Passages of old turns stand behind the raw turns."""
-    answers = ask_all(chat(runtime, options(policy="random", expansion_fraction=0.5), positions=200))
+    answers = ask_all(chat(runtime, options(policy="learned", expansion_fraction=0.3), positions=220))
     pairs = [(a, b) for a, b in pairwise(answers) if use(a)[1] == use(b)[1] > 0]
     turns = [[[p for p in answer.passages if p.score is None] for answer in pair] for pair in pairs]
     assert turns
