@@ -4,12 +4,13 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but records were quarantined
 since its time was up (run again to resume), 130 interrupted.
 """
 
+import contextlib
 import json
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, is_dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -25,9 +26,11 @@ if TYPE_CHECKING:
     from refrag.pipelines.engines import OpenEngine
     from refrag.pipelines.progress import Progress
     from refrag_core.bundle import BundleReport
+    from refrag_core.conversation import Conversation
     from refrag_core.generations import Generation, GenerationDiff
     from refrag_core.retrieval import RetrievalOptions, Searcher
     from refrag_core.runtime import Answer, AskOptions, Runtime
+    from refrag_core.session import SessionFile
     from refrag_core.training.runs import Stage
 
 FAILED, WRONG_USAGE, QUARANTINED, STOPPED, INTERRUPTED = 1, 2, 3, 4, 130
@@ -227,6 +230,11 @@ Policy = Annotated[PolicyName | None, typer.Option(help="Who chooses the chunks 
 AllowUntrained = Annotated[
     bool, typer.Option("--allow-untrained", help="Compress with an untrained projection all the same (noise).")
 ]
+MaxNewTokens = Annotated[int, typer.Option(help="Tokens to generate at most.", min=1)]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.", min=0)]
+TopP = Annotated[float, typer.Option(help="Nucleus of the sampling.", min=0, max=1)]
+Seed = Annotated[int, typer.Option(help="Of sampling and of the random policy.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Fail instead of dropping what does not fit.")]
 Questions = Annotated[
     Path,
     typer.Option(help='JSON lines: {"id", "question", "answers": […], "gold": [document ids]}.', show_default=False),
@@ -1350,13 +1358,11 @@ def ask(
     lexical_weight: LexicalWeight = 1.0,
     expansion_fraction: ExpansionFraction = None,
     policy: Policy = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.", min=1)] = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus of the sampling.", min=0, max=1)] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of sampling and of the random policy.")] = 0,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Fail instead of dropping passages that do not fit.")
-    ] = False,
+    max_new_tokens: MaxNewTokens = 64,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    strict: Strict = False,
     context: Annotated[
         list[Path] | None, typer.Option(help="Text files to read besides the index; encoded now. May be repeated.")
     ] = None,
@@ -1413,22 +1419,255 @@ def ask(
 
 
 def _print_answer(answer: "Answer") -> None:
-    print("\npassages (# chunk expanded to its tokens, · chunk as one embedding)")
+    _print_passages(answer, print)
+    _print_stats(answer, print)
+
+
+def _print_passages(answer: "Answer", tell: Callable[[str], object]) -> None:
+    tell("\npassages (# chunk expanded to its tokens, · chunk as one embedding)")
     for passage in answer.passages:
         chunks = "".join("#" if i in set(passage.expanded) else "·" for i in range(passage.num_chunks))
         score = "given" if passage.score is None else f"{passage.score:.3f}"
-        print(f"  {passage.rank}. {score} {passage.doc_id}  [{chunks}]  {_one_line(passage.text, 80)}")
+        tell(f"  {passage.rank}. {score} {passage.doc_id}  [{chunks}]  {_one_line(passage.text, 80)}")
     for document_id in answer.dropped:
-        print(f"  dropped, does not fit the decoder: {document_id}")
+        tell(f"  dropped, does not fit the decoder: {document_id}")
+
+
+def _print_stats(answer: "Answer", tell: Callable[[str], object]) -> None:
     s = answer.stats
     encode = f"encode {s.encode_ms:,.1f} + " if s.encode_ms >= 0.1 else ""
-    print(
+    tell(
         f"\nfirst token {s.ttft_ms:,.1f} ms = retrieval {s.retrieval_ms:,.1f} + fetch {s.fetch_ms:,.2f} + "
         f"{encode}policy {s.policy_ms:,.2f} + compose {s.compose_ms:,.1f} + prefill {s.prefill_ms:,.1f};\n"
         f"then {s.ttit_ms:,.1f} ms a token. {s.context_tokens:,} context tokens in {s.num_chunks:,} chunks, "
         f"{s.num_expanded:,} expanded: "
         f"{s.decoder_positions:,} decoder positions, compression {s.compression:.2f}x"
     )
+
+
+# --- refrag chat --------------------------------------------------------------------------------------
+
+
+@app.command("chat")
+def chat(
+    index: IndexArgument,
+    question: Annotated[
+        str | None,
+        typer.Argument(help="One question; without it each line of the standard input is one.", show_default=False),
+    ] = None,
+    session: Annotated[
+        Path | None, typer.Option(help="File that keeps the conversation: gone on with if it exists, saved each turn.")
+    ] = None,
+    adopt: Annotated[
+        bool, typer.Option("--adopt", help="Go on with a session of another index or checkpoint.")
+    ] = False,
+    history_positions: Annotated[
+        int,
+        typer.Option(
+            help="Decoder positions for earlier turns: newest ones raw, older ones compressed, the oldest dropped.",
+            min=0,
+        ),
+    ] = 1024,
+    turn_weight: Annotated[
+        float, typer.Option(help="Share of the turn before in what is searched for; 0: the question alone.", min=0)
+    ] = 0.5,
+    reuse: Annotated[
+        bool, typer.Option("--reuse/--no-reuse", help="Read only what is new of a prompt, as far as it begins alike.")
+    ] = True,
+    top_k: TopK = 5,
+    where: Where = None,
+    hybrid: Hybrid = False,
+    dense_weight: DenseWeight = 1.0,
+    lexical_weight: LexicalWeight = 1.0,
+    expansion_fraction: ExpansionFraction = None,
+    policy: Policy = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    strict: Strict = False,
+    chunk_cache: Annotated[
+        Path | None, typer.Option(help="File that keeps the embeddings of compressed turns between runs.")
+    ] = None,
+    allow_untrained: AllowUntrained = False,
+    decoder: Decoder = None,
+    retriever: Retriever = None,
+    checkpoint: Checkpoint = None,
+    tables: ReadTables = TablesName.PARQUET,
+    verify_key: VerifyKey = None,
+    device: Device = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print each answer as one line of JSON.")] = False,
+) -> None:
+    """Ask questions that know those before them: in a terminal, from a pipe, or one at a time with --session."""
+    from refrag_core.history import HistoryOptions
+    from refrag_core.session import SessionFile
+
+    history = HistoryOptions(positions=history_positions, turn_weight=turn_weight, reuse=reuse)
+    file = None if session is None else SessionFile(session)
+    saved = None if file is None else file.read()
+    retrieval = _retrieval(where, hybrid, dense_weight, lexical_weight)
+    runtime = _open_runtime(index, decoder, retriever, checkpoint, device, chunk_cache, tables, verify_key)
+    _build_lexical(runtime.searcher, retrieval)
+    options = _ask_options(
+        runtime,
+        policy,
+        expansion_fraction,
+        allow_untrained,
+        top_k=top_k,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        strict=strict,
+        retrieval=retrieval,
+    )
+    conversation = runtime.chat(options, history=history, session=saved, adopt=adopt)
+    lines = _ChatLines(conversation, file, as_json=as_json)
+    if question is not None:
+        lines.ask(question)
+    elif sys.stdin.isatty():
+        _chat_in_terminal(lines)
+    else:
+        for line in sys.stdin:
+            if not lines.take(line.rstrip("\n")):
+                break
+
+
+def _chat_in_terminal(lines: "_ChatLines") -> None:
+    """Until /quit or the end of input; an error or Ctrl-C ends an answer, not the conversation."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (gives input() its line editing)
+
+    _warn("Ask away; /help lists the commands, Ctrl-D ends.")
+    going_on = True
+    while going_on:
+        try:
+            line = input("> ")
+        except EOFError:
+            print()
+            return
+        try:
+            going_on = lines.take(line)
+        except RefragError as error:
+            _warn(f"error: {error}")
+        except _Interrupted as interrupted:
+            if interrupted.args != (signal.SIGINT,):
+                raise
+            _warn("\ninterrupted: this question and its answer are not kept")
+
+
+class _ChatLines:
+    """What a line of input does: a question, or a command that begins with a slash."""
+
+    _COMMANDS: ClassVar[dict[str, str]] = {
+        "/history": "the turns, and what became of each in the last prompt",
+        "/passages": "what the last answer was given from",
+        "/stats": "what the last answer took",
+        "/save FILE": "write the conversation to a new file, to go on with by --session",
+        "/reset": "forget all turns",
+        "/help": "this list",
+        "/quit": "end",
+    }
+
+    def __init__(self, conversation: "Conversation", file: "SessionFile | None", *, as_json: bool) -> None:
+        self._conversation = conversation
+        self._file = file
+        self._as_json = as_json
+        self._tell: Callable[[str], object] = _warn if as_json else print
+        self._last: Answer | None = None
+
+    def take(self, line: str) -> bool:
+        """Do what the line says; False for the end. Raises UsageError for a command that there is none of."""
+        words = line.split()
+        if not words:
+            return True
+        if not words[0].startswith("/"):
+            self.ask(line.strip())
+            return True
+        name, *rest = words
+        known = {command.split()[0] for command in self._COMMANDS}
+        if name not in known or bool(rest) != (name == "/save"):
+            raise UsageError(f"{line.strip()!r} is no command; expected {', '.join(self._COMMANDS)}, or a question")
+        if name == "/save":
+            self._save(line.strip().removeprefix("/save").strip())
+        elif name != "/quit":
+            getattr(self, f"_{name[1:]}")()
+        return name != "/quit"
+
+    def ask(self, question: str) -> None:
+        """Print the answer, streamed on a terminal, and save the session."""
+        streams = sys.stdout.isatty() and not self._as_json
+        on_text = (lambda text: print(text, end="", flush=True)) if streams else None
+        before = self._dropped
+        self._last = answer = self._conversation.ask(question, on_text=on_text)
+        if self._as_json:
+            print(json.dumps(_plain(answer), ensure_ascii=False), flush=True)
+        elif answer.passing == 0 and not answer.passages and not answer.answer:
+            print("nothing to answer from: no passage passes the filter")
+        else:
+            print("" if streams else answer.answer, flush=True)
+        if self._file is not None:
+            self._file.write(self._conversation.session)
+        self._warn_of_losses(answer, before)
+
+    @property
+    def _dropped(self) -> int:
+        return self._last.history.dropped if self._last and self._last.history else 0
+
+    def _warn_of_losses(self, answer: "Answer", before: int) -> None:
+        if self._dropped > before:
+            turns = "turn 1 is" if self._dropped == 1 else f"turns 1 to {self._dropped} are"
+            _warn(f"note: {turns} not in the prompt any more, for want of room: see --history-positions")
+        for name in answer.dropped:
+            _warn(f"note: dropped, does not fit the decoder: {name}")
+
+    def _save(self, path: str) -> None:
+        from refrag_core.session import SessionFile
+
+        own = self._file is not None and self._file.path.absolute() == Path(path).absolute()
+        (self._file if self._file and own else SessionFile(Path(path))).write(self._conversation.session)
+        self._tell(f"saved {len(self._conversation.turns)} turns in {path}")
+
+    def _history(self) -> None:
+        use = self._last.history if self._last else None
+        for number, turn in enumerate(self._conversation.turns):
+            state = "new"
+            if use is not None and number < use.dropped + use.passages + use.raw:
+                state = (
+                    "dropped" if number < use.dropped else "passage" if number < use.dropped + use.passages else "raw"
+                )
+            self._tell(f"{number + 1}. [{state}] {_one_line(turn.question, 80)}")
+            self._tell(f"   {_one_line(turn.answer, 80)}")
+        if use is not None:
+            self._tell(f"{use.positions:,} of {use.budget:,} positions for the history in the last prompt")
+
+    def _passages(self) -> None:
+        _print_passages(self._answered(), self._tell)
+
+    def _stats(self) -> None:
+        answer = self._answered()
+        _print_stats(answer, self._tell)
+        use = answer.history
+        if use is not None:
+            self._tell(
+                f"{answer.stats.reused_positions:,} positions reused; history: {use.raw} turns raw, {use.passages} as "
+                f"passages, {use.dropped} dropped, in {use.positions:,} of {use.budget:,} positions"
+            )
+
+    def _answered(self) -> "Answer":
+        if self._last is None:
+            raise UsageError("there is no answer yet; expected a question first")
+        return self._last
+
+    def _reset(self) -> None:
+        self._conversation.reset()
+        self._last = None
+        self._tell("all turns are forgotten")
+
+    def _help(self) -> None:
+        width = max(map(len, self._COMMANDS))
+        for command, what in self._COMMANDS.items():
+            self._tell(f"{command:<{width}}  {what}")
 
 
 # --- refrag serve -------------------------------------------------------------------------------------
@@ -1917,11 +2156,11 @@ def train_plot(
 
 
 class _Interrupted(BaseException):
-    """Ctrl-C or SIGTERM. Not KeyboardInterrupt, which Typer would turn into exit code 1 without a word."""
+    """Ctrl-C or SIGTERM, by its number. Not KeyboardInterrupt: Typer would make exit code 1 of it without a word."""
 
 
-def _interrupt(*_: object) -> None:
-    raise _Interrupted
+def _interrupt(number: int, _: object) -> None:
+    raise _Interrupted(number)
 
 
 def main() -> None:

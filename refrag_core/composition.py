@@ -85,6 +85,7 @@ def arrange(
     expansion_mask: Mask,
     question_ids: Sequence[int],
     *,
+    history: Sequence[int] = (),
     max_positions: int | None = None,
     max_new_tokens: int = 0,
     strict: bool = False,
@@ -93,6 +94,8 @@ def arrange(
 
     Args:
         expansion_mask: bool over all chunks of all passages, in order; True = raw tokens.
+        history: ids of a conversation's raw turns, from `PromptTemplate.turn`. They stand behind the prefix: nothing
+            before their end changes from one question to the next.
         max_positions: the decoder's limit on slots + `max_new_tokens`; None for no limit.
         strict: raise instead of dropping.
 
@@ -102,7 +105,7 @@ def arrange(
     _check(passages, expansion_mask)
     slots, chunks = _passage_slots(passages, expansion_mask)
     overhead = len(template.passage_header) + len(template.passage_footer)
-    fixed = template.num_fixed(0) + len(question_ids) + max_new_tokens
+    fixed = template.num_fixed(0) + len(history) + len(question_ids) + max_new_tokens
     kept = _num_fitting(fixed, [len(ids) + overhead for ids in slots], max_positions)
     if kept < len(passages) and strict:
         raise ConfigError(
@@ -111,7 +114,7 @@ def arrange(
         )
     mask = expansion_mask[: chunks[kept]]
     return Arrangement(
-        ids=_join(template, slots[:kept], question_ids),
+        ids=_join(template, history, slots[:kept], question_ids),
         compressed=np.flatnonzero(~mask),
         num_passages=kept,
         num_dropped=len(passages) - kept,
@@ -164,13 +167,13 @@ def _num_fitting(fixed: int, sizes: Sequence[int], max_positions: int | None) ->
     return int(np.searchsorted(ends, max_positions, side="right"))
 
 
-def _join(template: PromptTemplate, slots: Sequence[Ids], question_ids: Sequence[int]) -> Ids:
+def _join(template: PromptTemplate, history: Sequence[int], slots: Sequence[Ids], question_ids: Sequence[int]) -> Ids:
     question: list[Sequence[int] | Ids] = [template.before_question, question_ids, template.after_question]
     context: list[Sequence[int] | Ids] = [template.before_passages]
     for ids in slots:
         context += [template.passage_header, ids, template.passage_footer]
     content = question + context if template.question_first else context + question
-    parts = [template.bos, template.prefix, *content, template.suffix]
+    parts = [template.bos, template.prefix, history, *content, template.suffix]
     return np.concatenate([np.asarray(part, dtype=np.int32) for part in parts])
 
 
@@ -183,6 +186,7 @@ def compose(
     embed: Callable[[Tensor], Tensor],
     project: Callable[[Tensor], Tensor],
     device: torch.device | str = "cpu",
+    history: Sequence[int] = (),
     max_positions: int | None = None,
     max_new_tokens: int = 0,
     strict: bool = False,
@@ -199,6 +203,7 @@ def compose(
         passages,
         expansion_mask,
         question_ids,
+        history=history,
         max_positions=max_positions,
         max_new_tokens=max_new_tokens,
         strict=strict,

@@ -27,6 +27,7 @@ __all__ = [
     "RefragError",
     "RequestTimeoutError",
     "RunLockedError",
+    "SessionError",
     "SignatureError",
     "StageError",
     "TrainingDivergedError",
@@ -60,6 +61,10 @@ class MissingExtraError(UsageError):
 
 class MissingScoresError(UsageError):
     """The perplexity policy was asked for on an index without the score column."""
+
+
+class SessionError(UsageError):
+    """A file is no saved conversation, or one of another index or checkpoint."""
 
 
 class UntrainedProjectionError(UsageError):

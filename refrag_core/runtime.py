@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from refrag_core.answer_text import AnswerText, FinishReason
 from refrag_core.bundle import check_files, check_signed
@@ -29,6 +30,7 @@ from refrag_core.devices import resolve_device
 from refrag_core.embedding_storage import concatenate_rows, store_rows
 from refrag_core.encoder import ChunkEncoder
 from refrag_core.errors import FingerprintMismatchError, UntrainedProjectionError, UsageError
+from refrag_core.history import HistoryOptions, HistoryUse
 from refrag_core.index_reader import FetchedPassage, IndexReader, PassageRef
 from refrag_core.manifest import read_manifest
 from refrag_core.models import fingerprint_tokenizer, resolve_model
@@ -39,6 +41,10 @@ from refrag_core.retriever import Retriever
 from refrag_core.storage import IndexLocation
 from refrag_core.tables import TableFormat
 from refrag_core.template import PromptTemplate
+
+if TYPE_CHECKING:
+    from refrag_core.conversation import Conversation
+    from refrag_core.session import Session
 
 Mask = npt.NDArray[np.bool_]
 Scores = npt.NDArray[np.floating]
@@ -71,6 +77,10 @@ class AskOptions:
     """Which passages may be found, and how they are ranked."""
 
 
+Generate: TypeAlias = Callable[[Tensor, AskOptions], Iterator[list[int]]]
+"""From input embeddings `[s, d_dec]` to the tokens of one answer, as `Decoder.generate` gives them."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
     """Where the time went (milliseconds) and what the decoder saw; nothing but retrieval by default."""
@@ -97,6 +107,8 @@ class Stats:
     """Tokens of the passages used."""
     decoder_positions: int = 0
     """Slots of the whole prompt."""
+    reused_positions: int = 0
+    """Of them, those that a conversation's prompt before had left in the key-value cache."""
     compression: float = 1.0
     """Context tokens over the slots that they took."""
 
@@ -152,6 +164,8 @@ class Answer:
     """Live passages that the filter let through; None without one."""
     finish_reason: FinishReason = "stop"
     """`stop`: at an end-of-sequence id or a stop text; `length`: at max_new_tokens."""
+    history: HistoryUse | None = None
+    """What became of earlier turns; None outside of conversations. Turns given as passages are among `passages`."""
 
 
 def check_untrained(trained: bool, policy: str | None, expansion_fraction: float | None, allow: bool) -> None:
@@ -336,6 +350,11 @@ class Runtime:
         return self._generation.decoder
 
     @property
+    def decoder_folder(self) -> Path:
+        """Where the decoder was loaded from."""
+        return self._generation.decoder_folder
+
+    @property
     def projection(self) -> Projection:
         """φ on the decoder's device."""
         return self._generation.projection
@@ -362,15 +381,20 @@ class Runtime:
 
     # --- text outside the index
 
-    def encode_text(self, name: str, text: str) -> list[tuple["GivenPassage", FetchedPassage]]:
-        """A text cut into passages and encoded now, as the index would have done it; the cache spares repetition."""
+    def encode_text(self, name: str, text: str, *, encode: bool = True) -> list[tuple["GivenPassage", FetchedPassage]]:
+        """A text cut into passages and encoded now, as the index would have done it; the cache spares repetition.
+
+        Args:
+            encode: False leaves zeros in place of the embeddings, for passages whose every chunk will be expanded.
+        """
         parameters = self.reader.manifest.parameters
         options = ChunkingOptions(parameters.chunk_size, parameters.max_passage_tokens)
         (tokens,) = tokenize_documents([text], self.decoder.tokenizer)
         made, occurrences = [], Counter[str]()
         for passage in cut_passages(text, tokens, options):
             ids = tokens.ids[passage.token_start : passage.token_end]
-            encoded = self.chunk_encoder.encode(*chunk_rows(ids, parameters.chunk_size))
+            rows = chunk_rows(ids, parameters.chunk_size)
+            encoded = self.chunk_encoder.encode(*rows) if encode else _no_embeddings(len(rows[0]), self.checkpoint)
             embeddings = store_rows(encoded, parameters.embedding_dtype)
             given = GivenPassage(name, passage.text, passage_id(name, passage.text, occurrences[passage.text]).hex())
             occurrences[passage.text] += 1
@@ -423,9 +447,18 @@ class Runtime:
         )
 
     def compose(
-        self, question: str, fetched: Sequence[FetchedPassage], expansion_mask: Mask, options: AskOptions
+        self,
+        question: str,
+        fetched: Sequence[FetchedPassage],
+        expansion_mask: Mask,
+        options: AskOptions,
+        history: Sequence[int] = (),
     ) -> Composed:
-        """The decoder's mixed input: one slot for a compressed chunk, its tokens for an expanded one."""
+        """The decoder's mixed input: one slot for a compressed chunk, its tokens for an expanded one.
+
+        Args:
+            history: ids of a conversation's raw turns.
+        """
         return compose(
             self.template,
             [ContextPassage(p.tokens, p.chunk_size, p.embeddings) for p in fetched],
@@ -434,6 +467,7 @@ class Runtime:
             embed=self.decoder.embed,
             project=self.projection,
             device=self.decoder.device,
+            history=history,
             max_positions=_lower(self.decoder.max_positions, options.max_positions),
             max_new_tokens=options.max_new_tokens,
             strict=options.strict,
@@ -456,7 +490,7 @@ class Runtime:
             on_text: gets each piece of the answer's text as soon as it is certain.
         """
         runtime = self.pinned()
-        return runtime._generate(runtime.prepare(question, options or AskOptions(), given=given), on_text)
+        return runtime.answer_prepared(runtime.prepare(question, options or AskOptions(), given=given), on_text)
 
     def prepare(
         self,
@@ -486,10 +520,10 @@ class Runtime:
         columns = [*(columns for _, columns in extra), *fetched]
         sources: list[tuple[PassageRef | GivenPassage, float | None]] = [(passage, None) for passage, _ in extra]
         sources += refs
-        chosen = self._choose(sources, columns, options, query, clock)
-        return self._prepared(question, options, chosen, clock, instructions)
+        chosen = self.choose(sources, columns, options, query, clock)
+        return self.prepare_chosen(question, options, chosen, clock, instructions=instructions)
 
-    def _choose(
+    def choose(
         self,
         sources: Sequence[tuple[PassageRef | GivenPassage, float | None]],
         columns: Sequence[FetchedPassage],
@@ -497,18 +531,55 @@ class Runtime:
         query: npt.NDArray[np.float32] | None,
         clock: "Clock",
     ) -> Selection:
+        """The passages of a prompt, best first, with what the policy makes of their chunks."""
         scores = self.score_chunks(columns, options, query)
         mask = self._select(columns, options, scores)
         clock.lap("policy")
         return Selection(sources, columns, mask, scores)
 
-    def _prepared(
-        self, question: str, options: AskOptions, chosen: Selection, clock: "Clock", instructions: str = ""
+    def prepare_chosen(
+        self,
+        question: str,
+        options: AskOptions,
+        chosen: Selection,
+        clock: "Clock",
+        *,
+        instructions: str = "",
+        history: Sequence[int] = (),
     ) -> Prepared:
+        """`prepare` behind `choose`: compose.
+
+        Args:
+            history: ids of a conversation's raw turns.
+        """
         asked = f"{instructions}\n\n{question}" if instructions else question
-        composed = self.compose(asked, chosen.fetched, chosen.expansion_mask, options)
+        composed = self.compose(asked, chosen.fetched, chosen.expansion_mask, options, history)
         clock.lap("compose")
         return Prepared(question, options, chosen, composed, clock)
+
+    def chat(
+        self,
+        options: AskOptions | None = None,
+        *,
+        history: HistoryOptions | None = None,
+        session: "Session | None" = None,
+        adopt: bool = False,
+    ) -> "Conversation":
+        """A conversation with this runtime: questions that know those before them.
+
+        Args:
+            session: an earlier conversation to go on with.
+            adopt: go on also with one of another index or checkpoint.
+
+        Raises SessionError for such a session otherwise, and ConfigError when the decoder's chat template renders no
+        conversations.
+        """
+        from refrag_core.conversation import Conversation
+        from refrag_core.session import check_session, new_session
+
+        if session is not None and not adopt:
+            check_session(session, self)
+        return Conversation(self, options or AskOptions(), history or HistoryOptions(), session or new_session(self))
 
     def answer_from(self, question: str, passages: Sequence[PassageRef], options: AskOptions) -> Answer:
         """Answer from these passages instead of retrieved ones; none at all is the closed-book answer.
@@ -522,24 +593,38 @@ class Runtime:
         fetched = self.reader.fetch(passages)
         clock.lap("fetch")
         query = self.searcher.embed(question) if options.policy == "learned" and self.policy.query_dim else None
-        chosen = self._choose([(ref, None) for ref in passages], fetched, options, query, clock)
-        return self._generate(self._prepared(question, options, chosen, clock), None)
+        chosen = self.choose([(ref, None) for ref in passages], fetched, options, query, clock)
+        return self.answer_prepared(self.prepare_chosen(question, options, chosen, clock))
 
-    def _generate(self, prepared: Prepared, on_text: Callable[[str], object] | None) -> Answer:
+    def answer_prepared(
+        self,
+        prepared: Prepared,
+        on_text: Callable[[str], object] | None = None,
+        *,
+        generate: Generate | None = None,
+    ) -> Answer:
+        """Decode a prepared question.
+
+        Args:
+            generate: what reads the prompt and goes on from it; None for `Decoder.generate`.
+        """
         text, options = self.answer_text(prepared.options), prepared.options
         if prepared.composed is None:
             return self.finish(prepared, text)
-        steps = self.decoder.generate(
-            pad_batch([prepared.composed.inputs_embeds]),
+        steps = (generate or self._generate)(prepared.composed.inputs_embeds, options)
+        for piece in self._pieces(steps, text, prepared.clock):
+            if on_text is not None and piece:
+                on_text(piece)
+        return self.finish(prepared, text)
+
+    def _generate(self, inputs_embeds: Tensor, options: AskOptions) -> Iterator[list[int]]:
+        return self.decoder.generate(
+            pad_batch([inputs_embeds]),
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
             top_p=options.top_p,
             seed=options.seed,
         )
-        for piece in self._pieces(steps, text, prepared.clock):
-            if on_text is not None and piece:
-                on_text(piece)
-        return self.finish(prepared, text)
 
     @staticmethod
     def _pieces(steps: Iterator[list[int]], text: AnswerText, clock: "Clock") -> Iterator[str]:
@@ -618,6 +703,10 @@ class Runtime:
             source.name if isinstance(source, GivenPassage) else self.reader.describe(source).document_id
             for source in sources
         )
+
+
+def _no_embeddings(rows: int, checkpoint: Checkpoint) -> npt.NDArray[np.float16]:
+    return np.zeros((rows, checkpoint.config.d_enc), dtype=np.float16)
 
 
 def _open_generation(options: RuntimeOptions, version: int | None, current: _Generation | None) -> _Generation:
@@ -716,9 +805,9 @@ class Clock:
         return time.perf_counter() - self.started
 
     def lap(self, step: str, now: float | None = None) -> None:
-        """End a step, now or at a moment of `time.perf_counter`."""
+        """End a step, or a part of one that comes in several, now or at a moment of `time.perf_counter`."""
         now = time.perf_counter() if now is None else max(now, self._last)
-        self.laps[step] = 1000 * (now - self._last)
+        self.laps[step] = self.laps.get(step, 0.0) + 1000 * (now - self._last)
         self.ends[step] = 1000 * (now - self.started)
         self._last = now
 
@@ -754,7 +843,7 @@ def _stats(prepared: Prepared, new_tokens: int) -> Stats:
         return spent
     kept = chosen.fetched[: composed.arrangement.num_passages]
     context_tokens = sum(len(passage.tokens) for passage in kept)
-    slots = _context_slots(kept, chosen.expansion_mask)
+    slots = context_slots(kept, chosen.expansion_mask)
     return replace(
         spent,
         ttft_ms=round(clock.ends.get("prefill", 0.0), 3),
@@ -768,7 +857,8 @@ def _stats(prepared: Prepared, new_tokens: int) -> Stats:
     )
 
 
-def _context_slots(passages: Sequence[FetchedPassage], expansion_mask: Mask) -> int:
+def context_slots(passages: Sequence[FetchedPassage], expansion_mask: Mask) -> int:
+    """Slots that the passages themselves take, under a mask that begins with their chunks."""
     slots = start = 0
     for passage in passages:
         stop = start + len(passage.embeddings)

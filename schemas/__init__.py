@@ -1,4 +1,4 @@
-"""The formats that refrag writes: Arrow schemas, the manifest's JSON Schema, and BUNDLE.md, the spec."""
+"""The formats that refrag writes: Arrow schemas, JSON Schemas of manifests and sessions, and BUNDLE.md, the spec."""
 
 import json
 from functools import cache
@@ -12,5 +12,14 @@ FORMAT_VERSION = 1
 @cache
 def manifest_schema() -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) of `versions/<n>.json`."""
-    text = resources.files(__name__).joinpath("manifest.schema.json").read_text(encoding="utf-8")
-    return dict(json.loads(text))
+    return _schema("manifest.schema.json")
+
+
+@cache
+def session_schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of a saved conversation."""
+    return _schema("session.schema.json")
+
+
+def _schema(name: str) -> dict[str, Any]:
+    return dict(json.loads(resources.files(__name__).joinpath(name).read_text(encoding="utf-8")))

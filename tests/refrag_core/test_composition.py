@@ -47,6 +47,16 @@ def test_slots_by_hand() -> None:
     assert arrangement.num_dropped == 0
 
 
+@pytest.mark.parametrize("template", [TEMPLATE, QUESTION_FIRST])
+def test_earlier_turns_stand_behind_the_prefix_and_take_room(template: PromptTemplate) -> None:
+    alone = arrange(template, [passage(10, 4)], mask(0), [70])
+    given = arrange(template, [passage(10, 4)], mask(0), [70], history=[60, 61, 62], max_positions=len(alone.ids) + 3)
+    assert given.ids.tolist() == [900, 901, 60, 61, 62, *alone.ids[2:].tolist()]
+    assert (
+        arrange(template, [passage(10, 4)], mask(0), [70], history=[60], max_positions=len(alone.ids)).num_dropped == 1
+    )
+
+
 def test_the_question_can_stand_first() -> None:
     arrangement = arrange(QUESTION_FIRST, [passage(10, 4)], mask(0), [70])
     assert arrangement.ids.tolist() == [900, 901, 906, 70, 907, 902, 903, X, 904, 905, 908]
