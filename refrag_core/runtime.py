@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from refrag_core.answer_text import AnswerText, FinishReason
 from refrag_core.bundle import check_files, check_signed
@@ -29,10 +30,11 @@ from refrag_core.devices import resolve_device
 from refrag_core.embedding_storage import concatenate_rows, store_rows
 from refrag_core.encoder import ChunkEncoder
 from refrag_core.errors import FingerprintMismatchError, UntrainedProjectionError, UsageError
+from refrag_core.fast_path import FastPath, HotPassages
 from refrag_core.index_reader import FetchedPassage, IndexReader, PassageRef
 from refrag_core.manifest import read_manifest
 from refrag_core.models import fingerprint_tokenizer, resolve_model
-from refrag_core.policy import PointerPolicy, PolicyName, policy_logits, select
+from refrag_core.policy import PointerPolicy, PolicyName, num_expanded, policy_logits, select
 from refrag_core.projection import Projection
 from refrag_core.retrieval import BY_VECTORS, RetrievalOptions, Searcher, matching_retriever
 from refrag_core.retriever import Retriever
@@ -44,7 +46,7 @@ Mask = npt.NDArray[np.bool_]
 Scores = npt.NDArray[np.floating]
 
 
-STEPS = ("retrieval", "fetch", "encode", "policy", "compose", "queue", "prefill")
+STEPS = ("retrieval", "fetch", "encode", "upload", "policy", "compose", "queue", "prefill")
 """What comes before the first token, in order; each has its milliseconds in `Stats`."""
 
 
@@ -78,6 +80,8 @@ class Stats:
     retrieval_ms: float
     """Query embedding and search."""
     fetch_ms: float = 0.0
+    upload_ms: float = 0.0
+    """Chunk embeddings to the device, where hot ones are kept there; else part of composing."""
     encode_ms: float = 0.0
     """Encoding of text that is not in the index; 0 without any."""
     policy_ms: float = 0.0
@@ -196,6 +200,8 @@ class Selection:
     """bool over all chunks of all passages, in order."""
     scores: Scores | None = None
     """float over the same chunks: what the policy ranked them by."""
+    rows: Tensor | None = None
+    """All passages' chunk embeddings on the device, where they are kept there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +228,7 @@ class RuntimeOptions:
     tables: TableFormat = "parquet"
     device: str = "auto"
     verify_keys: tuple[Path, ...] = ()
+    captured: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +242,8 @@ class _Generation:
     projection: Projection
     policy: PointerPolicy
     text_encoder: "_TextEncoder"
+    fast: FastPath | None
+    hot: HotPassages | None
 
 
 class Runtime:
@@ -262,6 +271,7 @@ class Runtime:
         tables: TableFormat = "parquet",
         device: str = "auto",
         verify_keys: Sequence[Path] = (),
+        captured: bool | None = None,
     ) -> "Runtime":
         """Open a generation of the index or bundle at `location`: verify its manifest, map its tables, load the models.
 
@@ -270,10 +280,13 @@ class Runtime:
             chunk_cache: file that keeps the chunk embeddings of text outside the index between runs.
             tables: read the mapped Parquet shards, or the LanceDB tables (the same answers, slower).
             verify_keys: public keys; with them nothing is opened that is not signed with one, to the last byte.
+            captured: answer by captured graphs, which first requests pay for (see `warm`) and later ones gain by; None
+                does so on CUDA. True on a CPU takes the same path without graphs.
 
         Raises CorruptIndexError, SignatureError, ModelNotFoundError, and FingerprintMismatchError when a model is not
         the one that the index was made for.
         """
+        chosen_device = resolve_device(device)
         options = RuntimeOptions(
             location=location,
             decoder=decoder,
@@ -281,8 +294,9 @@ class Runtime:
             checkpoint=checkpoint,
             tables=tables,
             chunk_cache=chunk_cache,
-            device=resolve_device(device),
+            device=chosen_device,
             verify_keys=tuple(verify_keys),
+            captured=chosen_device.startswith("cuda") if captured is None else captured,
         )
         return cls(_open_generation(options, version, None), options)
 
@@ -309,6 +323,11 @@ class Runtime:
     def pinned(self) -> "Runtime":
         """This runtime with the generation that it has now, for good: a reload of this one does not change it."""
         return Runtime(self._generation, self._options)
+
+    def warm(self, positions: Sequence[int]) -> None:
+        """Capture the graphs that prompts of these many decoder positions need, where answers come by such."""
+        if self._generation.fast is not None:
+            self._generation.fast.warm(positions)
 
     @property
     def version(self) -> int:
@@ -389,32 +408,57 @@ class Runtime:
         """Tokens, chunk embeddings and scores of passages, from the memory map."""
         return self.reader.fetch([ref for ref, _ in refs])
 
+    def upload(self, sources: Sequence[PassageRef | GivenPassage], fetched: Sequence[FetchedPassage]) -> Tensor | None:
+        """Chunk embeddings `[L, d_enc]` of all passages on the device, where hot ones are kept there; else None."""
+        if self._generation.hot is None or not fetched:
+            return None
+        keys = [source.passage if isinstance(source, GivenPassage) else source for source in sources]
+        return self._generation.hot.rows(keys, [passage.embeddings for passage in fetched])
+
     def select(
-        self, fetched: Sequence[FetchedPassage], options: AskOptions, query: npt.NDArray[np.float32] | None = None
+        self,
+        fetched: Sequence[FetchedPassage],
+        options: AskOptions,
+        query: npt.NDArray[np.float32] | None = None,
+        *,
+        rows: Tensor | None = None,
     ) -> Mask:
-        """expansion_mask over all chunks of all passages. Raises MissingScoresError for `perplexity` without scores."""
-        return self._select(fetched, options, self.score_chunks(fetched, options, query))
+        """expansion_mask over all chunks of all passages. Raises MissingScoresError for `perplexity` without scores.
+
+        Args:
+            rows: the chunk embeddings from `upload`.
+        """
+        return self._select(fetched, options, self.score_chunks(fetched, options, query, rows=rows))
 
     def score_chunks(
-        self, fetched: Sequence[FetchedPassage], options: AskOptions, query: npt.NDArray[np.float32] | None = None
+        self,
+        fetched: Sequence[FetchedPassage],
+        options: AskOptions,
+        query: npt.NDArray[np.float32] | None = None,
+        *,
+        rows: Tensor | None = None,
     ) -> Scores | None:
         """What the policy ranks the chunks by, float32 over all of them: logits or nats a token; None for the others.
 
-        Also None for `perplexity` where the index has no scores.
+        Also None for `perplexity` where the index has no scores, and for `learned` where nothing is to be expanded: the
+        device is spared a wait.
         """
-        if options.policy == "learned" and fetched:
-            embeddings = concatenate_rows([passage.embeddings for passage in fetched])
-            return policy_logits(self.policy, embeddings, query if self.policy.query_dim else None)
+        num_chunks = sum(len(passage.embeddings) for passage in fetched)
+        if options.policy == "learned":
+            if not num_expanded(num_chunks, options.expansion_fraction):
+                return None
+            return self._policy_logits(fetched, query if self.policy.query_dim else None, rows)
         nll = [passage.scores for passage in fetched if passage.scores is not None]
         return np.concatenate(nll) if options.policy == "perplexity" and fetched and len(nll) == len(fetched) else None
 
     @staticmethod
     def _select(fetched: Sequence[FetchedPassage], options: AskOptions, scores: Scores | None) -> Mask:
         num_chunks = sum(len(passage.embeddings) for passage in fetched)
+        chosen = "none" if options.policy == "learned" and scores is None else options.policy
         if not num_chunks:
             return np.zeros(0, bool)
         return select(
-            options.policy,
+            chosen,
             num_chunks=num_chunks,
             expansion_fraction=options.expansion_fraction,
             logits=scores if options.policy == "learned" else None,
@@ -422,21 +466,40 @@ class Runtime:
             seed=options.seed,
         )
 
+    def _policy_logits(
+        self, fetched: Sequence[FetchedPassage], query: npt.NDArray[np.float32] | None, rows: Tensor | None
+    ) -> npt.NDArray[np.float32]:
+        if self._generation.fast is not None and rows is not None:
+            return self._generation.fast.policy_logits(rows, query)
+        return policy_logits(self.policy, concatenate_rows([passage.embeddings for passage in fetched]), query)
+
     def compose(
-        self, question: str, fetched: Sequence[FetchedPassage], expansion_mask: Mask, options: AskOptions
+        self,
+        question: str,
+        fetched: Sequence[FetchedPassage],
+        expansion_mask: Mask,
+        options: AskOptions,
+        *,
+        rows: Tensor | None = None,
     ) -> Composed:
-        """The decoder's mixed input: one slot for a compressed chunk, its tokens for an expanded one."""
+        """The decoder's mixed input: one slot for a compressed chunk, its tokens for an expanded one.
+
+        Args:
+            rows: the chunk embeddings from `upload`.
+        """
+        fast = self._generation.fast
         return compose(
             self.template,
             [ContextPassage(p.tokens, p.chunk_size, p.embeddings) for p in fetched],
             expansion_mask,
             self.decoder.tokenizer.encode(question, add_special_tokens=False).ids,
             embed=self.decoder.embed,
-            project=self.projection,
+            project=self.projection if fast is None or rows is None else fast.project,
             device=self.decoder.device,
             max_positions=_lower(self.decoder.max_positions, options.max_positions),
             max_new_tokens=options.max_new_tokens,
             strict=options.strict,
+            rows=rows,
         )
 
     # --- all together
@@ -497,16 +560,18 @@ class Runtime:
         query: npt.NDArray[np.float32] | None,
         clock: "Clock",
     ) -> Selection:
-        scores = self.score_chunks(columns, options, query)
+        rows = self.upload([source for source, _ in sources], columns)
+        clock.lap("upload")
+        scores = self.score_chunks(columns, options, query, rows=rows)
         mask = self._select(columns, options, scores)
         clock.lap("policy")
-        return Selection(sources, columns, mask, scores)
+        return Selection(sources, columns, mask, scores, rows)
 
     def _prepared(
         self, question: str, options: AskOptions, chosen: Selection, clock: "Clock", instructions: str = ""
     ) -> Prepared:
         asked = f"{instructions}\n\n{question}" if instructions else question
-        composed = self.compose(asked, chosen.fetched, chosen.expansion_mask, options)
+        composed = self.compose(asked, chosen.fetched, chosen.expansion_mask, options, rows=chosen.rows)
         clock.lap("compose")
         return Prepared(question, options, chosen, composed, clock)
 
@@ -525,17 +590,29 @@ class Runtime:
         chosen = self._choose([(ref, None) for ref in passages], fetched, options, query, clock)
         return self._generate(self._prepared(question, options, chosen, clock), None)
 
-    def _generate(self, prepared: Prepared, on_text: Callable[[str], object] | None) -> Answer:
-        text, options = self.answer_text(prepared.options), prepared.options
-        if prepared.composed is None:
-            return self.finish(prepared, text)
-        steps = self.decoder.generate(
-            pad_batch([prepared.composed.inputs_embeds]),
+    def _steps(self, composed: Composed, options: AskOptions) -> Iterator[list[int]]:
+        fast = self._generation.fast
+        if fast is None:
+            return self.decoder.generate(
+                pad_batch([composed.inputs_embeds]),
+                max_new_tokens=options.max_new_tokens,
+                temperature=options.temperature,
+                top_p=options.top_p,
+                seed=options.seed,
+            )
+        return fast.generate(
+            composed.inputs_embeds,
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
             top_p=options.top_p,
             seed=options.seed,
         )
+
+    def _generate(self, prepared: Prepared, on_text: Callable[[str], object] | None) -> Answer:
+        text, options = self.answer_text(prepared.options), prepared.options
+        if prepared.composed is None:
+            return self.finish(prepared, text)
+        steps = self._steps(prepared.composed, options)
         for piece in self._pieces(steps, text, prepared.clock):
             if on_text is not None and piece:
                 on_text(piece)
@@ -635,17 +712,22 @@ def _open_generation(options: RuntimeOptions, version: int | None, current: _Gen
         opened.verify_decoder(folder)  # the signed checkpoint says which weights it was made for
     searcher = Searcher(reader, _retriever(options, reader, current))
     if current is not None and _same_models(current, opened, folder):
-        return replace(current, searcher=searcher)
+        hot = None if current.hot is None else HotPassages(current.decoder.device)
+        return replace(current, searcher=searcher, hot=hot)
     decoder = Decoder.load(folder, device=options.device, adapter=opened.load_adapter())
     _check_width(decoder, opened)
+    projection = opened.projection.to(decoder.device).requires_grad_(False)
+    policy = opened.policy.to(decoder.device).requires_grad_(False)
     return _Generation(
         searcher=searcher,
         checkpoint=opened,
         decoder=decoder,
         decoder_folder=folder,
-        projection=opened.projection.to(decoder.device).requires_grad_(False),
-        policy=opened.policy.to(decoder.device).requires_grad_(False),
+        projection=projection,
+        policy=policy,
         text_encoder=_TextEncoder(opened, str(decoder.device), options.chunk_cache),
+        fast=FastPath(decoder, projection, policy) if options.captured else None,
+        hot=HotPassages(decoder.device) if options.captured else None,
     )
 
 
