@@ -1415,7 +1415,8 @@ def _print_answer(answer: "Answer") -> None:
     encode = f"encode {s.encode_ms:,.1f} + " if s.encode_ms >= 0.1 else ""
     print(
         f"\nfirst token {s.ttft_ms:,.1f} ms = retrieval {s.retrieval_ms:,.1f} + fetch {s.fetch_ms:,.2f} + "
-        f"{encode}policy {s.policy_ms:,.2f} + compose {s.upload_ms + s.compose_ms:,.1f} + prefill {s.prefill_ms:,.1f};\n"
+        f"{encode}policy {s.policy_ms:,.2f} + compose {s.upload_ms + s.compose_ms:,.1f} + "
+        f"prefill {s.prefill_ms:,.1f};\n"
         f"then {s.ttit_ms:,.1f} ms a token. {s.context_tokens:,} context tokens in {s.num_chunks:,} chunks, "
         f"{s.num_expanded:,} expanded: "
         f"{s.decoder_positions:,} decoder positions, compression {s.compression:.2f}x"

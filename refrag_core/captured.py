@@ -29,7 +29,8 @@ class _Captured:
 class CapturedCalls:
     """`function(*tensors, *constants)`, a graph for every combination of shapes, dtypes and constants on CUDA.
 
-    Threads may share it: their calls follow one another on the device. Graphs share their memory, so that the largest decides how much it is.
+    Threads may share it: their calls follow one another on the device. Graphs share their memory, so that the largest
+    decides how much it is.
 
     Args:
         function: of tensors and hashable constants to one tensor, without waiting for the device.
