@@ -87,7 +87,7 @@ class CapturedCalls:
         torch.cuda.current_stream(self._device).wait_stream(stream)
 
 
-def bucket(size: int, *, smallest: int, fine: int = 512) -> int:
+def bucket(size: int, *, smallest: int, fine: int = 1024) -> int:
     """The padded size for `size`: multiples of `smallest` up to `fine`, from there on eighths of a power of two.
 
     Padding is at most `smallest` below `fine` and an eighth above it, with few different shapes.
