@@ -300,6 +300,34 @@ class Runtime:
         )
         return cls(_open_generation(options, version, None), options)
 
+    @classmethod
+    def assemble(
+        cls,
+        *,
+        searcher: Searcher,
+        checkpoint: Checkpoint,
+        decoder: Decoder,
+        fast: FastPath | None = None,
+    ) -> "Runtime":
+        """A runtime over parts that are open already, as a benchmark has them; it has nothing to reload from.
+
+        Args:
+            checkpoint: its projection and policy are moved to the decoder's device.
+            fast: made over the same decoder, projection and policy; None answers by the plain path.
+        """
+        generation = _Generation(
+            searcher=searcher,
+            checkpoint=checkpoint,
+            decoder=decoder,
+            decoder_folder=Path(),
+            projection=checkpoint.projection.to(decoder.device).requires_grad_(False),
+            policy=checkpoint.policy.to(decoder.device).requires_grad_(False),
+            text_encoder=_TextEncoder(checkpoint, str(decoder.device), None),
+            fast=fast,
+            hot=None if fast is None else HotPassages(decoder.device),
+        )
+        return cls(generation, RuntimeOptions(location=Path(), device=str(decoder.device), captured=fast is not None))
+
     def reload(self, version: int | None = None) -> int:
         """Answer from generation `version` from now on, by default the newest; returns its number.
 
