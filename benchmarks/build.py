@@ -129,7 +129,7 @@ def _summary(
     rows = []
     for stage, seconds in made.steps.items():
         side_by_side = seconds / workers if stage == "tokenize" else seconds
-        row = {"stage": stage, "seconds": round(side_by_side, 3)}
+        row: dict[str, Any] = {"stage": stage, "seconds": round(side_by_side, 3)}
         rows.append(row | {"own_mb_per_s": round(options.megabytes / side_by_side, 2) if side_by_side > 0 else None})
         say(f"{stage}: {side_by_side:.2f} s")
     slowest = max(rows, key=lambda row: row["seconds"])

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 
 from refrag.benchmarks.decoder_shapes import word_tokenizer
@@ -69,9 +70,10 @@ def measure(options: EncodeOptions) -> dict[str, Any]:
             rates.append(apart)
         if not options.sweep:
             rows += embed_rows(options, body, words)
-    report = {"environment": environment() | {"device": options.device}, "matmul_tflops": round(matmul / 1e12, 2)}
+    machine = environment() | {"device": options.device}
     if options.device.startswith("cuda"):
-        report["environment"]["gpu"] = torch.cuda.get_device_name()
+        machine["gpu"] = torch.cuda.get_device_name()
+    report: dict[str, Any] = {"environment": machine, "matmul_tflops": round(matmul / 1e12, 4)}
     report["left_out"] = [] if _has_sentence_transformers() else ["sentence-transformers: not installed"]
     return report | {"rows": rows, "rates": rates}
 
@@ -89,7 +91,7 @@ def body_named(name: str, vocabulary: int) -> Any:
 
 def flops_a_token(body: Any) -> float:
     """Of the layers' matrix products; attention's own are left out."""
-    return 2.0 * sum(w.numel() for name, w in body.named_parameters() if ".layer." in name and w.ndim == 2)
+    return 2.0 * float(sum(w.numel() for name, w in body.named_parameters() if ".layer." in name and w.ndim == 2))
 
 
 def matmul_flops(device: str) -> float:
@@ -219,7 +221,7 @@ class _Bench:
 
             def write() -> None:
                 schema = arrow.embeddings(rows.shape[1], "float16")
-                write_table(path, arrow.pa.Table.from_arrays([fixed_binary(rows)], schema=schema))
+                write_table(path, pa.Table.from_arrays([fixed_binary(rows)], schema=schema))
                 with path.open("rb") as stream:
                     os.fsync(stream.fileno())
 

@@ -132,7 +132,7 @@ def measure(options: TtftOptions) -> dict[str, Any]:
             del index
         for context in options.context[:1]:
             throughput = _throughput(bench, context, options)
-    report = {"environment": _environment(options), "search": vectors.kind, "rows": rows, "throughput": throughput}
+    report: dict[str, Any] = {"environment": _environment(options), "search": vectors.kind, "rows": rows, "throughput": throughput}
     report["weights_read_ms"] = _weights_read_ms(bench)
     return report
 
@@ -324,7 +324,7 @@ def _weights_read_ms(bench: Bench) -> float:
     block = torch.empty(1 << (30 if bench.device.type == "cuda" else 26), dtype=torch.uint8, device=bench.device)
     other = torch.empty_like(block)
     seconds = min(_seconds(bench.device, lambda: other.copy_(block)) for _ in range(5))
-    return round(1000 * weights / (2 * block.numel() / seconds), 3)
+    return round(1000 * float(weights) / (2 * block.numel() / seconds), 3)
 
 
 def synchronise(device: torch.device) -> None:
