@@ -132,7 +132,12 @@ def measure(options: TtftOptions) -> dict[str, Any]:
             del index
         for context in options.context[:1]:
             throughput = _throughput(bench, context, options)
-    report: dict[str, Any] = {"environment": _environment(options), "search": vectors.kind, "rows": rows, "throughput": throughput}
+    report: dict[str, Any] = {
+        "environment": _environment(options),
+        "search": vectors.kind,
+        "rows": rows,
+        "throughput": throughput,
+    }
     report["weights_read_ms"] = _weights_read_ms(bench)
     return report
 
