@@ -55,7 +55,7 @@ def word_tokenizer(vocabulary: int) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([" ".join(words_of(200_000))], trainer)
+    tokenizer.train_from_iterator([" ".join(words_of(60_000))], trainer)
     return tokenizer
 
 

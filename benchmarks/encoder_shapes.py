@@ -46,7 +46,7 @@ def _trained_pieces() -> str:
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
     trainer = trainers.WordPieceTrainer(vocab_size=_PIECES, special_tokens=list(SPECIAL), show_progress=False)
-    tokenizer.train_from_iterator([" ".join(words_of(200_000))], trainer)
+    tokenizer.train_from_iterator([" ".join(words_of(60_000))], trainer)
     ids = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ids)
     return str(tokenizer.to_str())
