@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ["pyproject.toml", "README.md", "cli.py", "schemas", "refrag_core", "pipelines"]
+PARTS = ["pyproject.toml", "README.md", "cli.py", "schemas", "refrag_core", "pipelines", "benchmarks"]
 
 
 def pip(*arguments: object) -> None:
