@@ -50,7 +50,9 @@ train_app = typer.Typer(help="Prepare text and train a checkpoint, stage by stag
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(eval_app, name="eval")
 app.add_typer(train_app, name="train")
-bench_app = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
+bench_app = typer.Typer(
+    help="Measure speed on this machine: first token, encoding, a whole build.", no_args_is_help=True
+)
 app.add_typer(bench_app, name="bench")
 
 
@@ -1438,7 +1440,8 @@ def _print_stats(answer: "Answer", tell: Callable[[str], object]) -> None:
     encode = f"encode {s.encode_ms:,.1f} + " if s.encode_ms >= 0.1 else ""
     tell(
         f"\nfirst token {s.ttft_ms:,.1f} ms = retrieval {s.retrieval_ms:,.1f} + fetch {s.fetch_ms:,.2f} + "
-        f"{encode}policy {s.policy_ms:,.2f} + compose {s.compose_ms:,.1f} + prefill {s.prefill_ms:,.1f};\n"
+        f"{encode}policy {s.policy_ms:,.2f} + compose {s.upload_ms + s.compose_ms:,.1f} + "
+        f"prefill {s.prefill_ms:,.1f};\n"
         f"then {s.ttit_ms:,.1f} ms a token. {s.context_tokens:,} context tokens in {s.num_chunks:,} chunks, "
         f"{s.num_expanded:,} expanded: "
         f"{s.decoder_positions:,} decoder positions, compression {s.compression:.2f}x"
@@ -2150,6 +2153,170 @@ def train_plot(
         _print_json({"image": str(image), "panels": {panel.title: list(panel.curves) for panel in drawn}})
     else:
         print(image)
+
+
+# --- refrag bench -------------------------------------------------------------------------------------
+
+PlotFile = Annotated[Path | None, typer.Option(help="Draw the result into this PNG file.", show_default=False)]
+ReportFile = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Write the JSON to this file as well.", show_default=False)
+]
+ChunkSizes = Annotated[str, typer.Option(help="Tokens a chunk, separated by commas.")]
+
+
+@bench_app.command("ttft")
+def bench_ttft(
+    decoder: Annotated[
+        str | None,
+        typer.Option(
+            help="Shape with random weights (tiny, smollm2-135m, llama-3.2-3b, llama-2-7b, llama-3.1-8b, llama-2-13b) "
+            "or a model. Default: llama-2-7b on a GPU, smollm2-135m on a CPU.",
+            show_default=False,
+        ),
+    ] = None,
+    context: Annotated[
+        str | None,
+        typer.Option(help="Context tokens, separated by commas. Default: 2048,4096,8192,16384; 1024,2048 on a CPU."),
+    ] = None,
+    chunk_size: ChunkSizes = "8,16,32",
+    expansion_fraction: Annotated[
+        str | None,
+        typer.Option(help="Fractions of expanded chunks, separated by commas. Default: 0,.1,.25; 0 on a CPU."),
+    ] = None,
+    passages: Annotated[
+        int | None, typer.Option(help="Passages that are searched. Default: 100,000; 5,000 on a CPU.", min=64)
+    ] = None,
+    encoder: Annotated[
+        str, typer.Option(help="Shape of the chunk encoder and the retriever: minilm, roberta-base.")
+    ] = "minilm",
+    batch: Annotated[
+        str | None, typer.Option(help="Prompts at once in the throughput rows. Default: 1,2,4,8; 1,2 on a CPU.")
+    ] = None,
+    repeats: Annotated[int | None, typer.Option(help="Timed questions a row. Default: 15; 3 on a CPU.", min=1)] = None,
+    full: Annotated[bool, typer.Option(help="Measure the decoder reading the full context too.")] = True,
+    dtype: Annotated[str | None, typer.Option(help="Of a decoder with random weights: float32, bfloat16.")] = None,
+    device: Device = "auto",
+    as_json: JsonFlag = False,
+    plot: PlotFile = None,
+    output: ReportFile = None,
+) -> None:
+    """Time to the first token of the whole path, by step, beside the same decoder reading the full context."""
+    from refrag.benchmarks import ttft
+    from refrag_core.devices import resolve_device
+
+    chosen = resolve_device(device)
+    on_cpu = chosen == "cpu"
+    options = ttft.TtftOptions(
+        decoder=decoder or ("smollm2-135m" if on_cpu else "llama-2-7b"),
+        context=_whole_numbers("--context", context or ("1024,2048" if on_cpu else "2048,4096,8192,16384")),
+        chunk_size=_whole_numbers("--chunk-size", chunk_size),
+        expansion_fraction=tuple(_fractions(expansion_fraction or ("0" if on_cpu else "0,.1,.25"), trained=True)),
+        passages=passages or (5_000 if on_cpu else 100_000),
+        encoder=encoder,
+        batch=_whole_numbers("--batch", batch or ("1,2" if on_cpu else "1,2,4,8")),
+        repeats=repeats or (3 if on_cpu else 15),
+        full=full,
+        device=chosen,
+        dtype=ttft.dtype_named(dtype),
+    )
+    _report_bench(ttft, ttft.measure(options), as_json, plot, output)
+
+
+@bench_app.command("encode")
+def bench_encode(
+    body: Annotated[
+        str | None,
+        typer.Option(
+            help="Shapes (tiny, minilm, roberta-base, roberta-large) or models, separated by commas. Default: "
+            "minilm,roberta-base; minilm on a CPU.",
+            show_default=False,
+        ),
+    ] = None,
+    chunk_size: ChunkSizes = "16",
+    chunks: Annotated[
+        int | None, typer.Option(help="Chunks in a timed run. Default: 1,000,000; 2,000 on a CPU.", min=1)
+    ] = None,
+    texts: Annotated[
+        int | None,
+        typer.Option(help="Texts for tokenizers and sentence-transformers. Default: 20,000; 500 on a CPU.", min=10),
+    ] = None,
+    sweep: Annotated[bool, typer.Option(help="Try every form of attention and batch size instead.")] = False,
+    device: Device = "auto",
+    as_json: JsonFlag = False,
+    plot: PlotFile = None,
+    output: ReportFile = None,
+) -> None:
+    """Chunks and passages a second, beside the bare body and sentence-transformers, and what bounds them."""
+    from refrag.benchmarks import encode
+    from refrag_core.devices import resolve_device
+
+    chosen = resolve_device(device)
+    on_cpu = chosen == "cpu"
+    options = encode.EncodeOptions(
+        body=tuple((body or ("minilm" if on_cpu else "minilm,roberta-base")).split(",")),
+        chunk_size=_whole_numbers("--chunk-size", chunk_size),
+        chunks=chunks or (2_000 if on_cpu else 1_000_000),
+        texts=texts or (500 if on_cpu else 20_000),
+        sweep=sweep,
+        device=chosen,
+    )
+    _report_bench(encode, encode.measure(options), as_json, plot, output)
+
+
+@bench_app.command("build")
+def bench_build(
+    megabytes: Annotated[
+        float | None, typer.Option(help="MB of text. Default: 1,000; 1 on a CPU.", min=0.1, show_default=False)
+    ] = None,
+    encoder: Annotated[
+        str | None, typer.Option(help="Shape of encoder and retriever. Default: minilm; tiny on a CPU.")
+    ] = None,
+    chunk_size: Annotated[int, typer.Option(help="Tokens a chunk.", min=1)] = 16,
+    workers: Annotated[int | None, typer.Option(help="Tokenizing processes.", show_default=False)] = None,
+    shard_bytes: Annotated[int | None, typer.Option(help="Text bytes a shard.", show_default=False)] = None,
+    device: Device = "auto",
+    as_json: JsonFlag = False,
+    plot: PlotFile = None,
+    output: ReportFile = None,
+) -> None:
+    """A whole build from text, and what its slowest stage does by itself."""
+    from refrag.benchmarks import build
+    from refrag_core.devices import resolve_device
+
+    chosen = resolve_device(device)
+    on_cpu = chosen == "cpu"
+    options = build.BuildBenchOptions(
+        megabytes=megabytes or (1.0 if on_cpu else 1_000.0),
+        encoder=encoder or ("tiny" if on_cpu else "minilm"),
+        chunk_size=chunk_size,
+        workers=workers,
+        shard_bytes=shard_bytes,
+        device=chosen,
+    )
+    _report_bench(build, build.measure(options), as_json, plot, output)
+
+
+def _report_bench(module: Any, report: dict[str, Any], as_json: bool, plot: Path | None, output: Path | None) -> None:
+    """What a benchmark found: as a table or JSON on stdout, in files where they are named."""
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if plot is not None and report["rows"]:
+        module.plot(report, plot)
+    if as_json:
+        _print_json(report)
+    else:
+        print(module.table(report))
+
+
+def _whole_numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise UsageError(f"{option} is {text!r}; expected whole numbers from 1 on, separated by commas")
+    return found
 
 
 # --- entry --------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ returns a receipt. Retries, duplicates and kills are therefore harmless, and eng
 are loaded once a process, on first use.
 """
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -44,6 +45,9 @@ CHECKPOINTS = "checkpoints"
 """Folder of an index with the checkpoints of its generations."""
 
 _DOCUMENTS_A_BATCH = 256
+
+_LOADING = threading.Lock()
+"""Two threads that want a model at once load it once."""
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -493,7 +497,8 @@ class EncodeStage:
         Raises ModelNotFoundError and FingerprintMismatchError where this machine lacks its body or has another one.
         """
         stored = _stored_checkpoint(self.index, Path(self.checkpoint).name) if self.index else self.checkpoint
-        return _encoder(stored, self.device)
+        with _LOADING:
+            return _encoder(stored, self.device)
 
     def __call__(self, store: Store, shard: TokenizedShard) -> Receipt:
         """Write the embeddings of one shard's chunks."""
@@ -549,7 +554,8 @@ class EmbedStage:
         Raises ModelNotFoundError and FingerprintMismatchError where this machine has none, or another one.
         """
         folder = _checked("retriever", self.reference, self.retriever, self.retriever_fingerprint)
-        return _retriever(folder, self.device)
+        with _LOADING:
+            return _retriever(folder, self.device)
 
     def __call__(self, store: Store, shard: TokenizedShard) -> Receipt:
         """Write the embeddings of one shard's passages."""
@@ -599,7 +605,8 @@ class ScoreStage:
         Raises ModelNotFoundError and FingerprintMismatchError where this machine has none, or another one.
         """
         folder = _checked("decoder", self.reference, self.decoder, self.decoder_fingerprint)
-        return _scorer(folder, self.decoder_fingerprint, self.device)
+        with _LOADING:
+            return _scorer(folder, self.decoder_fingerprint, self.device)
 
     @property
     def fingerprint(self) -> str:

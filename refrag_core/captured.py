@@ -4,6 +4,7 @@ A decoder's forward over few positions costs the host more than the device: hund
 one launch. Everything a captured function reads must be in its tensors or stay where it is for good.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,8 @@ class _Captured:
 class CapturedCalls:
     """`function(*tensors, *constants)`, a graph for every combination of shapes, dtypes and constants on CUDA.
 
-    Not for two threads at once. Graphs share their memory, so that the largest decides how much it is.
+    Threads may share it: their calls follow one another on the device. Graphs share their memory, so that the largest
+    decides how much it is.
 
     Args:
         function: of tensors and hashable constants to one tensor, without waiting for the device.
@@ -40,6 +42,7 @@ class CapturedCalls:
         self._device = device
         self._graphs: dict[Key, _Captured] = {}
         self._pool: Any = None
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -49,6 +52,10 @@ class CapturedCalls:
         """The function's result, in memory of its own. Tensors may be on the host; they travel without waiting."""
         if self._device.type != "cuda":
             return self._function(*(tensor.to(self._device) for tensor in tensors), *constants)
+        with self._lock:
+            return self._replay(tensors, constants)
+
+    def _replay(self, tensors: Sequence[Tensor], constants: Sequence[Any]) -> Tensor:
         key = (*((tensor.shape, tensor.dtype) for tensor in tensors), *constants)
         captured = self._graphs.get(key)
         if captured is None:
@@ -80,7 +87,7 @@ class CapturedCalls:
         torch.cuda.current_stream(self._device).wait_stream(stream)
 
 
-def bucket(size: int, *, smallest: int, fine: int = 512) -> int:
+def bucket(size: int, *, smallest: int, fine: int = 1024) -> int:
     """The padded size for `size`: multiples of `smallest` up to `fine`, from there on eighths of a power of two.
 
     Padding is at most `smallest` below `fine` and an eighth above it, with few different shapes.

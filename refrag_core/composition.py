@@ -190,10 +190,12 @@ def compose(
     max_positions: int | None = None,
     max_new_tokens: int = 0,
     strict: bool = False,
+    rows: Tensor | None = None,
 ) -> Composed:
     """`arrange` the prompt and embed it.
 
     Args:
+        rows: chunk embeddings `[L, d_enc]` of all passages where they are on the device already.
         embed: int64 ids `[s]` → `[s, d_dec]`, the decoder's input embeddings.
         project: chunk embeddings `[c, d_enc]`, float16 or (from int8) float32 → `[c, d_dec]`, φ.
         device: where `embed` and `project` compute.
@@ -208,7 +210,8 @@ def compose(
         max_new_tokens=max_new_tokens,
         strict=strict,
     )
-    return Composed(embed_arrangement(arrangement, passages, embed=embed, project=project, device=device), arrangement)
+    embeds = embed_arrangement(arrangement, passages, embed=embed, project=project, device=device, rows=rows)
+    return Composed(embeds, arrangement)
 
 
 @torch.inference_mode()
@@ -219,14 +222,18 @@ def embed_arrangement(
     embed: Callable[[Tensor], Tensor],
     project: Callable[[Tensor], Tensor],
     device: torch.device | str = "cpu",
+    rows: Tensor | None = None,
 ) -> Tensor:
     """`[s, d_dec]`: embeddings of the ids, with the projected chunk vectors scattered over their slots."""
     ids = torch.from_numpy(arrangement.ids.astype(np.int64)).to(device)
     embeds = embed(ids.clamp_min(0))
     if not len(arrangement.compressed):
         return embeds
-    stored = concatenate_rows([passage.chunk_embeddings for passage in passages[: arrangement.num_passages]])
-    vectors = project(upload_rows(stored[arrangement.compressed], device))
+    if rows is None:
+        stored = concatenate_rows([passage.chunk_embeddings for passage in passages[: arrangement.num_passages]])
+        vectors = project(upload_rows(stored[arrangement.compressed], device))
+    else:
+        vectors = project(rows[torch.from_numpy(arrangement.compressed).to(rows.device)])
     slots = torch.from_numpy(np.flatnonzero(arrangement.ids == COMPRESSED)).to(device)
     return embeds.index_copy(0, slots, vectors.to(embeds.dtype))
 

@@ -201,9 +201,10 @@ class Decoder:
         Raises ConfigError for settings out of range, before anything is computed.
         """
         check_sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
-        return self._steps(batch, max_new_tokens, Sampler(temperature, top_p, seed, self.device))
+        return self.steps(batch, max_new_tokens, Sampler(temperature, top_p, seed, self.device))
 
-    def _steps(self, batch: PromptBatch, max_new_tokens: int, sampler: "Sampler") -> Iterator[list[int]]:
+    def steps(self, batch: PromptBatch, max_new_tokens: int, sampler: "Sampler") -> Iterator[list[int]]:
+        """`generate` with a sampler that exists already."""
         prefilled = self.prefill(batch)
         mask, position = batch.attention_mask, batch.position_ids[:, -1]
         chosen = sampler.choose(prefilled.logits)

@@ -18,6 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 
 from refrag_core.batching import SafeBatchSize, Span, cache_dir, equal_runs, map_spans
+from refrag_core.captured import CapturedCalls
 from refrag_core.digests import digest_json
 from refrag_core.encoder import load_body
 from refrag_core.errors import ConfigError
@@ -35,6 +36,8 @@ CPU_MIN_TOKENS = 64
 _RECIPE = "mean-l2-1"
 _EMBEDDED_AT_ONCE = 4_096
 _TOKENIZED_AT_ONCE = 256  # an Encoding takes some hundred bytes a token; its ids, which are kept, take four
+_CAPTURED_TEXTS = 4
+_CAPTURED_TOKENS = 512
 _MODULES = ("Transformer", "Pooling", "Normalize")
 _POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "mpnet")
 
@@ -44,7 +47,7 @@ class Retriever:
 
     Each text is padded to the next multiple of 32 of its own length and batched with texts of that padded
     length alone: on a CPU (float32) its embedding has the same bits in any batch, order or company. On CUDA
-    (float16 autocast) it is within rounding of that.
+    (float16) it is within rounding of that: texts travel once, packed, and are padded there.
 
     Args:
         body: BERT-like Hugging Face encoder without pooler; moved to `device`.
@@ -53,6 +56,7 @@ class Retriever:
         pad_id: the body's padding token.
         fingerprint: see `retriever_fingerprint`.
         batch_tokens: padded tokens of a first batch; None takes the device's default.
+        on_device: pad and pool on the device, a few texts at a time by captured calls: not the default yet.
         remember: keep the batch sizes that fitted for the next process, in refrag's cache folder.
     """
 
@@ -66,13 +70,17 @@ class Retriever:
         fingerprint: str,
         device: str = "cpu",
         batch_tokens: int | None = None,
+        on_device: bool = False,
         remember: bool = False,
     ) -> None:
         self.device = torch.device(device)
         self.fingerprint = fingerprint
         self.max_length = max_length
         self._on_cuda = self.device.type == "cuda"
-        self._body = body.to(self.device).eval().requires_grad_(False)
+        self._on_device = on_device
+        dtype = torch.float16 if self._on_cuda else torch.float32
+        self._body = body.to(self.device, dtype).eval().requires_grad_(False)
+        self._calls = CapturedCalls(self._embed_padded, self.device)
         self.dim = int(self._body.config.hidden_size)
         self._tokenizer = tokenizer
         self._tokenizer.enable_truncation(max_length)
@@ -95,8 +103,16 @@ class Retriever:
         for start in range(0, len(texts), _EMBEDDED_AT_ONCE):
             rows = slice(start, start + _EMBEDDED_AT_ONCE)
             ids, truncated[rows] = self._tokenize(texts[rows])
-            self._embed_ids(ids, vectors[rows])
+            vectors[rows] = self.embed_ids(ids)
         return vectors, truncated
+
+    def embed_ids(self, ids: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.float32]:
+        """Float32 `[n, d_ret]`, unit length, of texts given as the retriever's own token ids, special ones included."""
+        if self._on_device and ids:
+            return self._embed_on_device(ids)
+        vectors = np.empty((len(ids), self.dim), dtype=np.float32)
+        self._embed_ids(ids, vectors)
+        return vectors
 
     def _tokenize(self, texts: Sequence[str]) -> tuple[list[npt.NDArray[np.int32]], list[bool]]:
         """Token ids of each text, special tokens included, and which texts were truncated."""
@@ -120,6 +136,38 @@ class Retriever:
         for start, stop, made in map_spans(self.device.type, run, self._spans(padded[order])):
             vectors[order[start:stop]] = made
 
+    @torch.inference_mode()
+    def _embed_on_device(self, ids: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.float32]:
+        """All texts travel as one run of tokens; each batch is gathered, padded and pooled where it is embedded."""
+        lengths = np.array([len(tokens) for tokens in ids], dtype=np.int64)
+        padded = np.minimum(-(-lengths // PAD_MULTIPLE) * PAD_MULTIPLE, self.max_length)
+        order = np.argsort(-padded, kind="stable")
+        tokens = self._upload(np.concatenate(ids))
+        starts, ends = (self._upload(each[order]) for each in (np.cumsum(lengths) - lengths, np.cumsum(lengths)))
+        made = torch.empty((len(ids), self.dim), dtype=torch.float32, device=self.device)
+
+        def run(start: int, stop: int) -> Tensor:
+            places = starts[start:stop, None] + torch.arange(int(padded[order[start]]), device=self.device)
+            mask = places < ends[start:stop, None]
+            batch = tokens[places.clamp_max(len(tokens) - 1)].masked_fill(~mask, self._pad_id).long()
+            few = stop - start <= _CAPTURED_TEXTS and batch.numel() <= _CAPTURED_TOKENS
+            return self._calls((batch, mask)) if few else self._embed_padded(batch, mask)
+
+        for start, stop, embedded in map_spans(self.device.type, run, self._spans(padded[order])):
+            made[start:stop] = embedded
+        vectors = np.empty(made.shape, dtype=np.float32)
+        vectors[order] = made.cpu().numpy()
+        return vectors
+
+    def _upload(self, values: npt.NDArray[np.integer[Any]]) -> Tensor:
+        tensor = torch.from_numpy(values)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self._on_cuda else tensor
+
+    def _embed_padded(self, token_ids: Tensor, mask: Tensor) -> Tensor:
+        """Float32 `[b, d_ret]` of ids int64 and mask bool `[b, t]`."""
+        hidden = self._body(input_ids=token_ids, attention_mask=mask.long()).last_hidden_state
+        return nn.functional.normalize(mean_pool(hidden, mask), dim=1)
+
     def _spans(self, padded: npt.NDArray[np.int64]) -> Iterator[Span]:
         """The runs of equal values in `padded`, with the batch size of each."""
         for start, stop in equal_runs(padded):
@@ -139,12 +187,10 @@ class Retriever:
     @torch.inference_mode()
     def _forward(self, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         repeats = np.ones(len(ids), dtype=np.int64)
-        if not self._on_cuda:
-            repeats[-1] += max(0, -(-CPU_MIN_TOKENS // ids.shape[1]) - len(ids))
+        repeats[-1] += max(0, -(-CPU_MIN_TOKENS // ids.shape[1]) - len(ids))
         token_ids = torch.from_numpy(ids.repeat(repeats, axis=0)).to(self.device)
         attention = torch.from_numpy(mask.repeat(repeats, axis=0)).to(self.device)
-        with torch.autocast(self.device.type, dtype=torch.float16, enabled=self._on_cuda):
-            hidden: Tensor = self._body(input_ids=token_ids, attention_mask=attention).last_hidden_state
+        hidden: Tensor = self._body(input_ids=token_ids, attention_mask=attention).last_hidden_state
         pooled = mean_pool(hidden, attention)[: len(ids)]
         made: npt.NDArray[np.float32] = nn.functional.normalize(pooled, dim=1).cpu().numpy()
         return made

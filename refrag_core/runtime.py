@@ -30,11 +30,12 @@ from refrag_core.devices import resolve_device
 from refrag_core.embedding_storage import concatenate_rows, store_rows
 from refrag_core.encoder import ChunkEncoder
 from refrag_core.errors import FingerprintMismatchError, UntrainedProjectionError, UsageError
+from refrag_core.fast_path import FastPath, HotPassages
 from refrag_core.history import HistoryOptions, HistoryUse
 from refrag_core.index_reader import FetchedPassage, IndexReader, PassageRef
 from refrag_core.manifest import read_manifest
 from refrag_core.models import fingerprint_tokenizer, resolve_model
-from refrag_core.policy import PointerPolicy, PolicyName, policy_logits, select
+from refrag_core.policy import PointerPolicy, PolicyName, num_expanded, policy_logits, select
 from refrag_core.projection import Projection
 from refrag_core.retrieval import BY_VECTORS, RetrievalOptions, Searcher, matching_retriever
 from refrag_core.retriever import Retriever
@@ -50,7 +51,7 @@ Mask = npt.NDArray[np.bool_]
 Scores = npt.NDArray[np.floating]
 
 
-STEPS = ("retrieval", "fetch", "encode", "policy", "compose", "queue", "prefill")
+STEPS = ("retrieval", "fetch", "encode", "upload", "policy", "compose", "queue", "prefill")
 """What comes before the first token, in order; each has its milliseconds in `Stats`."""
 
 
@@ -88,6 +89,8 @@ class Stats:
     retrieval_ms: float
     """Query embedding and search."""
     fetch_ms: float = 0.0
+    upload_ms: float = 0.0
+    """Chunk embeddings to the device, where hot ones are kept there; else part of composing."""
     encode_ms: float = 0.0
     """Encoding of text that is not in the index; 0 without any."""
     policy_ms: float = 0.0
@@ -210,6 +213,8 @@ class Selection:
     """bool over all chunks of all passages, in order."""
     scores: Scores | None = None
     """float over the same chunks: what the policy ranked them by."""
+    rows: Tensor | None = None
+    """All passages' chunk embeddings on the device, where they are kept there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +241,7 @@ class RuntimeOptions:
     tables: TableFormat = "parquet"
     device: str = "auto"
     verify_keys: tuple[Path, ...] = ()
+    captured: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +255,8 @@ class _Generation:
     projection: Projection
     policy: PointerPolicy
     text_encoder: "_TextEncoder"
+    fast: FastPath | None
+    hot: HotPassages | None
 
 
 class Runtime:
@@ -276,6 +284,7 @@ class Runtime:
         tables: TableFormat = "parquet",
         device: str = "auto",
         verify_keys: Sequence[Path] = (),
+        captured: bool = False,
     ) -> "Runtime":
         """Open a generation of the index or bundle at `location`: verify its manifest, map its tables, load the models.
 
@@ -284,6 +293,8 @@ class Runtime:
             chunk_cache: file that keeps the chunk embeddings of text outside the index between runs.
             tables: read the mapped Parquet shards, or the LanceDB tables (the same answers, slower).
             verify_keys: public keys; with them nothing is opened that is not signed with one, to the last byte.
+            captured: answer by captured graphs, which first requests pay for (see `warm`) and later ones gain by.
+                On a CPU it is the same path without graphs. Not the default yet.
 
         Raises CorruptIndexError, SignatureError, ModelNotFoundError, and FingerprintMismatchError when a model is not
         the one that the index was made for.
@@ -297,8 +308,37 @@ class Runtime:
             chunk_cache=chunk_cache,
             device=resolve_device(device),
             verify_keys=tuple(verify_keys),
+            captured=captured,
         )
         return cls(_open_generation(options, version, None), options)
+
+    @classmethod
+    def assemble(
+        cls,
+        *,
+        searcher: Searcher,
+        checkpoint: Checkpoint,
+        decoder: Decoder,
+        fast: FastPath | None = None,
+    ) -> "Runtime":
+        """A runtime over parts that are open already, as a benchmark has them; it has nothing to reload from.
+
+        Args:
+            checkpoint: its projection and policy are moved to the decoder's device.
+            fast: made over the same decoder, projection and policy; None answers by the plain path.
+        """
+        generation = _Generation(
+            searcher=searcher,
+            checkpoint=checkpoint,
+            decoder=decoder,
+            decoder_folder=Path(),
+            projection=checkpoint.projection.to(decoder.device).requires_grad_(False),
+            policy=checkpoint.policy.to(decoder.device).requires_grad_(False),
+            text_encoder=_TextEncoder(checkpoint, str(decoder.device), None),
+            fast=fast,
+            hot=None if fast is None else HotPassages(decoder.device),
+        )
+        return cls(generation, RuntimeOptions(location=Path(), device=str(decoder.device), captured=fast is not None))
 
     def reload(self, version: int | None = None) -> int:
         """Answer from generation `version` from now on, by default the newest; returns its number.
@@ -323,6 +363,11 @@ class Runtime:
     def pinned(self) -> "Runtime":
         """This runtime with the generation that it has now, for good: a reload of this one does not change it."""
         return Runtime(self._generation, self._options)
+
+    def warm(self, positions: Sequence[int]) -> None:
+        """Capture the graphs that prompts of these many decoder positions need, where answers come by such."""
+        if self._generation.fast is not None:
+            self._generation.fast.warm(positions)
 
     @property
     def version(self) -> int:
@@ -413,38 +458,70 @@ class Runtime:
         """Tokens, chunk embeddings and scores of passages, from the memory map."""
         return self.reader.fetch([ref for ref, _ in refs])
 
+    def upload(self, sources: Sequence[PassageRef | GivenPassage], fetched: Sequence[FetchedPassage]) -> Tensor | None:
+        """Chunk embeddings `[L, d_enc]` of all passages on the device, where hot ones are kept there; else None."""
+        if self._generation.hot is None or not fetched:
+            return None
+        keys = [source.passage if isinstance(source, GivenPassage) else source for source in sources]
+        return self._generation.hot.rows(keys, [passage.embeddings for passage in fetched])
+
     def select(
-        self, fetched: Sequence[FetchedPassage], options: AskOptions, query: npt.NDArray[np.float32] | None = None
+        self,
+        fetched: Sequence[FetchedPassage],
+        options: AskOptions,
+        query: npt.NDArray[np.float32] | None = None,
+        *,
+        rows: Tensor | None = None,
     ) -> Mask:
-        """expansion_mask over all chunks of all passages. Raises MissingScoresError for `perplexity` without scores."""
-        return self._select(fetched, options, self.score_chunks(fetched, options, query))
+        """expansion_mask over all chunks of all passages. Raises MissingScoresError for `perplexity` without scores.
+
+        Args:
+            rows: the chunk embeddings from `upload`.
+        """
+        return self._select(fetched, options, self.score_chunks(fetched, options, query, rows=rows))
 
     def score_chunks(
-        self, fetched: Sequence[FetchedPassage], options: AskOptions, query: npt.NDArray[np.float32] | None = None
+        self,
+        fetched: Sequence[FetchedPassage],
+        options: AskOptions,
+        query: npt.NDArray[np.float32] | None = None,
+        *,
+        rows: Tensor | None = None,
     ) -> Scores | None:
         """What the policy ranks the chunks by, float32 over all of them: logits or nats a token; None for the others.
 
-        Also None for `perplexity` where the index has no scores.
+        Also None for `perplexity` where the index has no scores, and for `learned` where nothing is to be expanded: the
+        device is spared a wait.
         """
-        if options.policy == "learned" and fetched:
-            embeddings = concatenate_rows([passage.embeddings for passage in fetched])
-            return policy_logits(self.policy, embeddings, query if self.policy.query_dim else None)
+        num_chunks = sum(len(passage.embeddings) for passage in fetched)
+        if options.policy == "learned":
+            if not num_expanded(num_chunks, options.expansion_fraction):
+                return None
+            return self._policy_logits(fetched, query if self.policy.query_dim else None, rows)
         nll = [passage.scores for passage in fetched if passage.scores is not None]
         return np.concatenate(nll) if options.policy == "perplexity" and fetched and len(nll) == len(fetched) else None
 
     @staticmethod
     def _select(fetched: Sequence[FetchedPassage], options: AskOptions, scores: Scores | None) -> Mask:
         num_chunks = sum(len(passage.embeddings) for passage in fetched)
+        chosen = "none" if options.policy == "learned" and scores is None else options.policy
         if not num_chunks:
             return np.zeros(0, bool)
         return select(
-            options.policy,
+            chosen,
             num_chunks=num_chunks,
             expansion_fraction=options.expansion_fraction,
             logits=scores if options.policy == "learned" else None,
             nll=scores if options.policy == "perplexity" else None,
             seed=options.seed,
         )
+
+    def _policy_logits(
+        self, fetched: Sequence[FetchedPassage], query: npt.NDArray[np.float32] | None, rows: Tensor | None
+    ) -> npt.NDArray[np.float32]:
+        if self._generation.fast is not None and rows is not None:
+            return self._generation.fast.policy_logits(rows, query)
+        return policy_logits(self.policy, concatenate_rows([passage.embeddings for passage in fetched]), query)
 
     def compose(
         self,
@@ -453,24 +530,29 @@ class Runtime:
         expansion_mask: Mask,
         options: AskOptions,
         history: Sequence[int] = (),
+        *,
+        rows: Tensor | None = None,
     ) -> Composed:
         """The decoder's mixed input: one slot for a compressed chunk, its tokens for an expanded one.
 
         Args:
             history: ids of a conversation's raw turns.
+            rows: the chunk embeddings from `upload`.
         """
+        fast = self._generation.fast
         return compose(
             self.template,
             [ContextPassage(p.tokens, p.chunk_size, p.embeddings) for p in fetched],
             expansion_mask,
             self.decoder.tokenizer.encode(question, add_special_tokens=False).ids,
             embed=self.decoder.embed,
-            project=self.projection,
+            project=self.projection if fast is None or rows is None else fast.project,
             device=self.decoder.device,
             history=history,
             max_positions=_lower(self.decoder.max_positions, options.max_positions),
             max_new_tokens=options.max_new_tokens,
             strict=options.strict,
+            rows=rows,
         )
 
     # --- all together
@@ -532,10 +614,12 @@ class Runtime:
         clock: "Clock",
     ) -> Selection:
         """The passages of a prompt, best first, with what the policy makes of their chunks."""
-        scores = self.score_chunks(columns, options, query)
+        rows = self.upload([source for source, _ in sources], columns)
+        clock.lap("upload")
+        scores = self.score_chunks(columns, options, query, rows=rows)
         mask = self._select(columns, options, scores)
         clock.lap("policy")
-        return Selection(sources, columns, mask, scores)
+        return Selection(sources, columns, mask, scores, rows)
 
     def prepare_chosen(
         self,
@@ -553,7 +637,7 @@ class Runtime:
             history: ids of a conversation's raw turns.
         """
         asked = f"{instructions}\n\n{question}" if instructions else question
-        composed = self.compose(asked, chosen.fetched, chosen.expansion_mask, options, history)
+        composed = self.compose(asked, chosen.fetched, chosen.expansion_mask, options, history, rows=chosen.rows)
         clock.lap("compose")
         return Prepared(question, options, chosen, composed, clock)
 
@@ -618,8 +702,17 @@ class Runtime:
         return self.finish(prepared, text)
 
     def _generate(self, inputs_embeds: Tensor, options: AskOptions) -> Iterator[list[int]]:
-        return self.decoder.generate(
-            pad_batch([inputs_embeds]),
+        fast = self._generation.fast
+        if fast is None:
+            return self.decoder.generate(
+                pad_batch([inputs_embeds]),
+                max_new_tokens=options.max_new_tokens,
+                temperature=options.temperature,
+                top_p=options.top_p,
+                seed=options.seed,
+            )
+        return fast.generate(
+            inputs_embeds,
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
             top_p=options.top_p,
@@ -724,17 +817,22 @@ def _open_generation(options: RuntimeOptions, version: int | None, current: _Gen
         opened.verify_decoder(folder)  # the signed checkpoint says which weights it was made for
     searcher = Searcher(reader, _retriever(options, reader, current))
     if current is not None and _same_models(current, opened, folder):
-        return replace(current, searcher=searcher)
+        hot = None if current.hot is None else HotPassages(current.decoder.device)
+        return replace(current, searcher=searcher, hot=hot)
     decoder = Decoder.load(folder, device=options.device, adapter=opened.load_adapter())
     _check_width(decoder, opened)
+    projection = opened.projection.to(decoder.device).requires_grad_(False)
+    policy = opened.policy.to(decoder.device).requires_grad_(False)
     return _Generation(
         searcher=searcher,
         checkpoint=opened,
         decoder=decoder,
         decoder_folder=folder,
-        projection=opened.projection.to(decoder.device).requires_grad_(False),
-        policy=opened.policy.to(decoder.device).requires_grad_(False),
+        projection=projection,
+        policy=policy,
         text_encoder=_TextEncoder(opened, str(decoder.device), options.chunk_cache),
+        fast=FastPath(decoder, projection, policy) if options.captured else None,
+        hot=HotPassages(decoder.device) if options.captured else None,
     )
 
 

@@ -141,6 +141,11 @@ def _faiss() -> ModuleType:
     return module
 
 
+def trains_on_gpu() -> bool:
+    """Whether faiss trains quantizers on a GPU here. Raises MissingExtraError without faiss."""
+    return _has_gpu(_faiss())
+
+
 def _has_gpu(faiss: ModuleType) -> bool:
     # without a device, the GPU wheel's index_cpu_to_all_gpus gives a replica that dies on its first search
     return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0

@@ -5,22 +5,26 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
 from refrag.pipelines.plan import ShardSpec
-from refrag.pipelines.stages import ShardResult, Stages, run_device_stages
-from refrag_core.devices import available_cores
+from refrag.pipelines.receipts import Receipt
+from refrag.pipelines.stages import DeviceStage, ShardResult, Stages, run_device_stages
+from refrag_core.devices import available_cores, resolve_device
 from refrag_core.errors import StageError
 from refrag_core.processes import end_with_parent
 from refrag_core.storage import Store
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
+
+DEVICE_THREADS = 1
+"""That take shards on CUDA. With 2, one shard is written while the device works on the next: not measured yet."""
 
 _ATTEMPTS = 3
 _CLOSING_SECONDS = 5.0
@@ -160,7 +164,10 @@ class LocalEngine:
         )
 
     def run(self, store: Store, stages: Stages, specs: Iterable[ShardSpec]) -> Iterator[ShardResult]:
-        """Tokenize in the workers, a few shards ahead; encode, embed and score here, in plan order."""
+        """Tokenize in the workers, a few shards ahead; encode, embed and score here, in plan order.
+
+        On CUDA `DEVICE_THREADS` take shards by turns.
+        """
         order: deque[ShardSpec] = deque()
 
         def noted() -> Iterator[ShardSpec]:
@@ -168,5 +175,23 @@ class LocalEngine:
                 order.append(spec)
                 yield spec
 
-        for tokenized in self.map(partial(stages.tokenize, store), noted()):
-            yield run_device_stages(store, stages.device, order.popleft(), tokenized)
+        work = ((order.popleft(), done) for done in self.map(partial(stages.tokenize, store), noted()))
+        run = partial(_run_each, store, stages.device)
+        on_cuda = any(resolve_device(getattr(stage, "device", "cpu")).startswith("cuda") for stage in stages.device)
+        yield from run_by_turns(run, work, threads=DEVICE_THREADS) if on_cuda else map(run, work)
+
+
+def _run_each(store: Store, stages: Sequence[DeviceStage], work: tuple[ShardSpec, Receipt]) -> ShardResult:
+    return run_device_stages(store, stages, *work)
+
+
+def run_by_turns(run: Callable[[Item], Made], items: Iterable[Item], *, threads: int) -> Iterator[Made]:
+    """`run` of each item, results in order; as many items as `threads` are under way."""
+    running: deque[Future[Made]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="device") as pool:
+        for item in items:
+            running.append(pool.submit(run, item))
+            if len(running) > threads:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()

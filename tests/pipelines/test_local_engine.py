@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from refrag.pipelines.engines.local import LocalEngine, default_workers
+from refrag.pipelines.engines.local import LocalEngine, default_workers, run_by_turns
 from refrag_core.errors import StageError
 
 WORKERS = 2
@@ -219,3 +219,19 @@ def test_default_workers_leave_a_cpu_for_the_device_stages(monkeypatch: pytest.M
     for cpus, workers in ((1, 1), (2, 1), (8, 7), (64, 16)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=cpus: set(range(n)))
         assert default_workers() == workers
+
+
+def test_turns_keep_the_order_and_an_error_stops_them() -> None:
+    begun: list[int] = []
+
+    def slowly(number: int) -> int:
+        begun.append(number)
+        time.sleep(0.02 * (number % 2 == 0))
+        if number == 7:
+            raise ValueError("seven")
+        return number * number
+
+    assert list(run_by_turns(slowly, range(7), threads=2)) == [n * n for n in range(7)]
+    with pytest.raises(ValueError, match="seven"):
+        list(run_by_turns(slowly, range(20), threads=2))
+    assert max(begun) < 12

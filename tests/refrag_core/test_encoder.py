@@ -1,9 +1,12 @@
+import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from refrag_core.chunk_attention import attend_within_chunks, fits_a_tile
 from refrag_core.encoder import (
     ChunkEncoder,
     EncoderModule,
@@ -18,6 +21,7 @@ from refrag_core.encoder import (
     transplant_vocabulary,
 )
 from refrag_core.errors import ConfigError, ModelNotFoundError
+from refrag_core.packed_body import ATTENTION_FORMS, AttentionForm, PackedBody, is_packable
 from tests.tiny_models import (
     D_ENC,
     ENCODER_FAMILIES,
@@ -39,10 +43,13 @@ def _cache(
     monkeypatch.setenv("REFRAG_CACHE", str(cache_for(request, tmp_path_factory)))
 
 
-def make_encoder(family: str = "bert", *, batch_rows: int | None = None) -> ChunkEncoder:
+def make_encoder(
+    family: str = "bert", *, batch_rows: int | None = None, form: AttentionForm | None = None, gated: bool = False
+) -> ChunkEncoder:
     table = torch.randn((VOCABULARY, D_ENC), generator=torch.Generator().manual_seed(1))
-    module = EncoderModule(strip_pooler(encoder_body(family)), table)
-    return ChunkEncoder(module, fingerprint="f", batch_rows=batch_rows)
+    gates = random_gates(32, D_ENC, seed=0) if gated else None
+    module = EncoderModule(strip_pooler(encoder_body(family)), table, gates=gates)
+    return ChunkEncoder(module, fingerprint="f", batch_rows=batch_rows, packed=form is not None, form=form)
 
 
 def make_chunks(num_chunks: int, chunk_size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -101,6 +108,39 @@ def test_an_embedding_has_the_same_bits_in_any_company(family: str, chunk_size: 
     assert np.array_equal(encoder.encode(ids[order], lengths[order]), reference[order])
     alone = np.concatenate([encoder.encode(ids[i : i + 1], lengths[i : i + 1]) for i in range(20)])
     assert np.array_equal(alone, reference[:20])
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("form", [form for form in ATTENTION_FORMS if form != "tiled"])
+def test_the_packed_body_gives_the_plain_one_s_embeddings(
+    family: str, form: AttentionForm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("refrag_core.encoder.PIECE_ROWS", 150)
+    ids, lengths = make_chunks(400, 16)
+    expected = make_encoder(family, gated=True).encode(ids, lengths).astype(np.float32)
+    packed = make_encoder(family, batch_rows=48, form=form, gated=True)
+    np.testing.assert_allclose(packed.encode(ids, lengths), expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton comes with PyTorch for CUDA")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs with TRITON_INTERPRET=1 on a CPU")
+@pytest.mark.parametrize("shape", [(37, 16, 3, 32), (5, 8, 2, 64), (11, 12, 2, 16), (3, 64, 2, 32), (4, 1, 2, 16)])
+def test_tiles_keep_chunks_apart(shape: tuple[int, int, int, int]) -> None:
+    chunks, length, heads, head_dim = shape
+    merged = torch.randn((chunks, length, 3, heads, head_dim), generator=torch.Generator().manual_seed(0))
+    queries, keys, values = merged.permute(2, 0, 3, 1, 4)
+    expected = torch.nn.functional.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(attend_within_chunks(merged), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_which_bodies_are_packed() -> None:
+    assert [family for family in ENCODER_FAMILIES if is_packable(encoder_body(family))] == ["bert", "roberta"]
+    assert [fits_a_tile(16, 32), fits_a_tile(64, 64), fits_a_tile(65, 64), fits_a_tile(16, 12)] == [
+        *(True, True),
+        *(False, False),
+    ]
+    with pytest.raises(ConfigError, match="unknown form of attention 'other'; expected one of tiled, masked"):
+        PackedBody(encoder_body(), form="other")  # type: ignore[arg-type]
 
 
 def test_shape_and_dtype_without_chunks() -> None:

@@ -17,14 +17,21 @@ LONG = "fox and the answer " * 100
 TEXTS = ["The capital of France", "", "a" * 31, "one question and one answer " * 5, LONG, "fox"]
 
 
-def tiny_retriever(batch_tokens: int | None = None, family: str = "bert") -> Retriever:
+def tiny_retriever(batch_tokens: int | None = None, family: str = "bert", on_device: bool = False) -> Retriever:
     tokenizer = encoder_tokenizer()
     ids = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ids)
     body = encoder_body(family)
     body.pooler = None
     return Retriever(
-        body, tokenizer, max_length=128, pad_id=0, fingerprint="tiny", device="cpu", batch_tokens=batch_tokens
+        body,
+        tokenizer,
+        max_length=128,
+        pad_id=0,
+        fingerprint="tiny",
+        device="cpu",
+        batch_tokens=batch_tokens,
+        on_device=on_device,
     )
 
 
@@ -59,6 +66,17 @@ def test_an_embedding_depends_on_its_text_alone(family: str):
     alone = np.concatenate([tiny_retriever(family=family).embed_queries([text]) for text in TEXTS])
     np.testing.assert_array_equal(alone, whole)
     np.testing.assert_array_equal(tiny_retriever(family=family).embed_queries(TEXTS[::-1])[::-1], whole)
+
+
+@pytest.mark.parametrize("family", ENCODER_FAMILIES)
+@pytest.mark.parametrize("batch_tokens", [64, None])
+def test_padding_on_the_device_gives_the_same_vectors(family: str, batch_tokens: int | None):
+    texts = [*TEXTS, "", *(f"fox {number} " * number for number in range(12))]
+    whole, truncated = tiny_retriever(family=family).embed(texts)
+    made, also_truncated = tiny_retriever(batch_tokens, family, on_device=True).embed(texts)
+    np.testing.assert_allclose(made.astype(np.float32), whole.astype(np.float32), atol=2e-3)
+    assert also_truncated.tolist() == truncated.tolist()
+    assert tiny_retriever(on_device=True).embed([])[0].shape == (0, D_ENC)
 
 
 def test_truncation_is_reported_and_keeps_the_last_special_token():

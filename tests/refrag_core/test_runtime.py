@@ -192,7 +192,7 @@ def test_passages_are_those_that_search_finds(runtime: Runtime) -> None:
 
 def test_the_first_token_s_time_is_the_sum_of_its_parts(runtime: Runtime) -> None:
     s = runtime.ask(QUESTION, options(policy="learned")).stats
-    parts = (s.retrieval_ms, s.fetch_ms, s.encode_ms, s.policy_ms, s.compose_ms, s.prefill_ms)
+    parts = (s.retrieval_ms, s.fetch_ms, s.upload_ms, s.encode_ms, s.policy_ms, s.compose_ms, s.prefill_ms)
     assert all(part > 0 for part in parts)
     assert s.ttft_ms == pytest.approx(sum(parts), abs=0.01)
     assert s.ttit_ms > 0

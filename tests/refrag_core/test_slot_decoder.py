@@ -197,7 +197,7 @@ def test_sizes_out_of_range_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("size", "padded"),
-    [(1, 64), (64, 64), (65, 128), (512, 512), (513, 640), (1024, 1024), (1025, 1280), (16384, 16384)],
+    [(1, 64), (64, 64), (65, 128), (512, 512), (513, 576), (1024, 1024), (1025, 1280), (16384, 16384)],
 )
 def test_buckets(size: int, padded: int) -> None:
     assert bucket(size, smallest=64) == padded
