@@ -55,8 +55,8 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[Composed]:
     made: list[Composed] = []
     compose = Runtime.compose
 
-    def kept(self: Runtime, *arguments: Any) -> Composed:
-        made.append(compose(self, *arguments))
+    def kept(self: Runtime, *arguments: Any, **options: Any) -> Composed:
+        made.append(compose(self, *arguments, **options))
         return made[-1]
 
     monkeypatch.setattr(Runtime, "compose", kept)

@@ -174,7 +174,7 @@ def test_earlier_turns_are_read_and_instructions_stand_before_the_question(
     options = AskOptions(top_k=3, max_new_tokens=NEW_TOKENS, policy="all")
     pinned = runtime.pinned()
     prepared = pinned.prepare(QUESTION, options, given=given, instructions="Be brief.")
-    answer = pinned._generate(prepared, None)
+    answer = pinned.answer_prepared(prepared)
     assert whole.choices[0].message.content.strip() == answer.answer
     assert whole.usage.prompt_tokens == answer.stats.decoder_positions
     names = [passage["doc_id"] for passage in whole.model_extra["refrag"]["passages"]]
