@@ -127,7 +127,7 @@ class Conversation:
         sizes = [len(self._past.raw(turn)) for turn in self.turns]
         compressible = _compresses(self._options)
         for window in windows(sizes, budget, self._session.first_raw, compressible=compressible):
-            old = self._old_turns(window, encode=compressible)
+            old = self._old_turns(window)
             clock.lap("encode")
             sources: list[tuple[PassageRef | GivenPassage, float | None]] = [(passage, None) for passage, _ in old]
             columns = [*(columns for _, columns in old), *fetched]
@@ -145,11 +145,11 @@ class Conversation:
                 f"the history; expected all to fit (strict): raise --history-positions or begin a new conversation"
             )
 
-    def _old_turns(self, window: Window, *, encode: bool) -> OldTurn:
-        """The passages of all turns that are passages in this window."""
+    def _old_turns(self, window: Window) -> OldTurn:
+        """The passages of all turns that are passages in this window; with every chunk expanded there are none."""
         numbers = range(window.first_passage, window.first_raw)
         score = self._options.policy == "perplexity"
-        turns = [self._past.passages(number, self.turns[number], encode=encode, score=score) for number in numbers]
+        turns = [self._past.passages(number, self.turns[number], score=score) for number in numbers]
         return [passage for turn in turns for passage in turn]
 
     @staticmethod
@@ -204,7 +204,7 @@ class _PastTurns:
         self._runtime = runtime
         self._template: PromptTemplate = with_turns(runtime.template, runtime.decoder_folder)
         self._raw: dict[Turn, Ids] = {}
-        self._passages: dict[tuple[int, bool, bool], OldTurn] = {}
+        self._passages: dict[tuple[int, bool], OldTurn] = {}
 
     def fits(self, runtime: Runtime) -> bool:
         """Whether it is for the generation that the runtime has now."""
@@ -221,11 +221,11 @@ class _PastTurns:
             self._raw[turn] = self._template.turn(self.ids(turn.question), self.ids(turn.answer))
         return self._raw[turn]
 
-    def passages(self, number: int, turn: Turn, *, encode: bool, score: bool) -> OldTurn:
-        """The turn as passages, encoded or with zeros in place of embeddings, and scored where the policy needs it."""
-        key = (number, encode, score)
+    def passages(self, number: int, turn: Turn, *, score: bool) -> OldTurn:
+        """The turn as encoded passages, scored where the policy needs it."""
+        key = (number, score)
         if key not in self._passages:
-            made = self._runtime.encode_text(f"turn {number + 1}", turn_text(turn), encode=encode)
+            made = self._runtime.encode_text(f"turn {number + 1}", turn_text(turn))
             self._passages[key] = self._scored(made) if score else made
         return self._passages[key]
 

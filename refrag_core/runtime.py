@@ -426,20 +426,15 @@ class Runtime:
 
     # --- text outside the index
 
-    def encode_text(self, name: str, text: str, *, encode: bool = True) -> list[tuple["GivenPassage", FetchedPassage]]:
-        """A text cut into passages and encoded now, as the index would have done it; the cache spares repetition.
-
-        Args:
-            encode: False leaves zeros in place of the embeddings, for passages whose every chunk will be expanded.
-        """
+    def encode_text(self, name: str, text: str) -> list[tuple["GivenPassage", FetchedPassage]]:
+        """A text cut into passages and encoded now, as the index would have done it; the cache spares repetition."""
         parameters = self.reader.manifest.parameters
         options = ChunkingOptions(parameters.chunk_size, parameters.max_passage_tokens)
         (tokens,) = tokenize_documents([text], self.decoder.tokenizer)
         made, occurrences = [], Counter[str]()
         for passage in cut_passages(text, tokens, options):
             ids = tokens.ids[passage.token_start : passage.token_end]
-            rows = chunk_rows(ids, parameters.chunk_size)
-            encoded = self.chunk_encoder.encode(*rows) if encode else _no_embeddings(len(rows[0]), self.checkpoint)
+            encoded = self.chunk_encoder.encode(*chunk_rows(ids, parameters.chunk_size))
             embeddings = store_rows(encoded, parameters.embedding_dtype)
             given = GivenPassage(name, passage.text, passage_id(name, passage.text, occurrences[passage.text]).hex())
             occurrences[passage.text] += 1
@@ -796,10 +791,6 @@ class Runtime:
             source.name if isinstance(source, GivenPassage) else self.reader.describe(source).document_id
             for source in sources
         )
-
-
-def _no_embeddings(rows: int, checkpoint: Checkpoint) -> npt.NDArray[np.float16]:
-    return np.zeros((rows, checkpoint.config.d_enc), dtype=np.float16)
 
 
 def _open_generation(options: RuntimeOptions, version: int | None, current: _Generation | None) -> _Generation:

@@ -55,8 +55,8 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[Composed]:
     made: list[Composed] = []
     compose = Runtime.compose
 
-    def kept(self: Runtime, *arguments: Any, **options: Any) -> Composed:
-        made.append(compose(self, *arguments, **options))
+    def kept(self: Runtime, *arguments: Any, **more: Any) -> Composed:
+        made.append(compose(self, *arguments, **more))
         return made[-1]
 
     monkeypatch.setattr(Runtime, "compose", kept)
@@ -151,6 +151,15 @@ def test_answers_are_equal_with_and_without_reuse(runtime: Runtime, asked: AskOp
     assert sum(answer.stats.reused_positions > 0 for answer in with_reuse) >= 3
 
 
+def test_answers_are_equal_where_chunks_are_kept_on_the_device(runtime: Runtime, library: SmallIndex) -> None:
+    asked = options(policy="learned", expansion_fraction=0.3)
+    kept = Runtime.open(library.path, device="cpu", captured=True)
+    for reuse in (True, False):
+        answers = ask_all(chat(kept, asked, positions=120, reuse=reuse))
+        assert texts(answers) == texts(ask_all(chat(runtime, asked, positions=120)))
+    assert use(answers[-1])[1]
+
+
 def test_all_before_the_newest_turn_is_reused(runtime: Runtime, prompts: list[Composed]) -> None:
     answers = ask_all(chat(runtime), QUESTIONS[:4])
     t, before = runtime.template, 0
@@ -204,23 +213,23 @@ def test_old_turns_become_passages_of_one_position_a_chunk(runtime: Runtime, pro
     assert (prompts[-1].arrangement.ids == -1).sum() == last.stats.num_chunks
 
 
-def test_a_turn_is_encoded_once_even_by_another_process(library: SmallIndex, tmp_path: Path) -> None:
+def test_a_turn_is_encoded_once_even_by_another_process(runtime: Runtime, library: SmallIndex, tmp_path: Path) -> None:
     asked, history, cache = options(policy="none"), HistoryOptions(positions=150), tmp_path / "chunks.sqlite"
     first = Runtime.open(library.path, device="cpu", chunk_cache=cache)
     conversation = first.chat(asked, history=history)
     for question in QUESTIONS[:5]:
         passages = use(conversation.ask(question))[1]
-        assert first.chunk_encoder.misses == num_chunks(first, conversation.turns[:passages])
+        assert first.chunk_encoder.misses == num_chunks(runtime, conversation.turns[:passages])
     assert passages
     second = Runtime.open(library.path, device="cpu", chunk_cache=cache)
     later = use(second.chat(asked, history=history, session=conversation.session).ask(QUESTIONS[5]))[1]
-    assert second.chunk_encoder.hits == num_chunks(first, conversation.turns[:passages])
-    assert second.chunk_encoder.misses == num_chunks(first, conversation.turns[passages:later])
+    assert second.chunk_encoder.hits == num_chunks(runtime, conversation.turns[:passages])
+    assert second.chunk_encoder.misses == num_chunks(runtime, conversation.turns[passages:later])
 
 
 def num_chunks(runtime: Runtime, turns: Sequence[Turn]) -> int:
     """Different chunks of the turns' passages."""
-    passages = [made for turn in turns for made in runtime.encode_text("turn", turn_text(turn), encode=False)]
+    passages = [made for turn in turns for made in runtime.encode_text("turn", turn_text(turn))]
     rows = [chunk_rows(columns.tokens, columns.chunk_size)[0] for _, columns in passages]
     return len({row.tobytes() for own in rows for row in own})
 
