@@ -1742,64 +1742,6 @@ def serve(
     run_server(index, opened, settings, say=_warn, on_ready=lambda url: print(url, flush=True))
 
 
-# --- refrag bench serve -------------------------------------------------------------------------------
-
-
-@bench_app.command("serve")
-def bench_serve(
-    index: IndexArgument,
-    clients: Annotated[str, typer.Option(help="Clients at the same time, separated by commas.")] = "1,4,16,64",
-    requests: Annotated[
-        int | None, typer.Option(help="Requests of each row. Default: 4 a client, at least 16.", min=1)
-    ] = None,
-    new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.", min=1)] = 32,
-    top_k: TopK = 5,
-    policy: Annotated[PolicyName, typer.Option(help="Of the compressed rows.")] = PolicyName.NONE,
-    expansion_fraction: Annotated[
-        float, typer.Option(help="Of the compressed rows, for policies that take one.", min=0, max=1)
-    ] = 0.1,
-    slots: Annotated[int, typer.Option(help="Answers decoded at the same time.", min=1)] = 16,
-    max_positions: Annotated[int, typer.Option(help="Positions of a prompt with its answer.", min=1)] = 2048,
-    soak: Annotated[
-        float, typer.Option(help="Seconds of one load instead, with the server's memory; 1200 for a real one.", min=0)
-    ] = 0.0,
-    device: Device = "auto",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the JSON to this file as well.")] = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Requests a second, first tokens and times between tokens under load, compressed against full context."""
-    from refrag.benchmarks import serve as bench
-
-    try:
-        counts = tuple(int(part) for part in clients.split(","))
-    except ValueError:
-        counts = ()
-    if not counts or min(counts) < 1:
-        raise UsageError(f"--clients is {clients!r}; expected whole numbers from 1 on, separated by commas")
-    report = bench.measure(
-        bench.ServeBenchOptions(
-            index=index,
-            clients=counts,
-            requests=requests,
-            new_tokens=new_tokens,
-            top_k=top_k,
-            policy=policy.value,
-            expansion_fraction=expansion_fraction,
-            slots=slots,
-            max_positions=max_positions,
-            device=device,
-            soak_seconds=soak,
-        )
-    )
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    if as_json:
-        _print_json(report)
-    else:
-        print(bench.table(report))
-
-
 # --- refrag eval --------------------------------------------------------------------------------------
 
 
@@ -2294,6 +2236,47 @@ def bench_build(
         device=chosen,
     )
     _report_bench(build, build.measure(options), as_json, plot, output)
+
+
+@bench_app.command("serve")
+def bench_serve(
+    index: IndexArgument,
+    clients: Annotated[str, typer.Option(help="Clients at the same time, separated by commas.")] = "1,4,16,64",
+    requests: Annotated[
+        int | None, typer.Option(help="Requests of each row. Default: 4 a client, at least 16.", min=1)
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.", min=1)] = 32,
+    top_k: TopK = 5,
+    policy: Annotated[PolicyName, typer.Option(help="Of the compressed rows.")] = PolicyName.NONE,
+    expansion_fraction: Annotated[
+        float, typer.Option(help="Of the compressed rows, for policies that take one.", min=0, max=1)
+    ] = 0.1,
+    slots: Annotated[int, typer.Option(help="Answers decoded at the same time.", min=1)] = 16,
+    max_positions: Annotated[int, typer.Option(help="Positions of a prompt with its answer.", min=1)] = 2048,
+    soak: Annotated[
+        float, typer.Option(help="Seconds of one load instead, with the server's memory; 1200 for a real one.", min=0)
+    ] = 0.0,
+    device: Device = "auto",
+    as_json: JsonFlag = False,
+    output: ReportFile = None,
+) -> None:
+    """Requests a second, first tokens and times between tokens under load, compressed against full context."""
+    from refrag.benchmarks import serve as bench
+
+    options = bench.ServeBenchOptions(
+        index=index,
+        clients=_whole_numbers("--clients", clients),
+        requests=requests,
+        new_tokens=new_tokens,
+        top_k=top_k,
+        policy=policy.value,
+        expansion_fraction=expansion_fraction,
+        slots=slots,
+        max_positions=max_positions,
+        device=device,
+        soak_seconds=soak,
+    )
+    _report_bench(bench, bench.measure(options), as_json, None, output)
 
 
 def _report_bench(module: Any, report: dict[str, Any], as_json: bool, plot: Path | None, output: Path | None) -> None:

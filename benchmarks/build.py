@@ -61,7 +61,7 @@ def measure(options: BuildBenchOptions) -> dict[str, Any]:
         return report
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        models = _models(root, options)
+        models = write_models(root, options.encoder, chunk_size=options.chunk_size, device=options.device)
         _build(root, "first", _WARM_UP_MEGABYTES, models, options)
         started = time.perf_counter()
         made = _build(root, "whole", options.megabytes, models, options)
@@ -69,11 +69,11 @@ def measure(options: BuildBenchOptions) -> dict[str, Any]:
     return report
 
 
-def _models(root: Path, options: BuildBenchOptions) -> ModelOptions:
+def write_models(root: Path, shape: str, *, chunk_size: int, device: str) -> ModelOptions:
     """Folders of an encoder body, which is the retriever too, and of a decoder that only lends its tokenizer."""
-    say(f"models in the shape of {options.encoder}")
+    say(f"models in the shape of {shape}")
     pieces, words = piece_tokenizer(), word_tokenizer(49_152)
-    shaped_body(options.encoder, pieces.get_vocab_size()).save_pretrained(root / "encoder")
+    shaped_body(shape, pieces.get_vocab_size()).save_pretrained(root / "encoder")
     special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     PreTrainedTokenizerFast(tokenizer_object=pieces, model_max_length=256, **special).save_pretrained(root / "encoder")
     config = LlamaConfig(
@@ -86,8 +86,8 @@ def _models(root: Path, options: BuildBenchOptions) -> ModelOptions:
         encoder=str(root / "encoder"),
         decoder=str(root / "decoder"),
         retriever=str(root / "encoder"),
-        chunk_size=options.chunk_size,
-        device=options.device,
+        chunk_size=chunk_size,
+        device=device,
     )
 
 

@@ -1,5 +1,6 @@
 """Decoders by shape, with random weights made on the device: speed does not depend on what weights say."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,25 +38,23 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def byte_tokenizer(vocabulary: int = 512) -> Tokenizer:
     """Byte-level tokens: any text, at most one token a byte."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([], trainer)
-    return tokenizer
+    return _trained(vocabulary, [])
 
 
 def word_tokenizer(vocabulary: int) -> Tokenizer:
     """Byte-level BPE over invented words: about as many tokens a word as a real one gives."""
     from refrag.benchmarks.encoder_shapes import words_of
 
+    return _trained(vocabulary, [" ".join(words_of(60_000))])
+
+
+def _trained(vocabulary: int, texts: Sequence[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([" ".join(words_of(60_000))], trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 

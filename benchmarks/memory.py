@@ -104,9 +104,8 @@ def _write_parquet(path: Path, records: Iterator[dict[str, Any]]) -> None:
 # --- models -------------------------------------------------------------------------------------------
 
 
-def write_models(folder: Path, width: int = WIDTH, **encoder_sizes: int) -> tuple[Path, Path]:
-    """`(decoder, encoder)` folders of one-layer random models over real tokenizers; the encoder's width is given, and
-    what else its config should say."""
+def write_models(folder: Path, width: int = WIDTH) -> tuple[Path, Path]:
+    """`(decoder, encoder)` folders of one-layer random models over real tokenizers; the encoder's width is given."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -126,11 +125,11 @@ def write_models(folder: Path, width: int = WIDTH, **encoder_sizes: int) -> tupl
         text, trainers.WordPieceTrainer(vocab_size=4096, special_tokens=names, show_progress=False)
     )
     sizes = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2}
-    wide = sizes | {"max_position_embeddings": 128, "hidden_size": width} | encoder_sizes
+    wide = sizes | {"hidden_size": width}
     decoder = AutoConfig.for_model(
         "llama", vocab_size=bpe.get_vocab_size(), num_key_value_heads=2, bos_token_id=0, eos_token_id=1, **sizes
     )
-    encoder = AutoConfig.for_model("bert", vocab_size=piece.get_vocab_size(), **wide)
+    encoder = AutoConfig.for_model("bert", vocab_size=piece.get_vocab_size(), max_position_embeddings=128, **wide)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
     _write_model(
         folder / "decoder", AutoModelForCausalLM.from_config(decoder), bpe, settings | {"eos_token": "<|eos|>"}

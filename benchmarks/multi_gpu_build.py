@@ -1,11 +1,11 @@
 """The encode stage on one GPU and on two or more, through Ray: `refrag index build --engine ray --device-workers N`.
 
-    python -m benchmarks.multi_gpu_build [--workers 1 2] [--megabytes 40] [--layers 24] [--width 1024] [--cpus 32]
-        [--device cuda|cpu] [--output FILE]
+    python -m benchmarks.multi_gpu_build [--workers 1 2] [--megabytes 40] [--encoder roberta-large]
+        [--cpus 32] [--device cuda|cpu] [--output FILE]
 
 Builds one corpus of pseudo-words once for each number of device workers, each with a GPU of its own, on a Ray of this
-process's own. Encoder and retriever are a random body of the given shape (RoBERTa-large's by default, the encoder of
-the REFRAG paper), so that the GPUs have the work and not the tokenizers. `chunks_per_s` is of the chunks that were
+process's own. Encoder and retriever are a random body of the given shape (by default that of the encoder in the
+REFRAG paper), so that the GPUs have the work and not the tokenizers. `chunks_per_s` is of the chunks that were
 finished after as many shards as there are workers, over the time since then: starting Ray and loading the models is
 left out, and told as `first_shard_seconds`. `seconds` is the whole step. `speedup` is the rate over that of the first
 number of workers. All builds must have the same content id.
@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.build import MEGABYTE, write_corpus, write_models
+from benchmarks.encoder_shapes import SHAPES
 from benchmarks.measurement import add_output, finish, load, say
-from benchmarks.memory import MEGABYTE, write_corpus, write_models
 from refrag.pipelines.build import BuildOptions, BuildReport, build_index
 from refrag.pipelines.components import ModelOptions
 from refrag.pipelines.engines.ray import RayEngine, RayOptions
@@ -91,8 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--megabytes", type=float, default=40.0)
     parser.add_argument("--shards", type=int, default=64)
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--encoder", choices=SHAPES, default="roberta-large")
     parser.add_argument("--cpus", type=int, default=None, help="of Ray; the machine's cores by default")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     add_output(parser)
@@ -100,17 +100,9 @@ def main(arguments: list[str] | None = None) -> int:
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="refrag-gpus-") as folder:
         work = Path(folder)
-        heads = max(1, options.width // 64)
-        decoder, encoder = write_models(
-            work,
-            options.width,
-            num_hidden_layers=options.layers,
-            num_attention_heads=heads,
-            intermediate_size=4 * options.width,
-            max_position_embeddings=512,
-        )
-        models = ModelOptions(decoder=str(decoder), encoder=str(encoder), retriever=str(encoder), device=options.device)
-        corpus = write_corpus(work / "corpus", int(options.megabytes * MEGABYTE), "jsonl")
+        models = write_models(work, options.encoder, chunk_size=16, device=options.device)
+        corpus = work / "corpus"
+        write_corpus(corpus, options.megabytes)
         for workers in options.workers:
             say(f"{workers} device workers on {options.device}")
             made = build(corpus, work / f"index-{workers}", models, workers, options)

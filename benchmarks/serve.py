@@ -18,7 +18,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import count, cycle
+from itertools import count, cycle, islice
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -197,21 +197,17 @@ def measure_rows(options: ServeBenchOptions) -> list[dict[str, Any]]:
     asked, rows = questions(options.index), []
     with running_server(options) as (url, process_id):
         for setting in settings.values():  # what is loaded at the first request is not counted
-            asyncio.run(load_server(url, 1, _first(bodies(asked, options, setting), 2)))
+            asyncio.run(load_server(url, 1, islice(bodies(asked, options, setting), 2)))
         for clients in options.clients:
             for name, setting in settings.items():
                 wanted = options.requests or max(16, 4 * clients)
-                requests = _first(bodies(asked, options, setting), wanted)
+                requests = islice(bodies(asked, options, setting), wanted)
                 before = load()
                 timings, seconds = asyncio.run(load_server(url, clients, requests))
                 rows.append(_row(name, clients, timings, seconds) | {"load_average": before})
                 rows[-1]["server_megabytes"] = memory_megabytes(process_id)
                 say(f"{name}, {clients} clients: {rows[-1]['requests_a_second']} requests/s")
     return rows
-
-
-def _first(values: Iterator[dict[str, Any]], number: int) -> Iterator[dict[str, Any]]:
-    return (value for _, value in zip(range(number), values, strict=False))
 
 
 def _row(name: str, clients: int, timings: Sequence[Timing], seconds: float) -> dict[str, Any]:

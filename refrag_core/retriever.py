@@ -47,7 +47,7 @@ class Retriever:
 
     Each text is padded to the next multiple of 32 of its own length and batched with texts of that padded
     length alone: on a CPU (float32) its embedding has the same bits in any batch, order or company. On CUDA
-    (float16) it is within rounding of that: texts travel once, packed, and are padded there.
+    (float16 autocast) it is within rounding of that.
 
     Args:
         body: BERT-like Hugging Face encoder without pooler; moved to `device`.
@@ -56,7 +56,8 @@ class Retriever:
         pad_id: the body's padding token.
         fingerprint: see `retriever_fingerprint`.
         batch_tokens: padded tokens of a first batch; None takes the device's default.
-        on_device: pad and pool on the device, a few texts at a time by captured calls: not the default yet.
+        on_device: let texts travel once, packed, pad and pool them on the device, a few at a time by captured calls;
+            the body is float16 on CUDA then. Not the default yet.
         remember: keep the batch sizes that fitted for the next process, in refrag's cache folder.
     """
 
@@ -78,7 +79,7 @@ class Retriever:
         self.max_length = max_length
         self._on_cuda = self.device.type == "cuda"
         self._on_device = on_device
-        dtype = torch.float16 if self._on_cuda else torch.float32
+        dtype = torch.float16 if self._on_cuda and on_device else torch.float32
         self._body = body.to(self.device, dtype).eval().requires_grad_(False)
         self._calls = CapturedCalls(self._embed_padded, self.device)
         self.dim = int(self._body.config.hidden_size)
@@ -125,9 +126,7 @@ class Retriever:
 
     def _embed_ids(self, ids: Sequence[npt.NDArray[np.int32]], vectors: npt.NDArray[np.float32]) -> None:
         """Fill `vectors` `[n, d_ret]`; texts of one padded length share batches, the longest first."""
-        lengths = np.array([len(tokens) for tokens in ids], dtype=np.int64)
-        padded = np.minimum(-(-lengths // PAD_MULTIPLE) * PAD_MULTIPLE, self.max_length)
-        order = np.argsort(-padded, kind="stable")
+        _, padded, order = self._longest_first(ids)
 
         def run(start: int, stop: int) -> npt.NDArray[np.float32]:
             rows = [ids[i] for i in order[start:stop]]
@@ -139,9 +138,7 @@ class Retriever:
     @torch.inference_mode()
     def _embed_on_device(self, ids: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.float32]:
         """All texts travel as one run of tokens; each batch is gathered, padded and pooled where it is embedded."""
-        lengths = np.array([len(tokens) for tokens in ids], dtype=np.int64)
-        padded = np.minimum(-(-lengths // PAD_MULTIPLE) * PAD_MULTIPLE, self.max_length)
-        order = np.argsort(-padded, kind="stable")
+        lengths, padded, order = self._longest_first(ids)
         tokens = self._upload(np.concatenate(ids))
         starts, ends = (self._upload(each[order]) for each in (np.cumsum(lengths) - lengths, np.cumsum(lengths)))
         made = torch.empty((len(ids), self.dim), dtype=torch.float32, device=self.device)
@@ -168,6 +165,12 @@ class Retriever:
         hidden = self._body(input_ids=token_ids, attention_mask=mask.long()).last_hidden_state
         return nn.functional.normalize(mean_pool(hidden, mask), dim=1)
 
+    def _longest_first(self, ids: Sequence[npt.NDArray[np.int32]]) -> tuple[npt.NDArray[np.int64], ...]:
+        """Lengths and padded lengths of the texts, and their order by the latter; int64 `[n]` each."""
+        lengths = np.array([len(tokens) for tokens in ids], dtype=np.int64)
+        padded = np.minimum(-(-lengths // PAD_MULTIPLE) * PAD_MULTIPLE, self.max_length)
+        return lengths, padded, np.argsort(-padded, kind="stable")
+
     def _spans(self, padded: npt.NDArray[np.int64]) -> Iterator[Span]:
         """The runs of equal values in `padded`, with the batch size of each."""
         for start, stop in equal_runs(padded):
@@ -187,10 +190,12 @@ class Retriever:
     @torch.inference_mode()
     def _forward(self, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         repeats = np.ones(len(ids), dtype=np.int64)
-        repeats[-1] += max(0, -(-CPU_MIN_TOKENS // ids.shape[1]) - len(ids))
+        if not self._on_cuda:
+            repeats[-1] += max(0, -(-CPU_MIN_TOKENS // ids.shape[1]) - len(ids))
         token_ids = torch.from_numpy(ids.repeat(repeats, axis=0)).to(self.device)
         attention = torch.from_numpy(mask.repeat(repeats, axis=0)).to(self.device)
-        hidden: Tensor = self._body(input_ids=token_ids, attention_mask=attention).last_hidden_state
+        with torch.autocast(self.device.type, dtype=torch.float16, enabled=self._on_cuda):
+            hidden: Tensor = self._body(input_ids=token_ids, attention_mask=attention).last_hidden_state
         pooled = mean_pool(hidden, attention)[: len(ids)]
         made: npt.NDArray[np.float32] = nn.functional.normalize(pooled, dim=1).cpu().numpy()
         return made

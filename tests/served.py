@@ -10,9 +10,10 @@ from typing import Any
 from refrag_core.runtime import Runtime
 from refrag_core.serving.answering import Answering
 from refrag_core.serving.generations import EngineMaker, Generations
-from refrag_core.serving.scheduler import embedded_engine
+from refrag_core.serving.scheduler import EmbeddedEngine, embedded_engine
 from refrag_core.serving.server import Server, address, listen
 from refrag_core.serving.settings import ServeSettings
+from refrag_core.slot_decoder import SlotDecoder
 
 MODEL = "tiny"
 
@@ -102,3 +103,17 @@ class Brake:
         """See Slots."""
         self.released.append(slot)
         self._rows.release(slot)
+
+
+@contextmanager
+def served_with_brakes(
+    runtime: Runtime, brakes: list[Brake], *, slots: int, max_positions: int, **settings: Any
+) -> Iterator[Running]:
+    """A server over `runtime`; the brake of each engine that it makes is added to `brakes`."""
+
+    def engine(of: Runtime) -> EmbeddedEngine:
+        brakes.append(Brake(SlotDecoder(of.decoder, slots=slots, max_positions=max_positions)))
+        return EmbeddedEngine(brakes[-1], slots=slots, max_positions=max_positions, eos_ids=of.decoder.eos_ids)
+
+    with served(runtime, make_engine=engine, max_positions=max_positions, **settings) as running:
+        yield running

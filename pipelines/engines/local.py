@@ -15,16 +15,13 @@ from typing import Any, TypeVar
 from refrag.pipelines.plan import ShardSpec
 from refrag.pipelines.receipts import Receipt
 from refrag.pipelines.stages import DeviceStage, ShardResult, Stages, run_device_stages
-from refrag_core.devices import available_cores, resolve_device
+from refrag_core.devices import available_cores
 from refrag_core.errors import StageError
 from refrag_core.processes import end_with_parent
 from refrag_core.storage import Store
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
-
-DEVICE_THREADS = 1
-"""That take shards on CUDA. With 2, one shard is written while the device works on the next: not measured yet."""
 
 _ATTEMPTS = 3
 _CLOSING_SECONDS = 5.0
@@ -59,13 +56,16 @@ class LocalEngine:
     Args:
         shard_timeout: seconds that this process waits for one piece of work before the workers are killed and it is
             given to new ones; None waits for ever. What runs in this process itself is not bounded.
+        device_threads: that take shards through the device stages; with 2, one is written while the device works on
+            the next.
     """
 
     spans_machines = False
 
-    def __init__(self, workers: int | None = None, shard_timeout: float | None = None) -> None:
+    def __init__(self, workers: int | None = None, shard_timeout: float | None = None, device_threads: int = 1) -> None:
         self.workers = default_workers() if workers is None else workers
         self.shard_timeout = shard_timeout
+        self._device_threads = device_threads
         self._pool: ProcessPoolExecutor | None = None
         self._others: frozenset[int | None] = frozenset()
 
@@ -164,10 +164,7 @@ class LocalEngine:
         )
 
     def run(self, store: Store, stages: Stages, specs: Iterable[ShardSpec]) -> Iterator[ShardResult]:
-        """Tokenize in the workers, a few shards ahead; encode, embed and score here, in plan order.
-
-        On CUDA `DEVICE_THREADS` take shards by turns.
-        """
+        """Tokenize in the workers, a few shards ahead; encode, embed and score here, in plan order."""
         order: deque[ShardSpec] = deque()
 
         def noted() -> Iterator[ShardSpec]:
@@ -177,8 +174,8 @@ class LocalEngine:
 
         work = ((order.popleft(), done) for done in self.map(partial(stages.tokenize, store), noted()))
         run = partial(_run_each, store, stages.device)
-        on_cuda = any(resolve_device(getattr(stage, "device", "cpu")).startswith("cuda") for stage in stages.device)
-        yield from run_by_turns(run, work, threads=DEVICE_THREADS) if on_cuda else map(run, work)
+        threads = self._device_threads
+        yield from map(run, work) if threads == 1 else run_by_turns(run, work, threads=threads)
 
 
 def _run_each(store: Store, stages: Sequence[DeviceStage], work: tuple[ShardSpec, Receipt]) -> ShardResult:

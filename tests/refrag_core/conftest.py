@@ -3,6 +3,7 @@
 import pytest
 
 from refrag.pipelines import indexing, stages
+from refrag_core.runtime import Runtime
 from tests.small_index import SmallIndex, documents
 
 LIBRARY = [
@@ -27,3 +28,11 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> SmallIndex:
         small.write(LIBRARY)
         small.build(delete_missing=True)
     return small
+
+
+@pytest.fixture(scope="session")
+def runtime(library: SmallIndex, tmp_path_factory: pytest.TempPathFactory) -> Runtime:
+    """The library opened once, for questions alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REFRAG_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return Runtime.open(library.path, device="cpu")

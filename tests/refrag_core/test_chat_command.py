@@ -30,17 +30,10 @@ def _cache(own_cache: Path) -> None:
     """Commands remember the models' fingerprints."""
 
 
-@pytest.fixture(scope="module")
-def opened(library: SmallIndex, tmp_path_factory: pytest.TempPathFactory) -> Runtime:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REFRAG_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return Runtime.open(library.path, device="cpu")
-
-
 @pytest.fixture
-def chat(opened: Runtime, library: SmallIndex, monkeypatch: pytest.MonkeyPatch) -> Chat:
+def chat(runtime: Runtime, library: SmallIndex, monkeypatch: pytest.MonkeyPatch) -> Chat:
     """Run the command on lines of standard input; the runtime is opened once for all."""
-    monkeypatch.setattr(Runtime, "open", lambda *_, **__: opened)
+    monkeypatch.setattr(Runtime, "open", lambda *_, **__: runtime)
 
     def run(*more: object, lines: list[str] | None = None) -> Finished:
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines or [])))
@@ -49,22 +42,22 @@ def chat(opened: Runtime, library: SmallIndex, monkeypatch: pytest.MonkeyPatch) 
     return run
 
 
-def expected(opened: Runtime, questions: list[str]) -> list[str]:
-    conversation = opened.chat(AskOptions(top_k=2, max_new_tokens=8, policy="all"))
+def expected(runtime: Runtime, questions: list[str]) -> list[str]:
+    conversation = runtime.chat(AskOptions(top_k=2, max_new_tokens=8, policy="all"))
     return [conversation.ask(question).answer for question in questions]
 
 
-def test_every_line_is_a_question(chat: Chat, opened: Runtime) -> None:
+def test_every_line_is_a_question(chat: Chat, runtime: Runtime) -> None:
     done = chat(lines=[QUESTIONS[0], "", *QUESTIONS[1:]])
     assert done.code == 0
-    assert done.out == "".join(f"{answer}\n" for answer in expected(opened, QUESTIONS))
+    assert done.out == "".join(f"{answer}\n" for answer in expected(runtime, QUESTIONS))
     assert "UNTRAINED" in done.err
 
 
-def test_json_is_one_line_an_answer(chat: Chat, opened: Runtime) -> None:
+def test_json_is_one_line_an_answer(chat: Chat, runtime: Runtime) -> None:
     done = chat("--json", lines=[*QUESTIONS, "/stats"])
     answers = [json.loads(line) for line in done.out.splitlines()]
-    assert [answer["answer"] for answer in answers] == expected(opened, QUESTIONS)
+    assert [answer["answer"] for answer in answers] == expected(runtime, QUESTIONS)
     assert answers[2]["history"] == {
         "dropped": 0,
         "passages": 0,
@@ -75,11 +68,11 @@ def test_json_is_one_line_an_answer(chat: Chat, opened: Runtime) -> None:
     assert "positions reused; history: 2 turns raw" in done.err  # stdout is for the answers
 
 
-def test_a_session_goes_on_where_it_was(chat: Chat, opened: Runtime, tmp_path: Path) -> None:
+def test_a_session_goes_on_where_it_was(chat: Chat, runtime: Runtime, tmp_path: Path) -> None:
     session = tmp_path / "session.json"
     first = chat(QUESTIONS[0], "--session", session)
     second = chat("--session", session, lines=QUESTIONS[1:])
-    assert (first.out + second.out).splitlines() == "\n".join(expected(opened, QUESTIONS)).splitlines()
+    assert (first.out + second.out).splitlines() == "\n".join(expected(runtime, QUESTIONS)).splitlines()
     saved = SessionFile(session).read()
     assert saved is not None
     assert [turn.question for turn in saved.turns] == QUESTIONS
@@ -196,10 +189,10 @@ def terminal(chat: Chat, library: SmallIndex, monkeypatch: pytest.MonkeyPatch) -
     return run
 
 
-def test_in_a_terminal_an_error_does_not_end_the_conversation(terminal: Chat, opened: Runtime) -> None:
+def test_in_a_terminal_an_error_does_not_end_the_conversation(terminal: Chat, runtime: Runtime) -> None:
     done = terminal(lines=["/passages", "/nonsense", QUESTIONS[0]])
     assert done.code == 0
-    assert expected(opened, QUESTIONS[:1])[0] in done.out
+    assert expected(runtime, QUESTIONS[:1])[0] in done.out
     assert "error: there is no answer yet; expected a question first" in done.err
     assert "error: '/nonsense' is no command" in done.err
     assert "Ask away; /help lists the commands, Ctrl-D ends." in done.err
@@ -207,7 +200,7 @@ def test_in_a_terminal_an_error_does_not_end_the_conversation(terminal: Chat, op
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 130)])
 def test_ctrl_c_ends_the_answer_and_sigterm_the_program(
-    terminal: Chat, opened: Runtime, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int, code: int
+    terminal: Chat, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int, code: int
 ) -> None:
     ask, asked = Conversation.ask, 0
 
@@ -226,5 +219,5 @@ def test_ctrl_c_ends_the_answer_and_sigterm_the_program(
     answered = QUESTIONS[:2] if number == signal.SIGINT else QUESTIONS[:1]
     assert [turn.question for turn in session.turns] == answered
     monkeypatch.setattr(Conversation, "ask", ask)
-    assert [turn.answer for turn in session.turns] == expected(opened, answered)
+    assert [turn.answer for turn in session.turns] == expected(runtime, answered)
     assert ("this question and its answer are not kept" in done.err) == (code == 0)

@@ -42,13 +42,6 @@ def _cache(own_cache: Path) -> None:
     """Opening remembers the models' fingerprints."""
 
 
-@pytest.fixture(scope="module")
-def runtime(library: SmallIndex, tmp_path_factory: pytest.TempPathFactory) -> Runtime:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REFRAG_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return Runtime.open(library.path, device="cpu")
-
-
 @pytest.fixture
 def prompts(monkeypatch: pytest.MonkeyPatch) -> list[Composed]:
     """Every prompt that is composed."""

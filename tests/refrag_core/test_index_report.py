@@ -14,10 +14,8 @@ from refrag_core.index_report import draw, draw_sweep, gather, render, write_rep
 from refrag_core.manifest import run_record_name
 from refrag_core.storage import FolderStore
 from refrag_core.vector_index import NprobeMeasurement
-from tests.browser import find_browser, visit
+from tests.browser import NO_BROWSER, find_browser, visit
 from tests.small_index import SmallIndex, documents
-
-NO_BROWSER = "no Chromium on this machine: install one (Debian: apt-get install chromium) or name it in REFRAG_CHROMIUM"
 
 
 @pytest.fixture(autouse=True)

@@ -29,13 +29,6 @@ def _cache(own_cache: Path) -> None:
     """Opening remembers the models' fingerprints."""
 
 
-@pytest.fixture(scope="module")
-def runtime(library: SmallIndex, tmp_path_factory: pytest.TempPathFactory) -> Runtime:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REFRAG_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return Runtime.open(library.path, device="cpu")
-
-
 def options(**changes: Any) -> AskOptions:
     return AskOptions(**{"top_k": 3, "max_new_tokens": NEW_TOKENS, **changes})
 

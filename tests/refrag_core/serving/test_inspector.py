@@ -14,15 +14,12 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from refrag_core import inspector
 from refrag_core.runtime import AskOptions, Runtime
-from refrag_core.serving.scheduler import EmbeddedEngine
-from refrag_core.slot_decoder import SlotDecoder
-from tests.browser import find_browser
+from tests.browser import NO_BROWSER, find_browser
 from tests.command_line import call
-from tests.served import Brake, Running, served
+from tests.served import Brake, Running, served_with_brakes
 from tests.small_index import SmallIndex
 
 QUESTION = "Which river is the capital of the northern island?"
-NO_BROWSER = "no Chromium on this machine: install one (Debian: apt-get install chromium) or name it in REFRAG_CHROMIUM"
 POSITIONS = 512
 
 
@@ -33,11 +30,7 @@ def brakes() -> list[Brake]:
 
 @pytest.fixture(scope="module")
 def server(runtime: Runtime, brakes: list[Brake]) -> Iterator[Running]:
-    def engine(of: Runtime) -> EmbeddedEngine:
-        brakes.append(Brake(SlotDecoder(of.decoder, slots=2, max_positions=POSITIONS)))
-        return EmbeddedEngine(brakes[-1], slots=2, max_positions=POSITIONS, eos_ids=of.decoder.eos_ids)
-
-    with served(runtime, make_engine=engine, max_positions=POSITIONS, allow_untrained=True) as running:
+    with served_with_brakes(runtime, brakes, slots=2, max_positions=POSITIONS, allow_untrained=True) as running:
         yield running
 
 

@@ -18,7 +18,7 @@ from refrag_core.runtime import AskOptions, Runtime
 from refrag_core.serving.scheduler import EmbeddedEngine
 from refrag_core.serving.settings import ServeSettings
 from refrag_core.slot_decoder import SlotDecoder
-from tests.served import MODEL, Brake, Running, served
+from tests.served import MODEL, Brake, Running, served, served_with_brakes
 
 QUESTION = "Which river is the capital of the northern island?"
 POSITIONS = 512
@@ -32,12 +32,8 @@ def brakes() -> list[Brake]:
 
 @pytest.fixture(scope="module")
 def server(runtime: Runtime, brakes: list[Brake]) -> Iterator[Running]:
-    def engine(of: Runtime) -> EmbeddedEngine:
-        brakes.append(Brake(SlotDecoder(of.decoder, slots=4, max_positions=POSITIONS)))
-        return EmbeddedEngine(brakes[-1], slots=4, max_positions=POSITIONS, eos_ids=of.decoder.eos_ids)
-
     limits: dict[str, Any] = {"queue_limit": 64, "body_bytes": 100_000, "body_seconds": 1.0, "allow_untrained": True}
-    with served(runtime, make_engine=engine, max_positions=POSITIONS, **limits) as running:
+    with served_with_brakes(runtime, brakes, slots=4, max_positions=POSITIONS, **limits) as running:
         yield running
 
 
