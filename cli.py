@@ -136,6 +136,10 @@ BuiltTables = Annotated[
 ]
 ReadTables = Annotated[TablesName, typer.Option("--tables", help="Which tables passages are read from.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option("--device-map", help="Spread the decoder over all GPUs: auto, balanced, balanced_low_0, sequential."),
+]
 EngineOption = Annotated[
     EngineName, typer.Option(help="What drives the work: this machine, a Ray cluster, or a Beam runner.")
 ]
@@ -1313,6 +1317,8 @@ def _open_runtime(
     chunk_cache: Path | None = None,
     tables: TablesName = TablesName.PARQUET,
     verify_key: list[Path] | None = None,
+    captured: bool | None = None,
+    device_map: str | None = None,
 ) -> "Runtime":
     from refrag_core.runtime import Runtime
 
@@ -1325,6 +1331,8 @@ def _open_runtime(
         chunk_cache=chunk_cache,
         tables=tables.value,
         verify_keys=tuple(verify_key or ()),
+        captured=captured,
+        device_map=device_map,
     )
     if not runtime.trained:
         _warn(
@@ -1379,6 +1387,7 @@ def ask(
     tables: ReadTables = TablesName.PARQUET,
     verify_key: VerifyKey = None,
     device: Device = "auto",
+    device_map: DeviceMap = None,
     html: Annotated[
         Path | None, typer.Option("--html", help="Write a page for a browser: each chunk shaded as it was read.")
     ] = None,
@@ -1387,7 +1396,18 @@ def ask(
     """Answer a question from an index, with the passages used and a latency breakdown."""
     given = {str(path): _read_text(path) for path in context or []}
     retrieval = _retrieval(where, hybrid, dense_weight, lexical_weight)
-    runtime = _open_runtime(index, decoder, retriever, checkpoint, device, chunk_cache, tables, verify_key)
+    runtime = _open_runtime(
+        index,
+        decoder,
+        retriever,
+        checkpoint,
+        device,
+        chunk_cache,
+        tables,
+        verify_key,
+        captured=False,  # one question: capturing would take longer than it saves
+        device_map=device_map,
+    )
     _build_lexical(runtime.searcher, retrieval)
     options = _ask_options(
         runtime,
@@ -1499,6 +1519,7 @@ def chat(
     tables: ReadTables = TablesName.PARQUET,
     verify_key: VerifyKey = None,
     device: Device = "auto",
+    device_map: DeviceMap = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print each answer as one line of JSON.")] = False,
 ) -> None:
     """Ask questions that know those before them: in a terminal, from a pipe, or one at a time with --session."""
@@ -1509,7 +1530,9 @@ def chat(
     file = None if session is None else SessionFile(session)
     saved = None if file is None else file.read()
     retrieval = _retrieval(where, hybrid, dense_weight, lexical_weight)
-    runtime = _open_runtime(index, decoder, retriever, checkpoint, device, chunk_cache, tables, verify_key)
+    runtime = _open_runtime(
+        index, decoder, retriever, checkpoint, device, chunk_cache, tables, verify_key, device_map=device_map
+    )
     _build_lexical(runtime.searcher, retrieval)
     options = _ask_options(
         runtime,
@@ -1715,6 +1738,7 @@ def serve(
     tables: ReadTables = TablesName.PARQUET,
     verify_key: VerifyKey = None,
     device: Device = "auto",
+    device_map: DeviceMap = None,
 ) -> None:
     """Answer over HTTP, as OpenAI's clients expect it, with a page for people at /."""
     from refrag_core.serving.command import ServeCommand, run_server
@@ -1737,7 +1761,9 @@ def serve(
     )
 
     def opened() -> "Runtime":
-        return _open_runtime(index, decoder, retriever, checkpoint, device, chunk_cache, tables, verify_key)
+        return _open_runtime(
+            index, decoder, retriever, checkpoint, device, chunk_cache, tables, verify_key, device_map=device_map
+        )
 
     run_server(index, opened, settings, say=_warn, on_ready=lambda url: print(url, flush=True))
 

@@ -88,11 +88,11 @@ class CapturedCalls:
 
 
 def bucket(size: int, *, smallest: int, fine: int = 1024) -> int:
-    """The padded size for `size`: multiples of `smallest` up to `fine`, from there on eighths of a power of two.
+    """The padded size for `size`: multiples of `smallest` up to `fine`, from there on sixteenths of a power of two.
 
-    Padding is at most `smallest` below `fine` and an eighth above it, with few different shapes.
+    Padding is less than `smallest` up to `fine` and less than a sixteenth above it, with few different shapes.
     """
     step = smallest
     if size > fine:
-        step = max(smallest, 1 << ((size - 1).bit_length() - 3))
+        step = max(smallest, 1 << ((size - 1).bit_length() - 5))
     return -(-size // step) * step

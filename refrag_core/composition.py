@@ -102,19 +102,22 @@ def arrange(
     Raises ConfigError when shapes do not fit each other, when the prompt does not fit without any passage, or
     when it is strict and a passage would be dropped.
     """
-    _check(passages, expansion_mask)
-    slots, chunks = _passage_slots(passages, expansion_mask)
+    chunks = _chunks_of(passages)
+    _check(passages, chunks, expansion_mask)
+    widths = np.where(expansion_mask, chunks.lengths, 1)
+    sizes = np.diff(_running(widths)[chunks.bounds])
     overhead = len(template.passage_header) + len(template.passage_footer)
     fixed = template.num_fixed(0) + len(history) + len(question_ids) + max_new_tokens
-    kept = _num_fitting(fixed, [len(ids) + overhead for ids in slots], max_positions)
+    kept = _num_fitting(fixed, sizes + overhead, max_positions)
     if kept < len(passages) and strict:
         raise ConfigError(
-            f"the prompt needs {fixed + sum(len(ids) + overhead for ids in slots)} positions and the decoder has "
+            f"the prompt needs {fixed + int((sizes + overhead).sum())} positions and the decoder has "
             f"{max_positions}; expected it to fit (strict): take fewer passages or a smaller expansion_fraction"
         )
-    mask = expansion_mask[: chunks[kept]]
+    mask = expansion_mask[: chunks.bounds[kept]]
+    slots = _slots([passage.token_ids for passage in passages[:kept]], chunks.lengths[: len(mask)], mask)
     return Arrangement(
-        ids=_join(template, history, slots[:kept], question_ids),
+        ids=_join(template, history, _framed(slots, sizes[:kept], template), question_ids),
         compressed=np.flatnonzero(~mask),
         num_passages=kept,
         num_dropped=len(passages) - kept,
@@ -122,39 +125,47 @@ def arrange(
     )
 
 
-def _check(passages: Sequence[ContextPassage], expansion_mask: Mask) -> None:
-    for passage in passages:
-        if len(passage.chunk_embeddings) != passage.num_chunks:
-            raise ConfigError(
-                f"a passage of {len(passage.token_ids)} tokens has {len(passage.chunk_embeddings)} chunk embeddings; "
-                f"expected {passage.num_chunks} at chunk_size {passage.chunk_size}"
-            )
-    total = sum(passage.num_chunks for passage in passages)
+@dataclass(frozen=True, slots=True)
+class _Chunks:
+    """The chunks of all passages, L of them in n passages."""
+
+    lengths: npt.NDArray[np.int64]
+    """int64 `[L]`: tokens of each."""
+    bounds: npt.NDArray[np.int64]
+    """int64 `[n + 1]`: chunks before each passage and, last, in all."""
+
+
+def _chunks_of(passages: Sequence[ContextPassage]) -> _Chunks:
+    tokens = np.array([len(passage.token_ids) for passage in passages], dtype=np.int64)
+    sizes = np.array([passage.chunk_size for passage in passages], dtype=np.int64)
+    counts = -(-tokens // sizes)
+    bounds, lengths = _running(counts), np.repeat(sizes, counts)
+    some = counts > 0
+    lengths[bounds[1:][some] - 1] -= (counts * sizes - tokens)[some]
+    return _Chunks(lengths, bounds)
+
+
+def _running(values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """int64 `[n + 1]`: the sum of the values before each and, last, of all."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(values)])
+
+
+def _check(passages: Sequence[ContextPassage], chunks: _Chunks, expansion_mask: Mask) -> None:
+    given = np.array([len(passage.chunk_embeddings) for passage in passages], dtype=np.int64)
+    for wrong in np.flatnonzero(given != np.diff(chunks.bounds)).tolist():
+        passage = passages[wrong]
+        raise ConfigError(
+            f"a passage of {len(passage.token_ids)} tokens has {len(passage.chunk_embeddings)} chunk embeddings; "
+            f"expected {passage.num_chunks} at chunk_size {passage.chunk_size}"
+        )
+    total = len(chunks.lengths)
     if expansion_mask.shape != (total,) or expansion_mask.dtype != np.bool_:
         raise ConfigError(
             f"expansion_mask is {expansion_mask.dtype} {expansion_mask.shape}; expected bool ({total},), one a chunk"
         )
 
 
-def _passage_slots(passages: Sequence[ContextPassage], expansion_mask: Mask) -> tuple[list[Ids], list[int]]:
-    """Slots of each passage, and the number of chunks in the passages before it (and, last, in all)."""
-    slots, chunks = [], [0]
-    for passage in passages:
-        expanded = expansion_mask[chunks[-1] : chunks[-1] + passage.num_chunks]
-        slots.append(_slots(passage.token_ids, passage.chunk_size, expanded))
-        chunks.append(chunks[-1] + passage.num_chunks)
-    return slots, chunks
-
-
-def _slots(token_ids: Ids, chunk_size: int, expanded: Mask) -> Ids:
-    """A passage's slots: a compressed chunk's is where its first token stood."""
-    offsets = np.arange(len(token_ids))
-    raw = expanded[offsets // chunk_size]
-    slots: Ids = np.where(raw, token_ids, np.int32(COMPRESSED))[raw | (offsets % chunk_size == 0)]
-    return slots
-
-
-def _num_fitting(fixed: int, sizes: Sequence[int], max_positions: int | None) -> int:
+def _num_fitting(fixed: int, sizes: npt.NDArray[np.int64], max_positions: int | None) -> int:
     """How many passages, from the first, fit. Raises ConfigError when the prompt without any does not."""
     if max_positions is None:
         return len(sizes)
@@ -163,15 +174,47 @@ def _num_fitting(fixed: int, sizes: Sequence[int], max_positions: int | None) ->
             f"template, question and max_new_tokens take {fixed} positions and the decoder has {max_positions}; "
             f"expected room for passages: shorten the question or lower --max-new-tokens"
         )
-    ends = fixed + np.cumsum(np.asarray(sizes, dtype=np.int64))
-    return int(np.searchsorted(ends, max_positions, side="right"))
+    return int(np.searchsorted(fixed + np.cumsum(sizes), max_positions, side="right"))
 
 
-def _join(template: PromptTemplate, history: Sequence[int], slots: Sequence[Ids], question_ids: Sequence[int]) -> Ids:
+def _slots(token_ids: Sequence[Ids], lengths: npt.NDArray[np.int64], expanded: Mask) -> Ids:
+    """The chunks' slots one behind the other, int32: one COMPRESSED, or the tokens of an expanded one.
+
+    Cost goes with chunks and expanded tokens, not with all tokens: it stands between a question and its first token.
+    """
+    firsts = _running(np.where(expanded, lengths, 1))
+    slots = np.full(firsts[-1], COMPRESSED, dtype=np.int32)
+    chosen = np.flatnonzero(expanded)
+    if len(chosen):
+        tokens, starts = np.concatenate(token_ids), _running(lengths)
+        slots[_ranges(firsts[chosen], lengths[chosen])] = tokens[_ranges(starts[chosen], lengths[chosen])]
+    return slots
+
+
+def _ranges(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """`start, start + 1, …` of every range, one behind the other."""
+    before = _running(lengths)
+    return np.arange(before[-1]) + np.repeat(starts - before[:-1], lengths)
+
+
+def _framed(slots: Ids, sizes: npt.NDArray[np.int64], template: PromptTemplate) -> Ids:
+    """The passages' slots, `sizes` int64 `[n]` of each, every passage between its header and its footer."""
+    header, footer = template.passage_header, template.passage_footer
+    overhead = len(header) + len(footer)
+    if not overhead:
+        return slots
+    begins = _running(sizes + overhead)
+    framed = np.empty(begins[-1], dtype=np.int32)
+    bodies = begins[:-1] + len(header)
+    framed[begins[:-1, None] + np.arange(len(header))] = header
+    framed[_ranges(bodies, sizes)] = slots
+    framed[(bodies + sizes)[:, None] + np.arange(len(footer))] = footer
+    return framed
+
+
+def _join(template: PromptTemplate, history: Sequence[int], passages: Ids, question_ids: Sequence[int]) -> Ids:
     question: list[Sequence[int] | Ids] = [template.before_question, question_ids, template.after_question]
-    context: list[Sequence[int] | Ids] = [template.before_passages]
-    for ids in slots:
-        context += [template.passage_header, ids, template.passage_footer]
+    context: list[Sequence[int] | Ids] = [template.before_passages, passages]
     content = question + context if template.question_first else context + question
     parts = [template.bos, template.prefix, history, *content, template.suffix]
     return np.concatenate([np.asarray(part, dtype=np.int32) for part in parts])

@@ -3,6 +3,7 @@
 Notation: b prompts, s slots of the longest, d_dec width of the input embeddings, V vocabulary.
 """
 
+import importlib.util
 import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from refrag_core.errors import ConfigError, ModelNotFoundError, UnsupportedDecod
 from refrag_core.models import load_tokenizer, without_progress_bars
 
 FINISHED = -1
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 """Stands in a step's tokens for a prompt whose answer has ended."""
 
 REFUSED_TYPES = {
@@ -80,21 +82,27 @@ class Decoder:
         dtype: torch.dtype | None = None,
         attn_implementation: str | None = None,
         adapter: Adapter | None = None,
+        device_map: str | None = None,
     ) -> "Decoder":
         """The decoder in `folder`, from safetensors; float32 on a CPU, bfloat16 elsewhere unless `dtype` says.
 
-        An `adapter` is merged into its weights. Raises UnsupportedDecoderError, ModelNotFoundError when weights
-        are missing, and ConfigError for an adapter of another decoder.
+        An `adapter` is merged into its weights. With a `device_map` (one of `DEVICE_MAPS`) the layers are spread over
+        all GPUs of the machine, for decoders larger than one, and `device` counts for the dtype alone. Raises
+        UnsupportedDecoderError, ModelNotFoundError when weights are missing, and ConfigError for an adapter of another
+        decoder and where layers cannot be spread.
         """
         from transformers import AutoConfig, AutoModelForCausalLM
 
         refuse_unsupported(AutoConfig.from_pretrained(folder, local_files_only=True))
+        if device_map is not None:
+            _check_device_map(device_map)
         chosen = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
         with without_progress_bars():
             model, loaded = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=chosen,
                 attn_implementation=attn_implementation,
+                device_map=device_map,
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
@@ -106,7 +114,7 @@ class Decoder:
             )
         if adapter is not None:
             merge_adapter(model, adapter)
-        return cls(model.to(device), load_tokenizer(folder))
+        return cls(model if device_map is not None else model.to(device), load_tokenizer(folder))
 
     @property
     def device(self) -> torch.device:
@@ -234,6 +242,17 @@ def merge_adapter(model: Any, adapter: Adapter) -> None:
             )
         update = up.float() @ down.float()
         weight.copy_(weight.float() + adapter.scale * update.to(weight.device))
+
+
+def _check_device_map(device_map: str) -> None:
+    if device_map not in DEVICE_MAPS:
+        raise ConfigError(f"device_map is {device_map!r}; expected one of {', '.join(DEVICE_MAPS)}")
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "a device_map spreads a decoder over GPUs, and PyTorch finds none here; expected none on a CPU"
+        )
+    if importlib.util.find_spec("accelerate") is None:
+        raise ConfigError("a device_map needs the package accelerate: pip install 'refrag[train]'")
 
 
 def refuse_unsupported(config: Any) -> None:

@@ -37,7 +37,7 @@ BODY_TYPES = ("bert", "roberta", "xlm-roberta", "mpnet")
 
 CPU_BATCH_ROWS = 128
 CUDA_BATCH_ROWS = 8192
-PACKED_BATCH_TOKENS = 32_768
+PACKED_BATCH_TOKENS = 131_072
 """Tokens of a captured batch: enough to fill a large GPU, few enough that what passes between layers stays cached."""
 
 PIECE_ROWS = 131_072
@@ -324,7 +324,8 @@ class ChunkEncoder:
         fingerprint: the encode fingerprint.
         batch_rows: rows of a first batch; None takes the device's default.
         dtype: of the computation; None takes float32 on a CPU, float16 on CUDA.
-        packed: run BERT and RoBERTa bodies as `PackedBody`, captured on CUDA: quicker, and not the default yet.
+        packed: run BERT and RoBERTa bodies as `PackedBody`, captured on CUDA; None does on CUDA alone. On a CPU the
+            bits of an embedding would depend on its batch.
         form: of attention in a packed body; None takes what suits the device.
         remember: keep the batch size that fitted for the next process, in refrag's cache folder.
     """
@@ -337,7 +338,7 @@ class ChunkEncoder:
         device: str = "cpu",
         batch_rows: int | None = None,
         dtype: torch.dtype | None = None,
-        packed: bool = False,
+        packed: bool | None = None,
         form: AttentionForm | None = None,
         remember: bool = False,
     ) -> None:
@@ -346,6 +347,7 @@ class ChunkEncoder:
         self._on_cuda = self.device.type == "cuda"
         self._dtype = dtype or (torch.float16 if self._on_cuda else torch.float32)
         self._module = module.to(self.device, self._dtype).eval().requires_grad_(False)
+        packed = self._on_cuda if packed is None else packed
         self._packed = PackedBody(module.body, form=form) if packed and is_packable(module.body) else None
         self._calls = CapturedCalls(self._embed_packed, self.device)
         self._batch_rows = batch_rows

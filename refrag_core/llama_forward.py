@@ -20,6 +20,8 @@ LLAMA_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Those whose angles depend on the position alone, not on how long a sequence is."""
 
+_COMPILED_VARIANTS = 64
+
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
@@ -44,6 +46,7 @@ class Pointwise:
     """What lies between the matrix products."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    head_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
     gated: Callable[[Tensor], Tensor]
@@ -54,6 +57,11 @@ def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     wide = hidden.float()
     scaled = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + epsilon)
     return weight * scaled.to(hidden.dtype)
+
+
+def head_norm(heads: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """`rms_norm` of every head of `[b, t, h, d_head]`; of its own, since a compiled function has one rank."""
+    return rms_norm(heads, weight, epsilon)
 
 
 def add_norm(hidden: Tensor, update: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -77,12 +85,15 @@ def gated(gate_up: Tensor) -> Tensor:
 @cache
 def _pointwise(compiled: bool) -> Pointwise:
     if not compiled:
-        return Pointwise(rms_norm, add_norm, rotate, gated)
+        return Pointwise(rms_norm, head_norm, add_norm, rotate, gated)
 
     def made(function: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compile(function, dynamic=True, fullgraph=True)
 
-    return Pointwise(made(rms_norm), made(add_norm), made(rotate), made(gated))
+    # Every dtype, width and epsilon is a variant; a process that reloads models or holds several meets more than eight.
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, _COMPILED_VARIANTS)
+    return Pointwise(made(rms_norm), made(head_norm), made(add_norm), made(rotate), made(gated))
 
 
 def is_llama_like(model: Any) -> bool:
@@ -146,8 +157,8 @@ class LlamaForward:
         heads = merged.view(*merged.shape[:2], -1, self._head_dim)
         queries, keys, values = heads.tensor_split((-2 * self._num_kv_heads, -self._num_kv_heads), dim=2)
         if layer.query_norm is not None and layer.key_norm is not None:
-            queries = self._between.rms_norm(queries, layer.query_norm, self._epsilon)
-            keys = self._between.rms_norm(keys, layer.key_norm, self._epsilon)
+            queries = self._between.head_norm(queries, layer.query_norm, self._epsilon)
+            keys = self._between.head_norm(keys, layer.key_norm, self._epsilon)
         queries, keys = (self._between.rotate(part, cos, sin) for part in (queries, keys))
         self._rows.write(number, places, keys, values)
         if places.window:

@@ -57,7 +57,7 @@ class Retriever:
         fingerprint: see `retriever_fingerprint`.
         batch_tokens: padded tokens of a first batch; None takes the device's default.
         on_device: let texts travel once, packed, pad and pool them on the device, a few at a time by captured calls;
-            the body is float16 on CUDA then. Not the default yet.
+            the body is float16 on CUDA then. None does on CUDA alone.
         remember: keep the batch sizes that fitted for the next process, in refrag's cache folder.
     """
 
@@ -71,15 +71,15 @@ class Retriever:
         fingerprint: str,
         device: str = "cpu",
         batch_tokens: int | None = None,
-        on_device: bool = False,
+        on_device: bool | None = None,
         remember: bool = False,
     ) -> None:
         self.device = torch.device(device)
         self.fingerprint = fingerprint
         self.max_length = max_length
         self._on_cuda = self.device.type == "cuda"
-        self._on_device = on_device
-        dtype = torch.float16 if self._on_cuda and on_device else torch.float32
+        self._on_device = self._on_cuda if on_device is None else on_device
+        dtype = torch.float16 if self._on_cuda and self._on_device else torch.float32
         self._body = body.to(self.device, dtype).eval().requires_grad_(False)
         self._calls = CapturedCalls(self._embed_padded, self.device)
         self.dim = int(self._body.config.hidden_size)

@@ -242,6 +242,7 @@ class RuntimeOptions:
     device: str = "auto"
     verify_keys: tuple[Path, ...] = ()
     captured: bool = False
+    device_map: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,7 +285,8 @@ class Runtime:
         tables: TableFormat = "parquet",
         device: str = "auto",
         verify_keys: Sequence[Path] = (),
-        captured: bool = False,
+        captured: bool | None = None,
+        device_map: str | None = None,
     ) -> "Runtime":
         """Open a generation of the index or bundle at `location`: verify its manifest, map its tables, load the models.
 
@@ -294,11 +296,14 @@ class Runtime:
             tables: read the mapped Parquet shards, or the LanceDB tables (the same answers, slower).
             verify_keys: public keys; with them nothing is opened that is not signed with one, to the last byte.
             captured: answer by captured graphs, which first requests pay for (see `warm`) and later ones gain by.
-                On a CPU it is the same path without graphs. Not the default yet.
+                On a CPU it is the same path without graphs. None does on CUDA alone; for a single question it does not
+                pay.
+            device_map: spread the decoder's layers over all GPUs, see `Decoder.load`; such a decoder runs uncaptured.
 
         Raises CorruptIndexError, SignatureError, ModelNotFoundError, and FingerprintMismatchError when a model is not
         the one that the index was made for.
         """
+        device = resolve_device(device)
         options = RuntimeOptions(
             location=location,
             decoder=decoder,
@@ -306,9 +311,10 @@ class Runtime:
             checkpoint=checkpoint,
             tables=tables,
             chunk_cache=chunk_cache,
-            device=resolve_device(device),
+            device=device,
             verify_keys=tuple(verify_keys),
-            captured=captured,
+            captured=device != "cpu" and device_map is None if captured is None else captured,
+            device_map=device_map,
         )
         return cls(_open_generation(options, version, None), options)
 
@@ -810,7 +816,7 @@ def _open_generation(options: RuntimeOptions, version: int | None, current: _Gen
     if current is not None and _same_models(current, opened, folder):
         hot = None if current.hot is None else HotPassages(current.decoder.device)
         return replace(current, searcher=searcher, hot=hot)
-    decoder = Decoder.load(folder, device=options.device, adapter=opened.load_adapter())
+    decoder = Decoder.load(folder, device=options.device, adapter=opened.load_adapter(), device_map=options.device_map)
     _check_width(decoder, opened)
     projection = opened.projection.to(decoder.device).requires_grad_(False)
     policy = opened.policy.to(decoder.device).requires_grad_(False)
