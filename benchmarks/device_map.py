@@ -1,0 +1,81 @@
+"""A decoder spread over all GPUs beside the same one on a single GPU: `python -m benchmarks.device_map`.
+
+    python -m benchmarks.device_map [--shape llama-3.2-3b] [--positions 512] [--device-map balanced] [--output FILE]
+
+Random weights of that shape are saved, and loaded back by `Decoder.load` with a device map. Reported: on how many
+devices the layers lie, whether greedy tokens are the same, and the median time of a prefill each way. Both run
+eagerly: a spread decoder is never captured.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.decoder_shapes import SHAPES, shaped_decoder
+from benchmarks.measurement import add_output, finish, say
+from refrag_core.composition import pad_batch
+from refrag_core.decoder import DEVICE_MAPS, Decoder
+
+NEW_TOKENS = 16
+REPEATS = 10
+
+
+def measured(decoder: Decoder, prompt: Tensor) -> dict[str, Any]:
+    """Devices, greedy tokens and milliseconds of a prefill of the prompt `[s, d_dec]`."""
+    batch = pad_batch([prompt.to(decoder.device, decoder.dtype)])
+    tokens = [step[0] for step in decoder.generate(batch, max_new_tokens=NEW_TOKENS)]
+    times = []
+    for _ in range(REPEATS):
+        synchronise()
+        started = time.perf_counter()
+        decoder.prefill(batch)
+        synchronise()
+        times.append(1000 * (time.perf_counter() - started))
+    devices = sorted({str(parameter.device) for parameter in decoder.model.parameters()})
+    return {"devices": devices, "tokens": tokens, "prefill_ms": round(median(times), 3)}
+
+
+def synchronise() -> None:
+    """Wait for every GPU."""
+    for number in range(torch.cuda.device_count()):
+        torch.cuda.synchronize(number)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Save, spread, compare, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-3b")
+    parser.add_argument("--positions", type=int, default=512)
+    parser.add_argument("--device-map", choices=DEVICE_MAPS, default="balanced")
+    add_output(parser)
+    options = parser.parse_args(arguments)
+    dtype = torch.bfloat16
+    one = shaped_decoder(options.shape, device="cuda:0", dtype=dtype, max_positions=options.positions + NEW_TOKENS)
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randn((options.positions, one.dim), generator=generator) * 0.02
+    found = {"one": measured(one, prompt)}
+    say(f"one GPU: {found['one']['prefill_ms']} ms")
+    with tempfile.TemporaryDirectory(prefix="refrag-spread-") as folder:
+        one.model.save_pretrained(folder)
+        one.tokenizer.save(str(Path(folder, "tokenizer.json")))
+        del one
+        torch.cuda.empty_cache()
+        spread = Decoder.load(Path(folder), device="cuda", dtype=dtype, device_map=options.device_map)
+    spread.eos_ids = frozenset()
+    found["spread"] = measured(spread, prompt)
+    say(f"{len(found['spread']['devices'])} GPUs: {found['spread']['prefill_ms']} ms")
+    equal = found["one"]["tokens"] == found["spread"]["tokens"]
+    given = {name: value for name, value in vars(options).items() if name != "output"}
+    finish("device_map", given, {**found, "equal": equal}, options.output)
+    return 0 if equal else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
