@@ -2,8 +2,8 @@
 
     python -m benchmarks.device_map [--shape llama-3.2-3b] [--positions 512] [--device-map balanced] [--output FILE]
 
-Random weights of that shape are saved, and loaded back by `Decoder.load` with a device map. Reported: on how many
-devices the layers lie, whether greedy tokens are the same, and the median time of a prefill each way. Both run
+Random weights of that shape are saved, and loaded by `Decoder.load` as they are and with a device map. Reported: on how
+many devices the layers lie, whether greedy tokens are the same, and the median time of a prefill each way. Both run
 eagerly: a spread decoder is never captured.
 """
 
@@ -57,20 +57,20 @@ def main(arguments: list[str] | None = None) -> int:
     add_output(parser)
     options = parser.parse_args(arguments)
     dtype = torch.bfloat16
-    one = shaped_decoder(options.shape, device="cuda:0", dtype=dtype, max_positions=options.positions + NEW_TOKENS)
+    made = shaped_decoder(options.shape, device="cuda:0", dtype=dtype, max_positions=options.positions + NEW_TOKENS)
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randn((options.positions, one.dim), generator=generator) * 0.02
-    found = {"one": measured(one, prompt)}
-    say(f"one GPU: {found['one']['prefill_ms']} ms")
+    prompt = torch.randn((options.positions, made.dim), generator=generator) * 0.02
+    found = {}
     with tempfile.TemporaryDirectory(prefix="refrag-spread-") as folder:
-        one.model.save_pretrained(folder)
-        one.tokenizer.save(str(Path(folder, "tokenizer.json")))
-        del one
-        torch.cuda.empty_cache()
-        spread = Decoder.load(Path(folder), device="cuda", dtype=dtype, device_map=options.device_map)
-    spread.eos_ids = frozenset()
-    found["spread"] = measured(spread, prompt)
-    say(f"{len(found['spread']['devices'])} GPUs: {found['spread']['prefill_ms']} ms")
+        made.model.save_pretrained(folder)
+        made.tokenizer.save(str(Path(folder, "tokenizer.json")))
+        del made
+        for name, device_map in (("one", None), ("spread", options.device_map)):
+            torch.cuda.empty_cache()
+            decoder = Decoder.load(Path(folder), device="cuda:0", dtype=dtype, device_map=device_map)
+            decoder.eos_ids = frozenset()
+            found[name] = measured(decoder, prompt)
+            say(f"{name}: {len(found[name]['devices'])} GPUs, {found[name]['prefill_ms']} ms")
     equal = found["one"]["tokens"] == found["spread"]["tokens"]
     given = {name: value for name, value in vars(options).items() if name != "output"}
     finish("device_map", given, {**found, "equal": equal}, options.output)

@@ -26,6 +26,8 @@ TableFormat = Literal["parquet", "lance"]
 """Tables that an index may have: the Parquet shards, which are always there, or LanceDB tables beside them."""
 
 _ONE_PAGE = 1 << 31
+_PAGE_BYTES = 1 << 30
+"""Of a page's column at most; Parquet counts them in an int32."""
 _MAX_PAGE_HEADER = 256
 _DATA_PAGE = 0
 
@@ -38,7 +40,10 @@ def _fixed_width(kind: pa.DataType) -> int | None:
 
 
 def write_table(path: Path, table: pa.Table, *, rows_a_group: int | None = None) -> None:
-    """Write `table` to `path` so that its fixed-width columns can be mapped (one row group by default)."""
+    """Write `table` to `path` so that its fixed-width columns can be mapped.
+
+    One row group by default, and more of equal size only where a column's page would be larger than Parquet counts.
+    """
     strings = [field.name for field in table.schema if _fixed_width(field.type) is None]
     writer = pq.ParquetWriter(
         path,
@@ -52,7 +57,13 @@ def write_table(path: Path, table: pa.Table, *, rows_a_group: int | None = None)
         store_schema=True,
     )
     with writer:
-        writer.write_table(table, row_group_size=rows_a_group or max(1, table.num_rows))
+        writer.write_table(table, row_group_size=rows_a_group or _rows_of_one_page(table))
+
+
+def _rows_of_one_page(table: pa.Table) -> int:
+    largest = max((column.nbytes for column in table.columns), default=0)
+    groups = max(1, -(-largest // _PAGE_BYTES))
+    return max(1, -(-table.num_rows // groups))
 
 
 def fixed_binary(values: npt.NDArray[Any]) -> pa.Array:

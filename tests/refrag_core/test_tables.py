@@ -44,6 +44,17 @@ def test_what_is_written_is_mapped_in_place(tmp_path: Path, values: np.ndarray, 
     assert np.array_equal(np.concatenate(list(column.blocks(300))), some)
 
 
+def test_columns_larger_than_a_page_take_several_row_groups(
+    tmp_path: Path, values: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("refrag_core.tables._PAGE_BYTES", values.nbytes // 3 + 1)
+    write_table(tmp_path / "t", _table(values))
+    assert pq.ParquetFile(tmp_path / "t").metadata.num_row_groups == 3
+    column = MappedColumn(tmp_path / "t", "embedding", "<f2", DIM)
+    assert column.mapped
+    assert np.array_equal(column.slice(0, ROWS), values)
+
+
 def test_a_map_is_a_view_of_the_file(tmp_path: Path, values: np.ndarray) -> None:
     write_table(tmp_path / "t", _table(values))
     rows = MappedColumn(tmp_path / "t", "embedding", "<f2", DIM).slice(10, 20)
