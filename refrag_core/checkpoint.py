@@ -173,9 +173,10 @@ class CheckpointConfig:
                 del values[name]
         if self.projection_dtype == "float32":
             del values["projection_dtype"]
-        for name in ("trained", "dtype"):
-            if not values["policy"][name]:
-                del values["policy"][name]
+        if not self.policy.trained:
+            del values["policy"]["trained"]
+        if self.policy.stored_dtype == replace(self.policy, dtype=None).stored_dtype:
+            del values["policy"]["dtype"]
         return {"format": FORMAT, "format_version": FORMAT_VERSION, **values}
 
     @classmethod
