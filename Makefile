@@ -41,7 +41,7 @@ lint: $(STAMP)
 # The source tree's cli.py, pipelines/ and schemas/ are refrag.* once installed; the link shows mypy the same.
 typecheck: $(STAMP)
 	@mkdir -p .typecheck && ln -sfn .. .typecheck/refrag
-	MYPYPATH=.typecheck $(BIN)/mypy -p refrag.cli -p refrag.pipelines -p refrag.schemas -p refrag_core -p infra.validate -p infra.requirements
+	MYPYPATH=.typecheck $(BIN)/mypy -p refrag.cli -p refrag.pipelines -p refrag.schemas -p refrag.checkpoints -p refrag_core -p infra.validate -p infra.requirements
 
 check: lint typecheck test
 

@@ -50,6 +50,8 @@ train_app = typer.Typer(help="Prepare text and train a checkpoint, stage by stag
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(eval_app, name="eval")
 app.add_typer(train_app, name="train")
+checkpoint_app = typer.Typer(help="Make a trained checkpoint ready to be shipped.", no_args_is_help=True)
+app.add_typer(checkpoint_app, name="checkpoint")
 bench_app = typer.Typer(
     help="Measure speed on this machine: first token, encoding, a whole build.", no_args_is_help=True
 )
@@ -115,10 +117,16 @@ MetadataFields = Annotated[
 MaxLineBytes = Annotated[int, typer.Option(help="Longest line of a .jsonl file; longer ones are quarantined.")]
 MaxDocumentBytes = Annotated[int, typer.Option(help="Longest document; longer ones are quarantined.")]
 Checkpoint = Annotated[
-    str | None, typer.Option(help="Folder of a trained checkpoint; default: an untrained, deterministic one.")
+    str | None,
+    typer.Option(
+        help="Folder of a trained checkpoint. Default: the one shipped for the decoder, else an untrained one."
+    ),
+]
+OpenedCheckpoint = Annotated[
+    str | None, typer.Option("--checkpoint", help="Folder of a trained checkpoint. Default: the index's own.")
 ]
 Encoder = Annotated[
-    str | None, typer.Option(help="Encoder body of the untrained checkpoint: folder, hub id or package.")
+    str | None, typer.Option(help="Encoder body of an untrained checkpoint, even where one is shipped.")
 ]
 Decoder = Annotated[str | None, typer.Option(help="Decoder: folder, hub id (with @revision) or package.")]
 Retriever = Annotated[str | None, typer.Option(help="Retriever: folder, hub id or package. Default: all-minilm-l6-v2.")]
@@ -538,6 +546,7 @@ def _print_build(report: "BuildReport", output: str) -> None:
             ("passages", report.passages),
             ("chunks", f"{report.chunks:,} ({report.encoded_chunks:,} encoded in this run)"),
             ("tokens", report.tokens),
+            ("checkpoint", "trained" if report.trained else "untrained: answers read every chunk as text"),
             ("recall@10", f"{report.recall_at_10:.3f} of the vector index against exact search"),
             ("content id", report.content_id),
             ("build id", report.build_id),
@@ -716,7 +725,7 @@ def index_repair(
     corpus: Annotated[
         list[str] | None, typer.Argument(help="The corpus; needed when documents, passages or chunks are damaged.")
     ] = None,
-    checkpoint: Checkpoint = None,
+    checkpoint: OpenedCheckpoint = None,
     id_field: IdField = "id",
     text_field: TextField = "text",
     metadata_fields: MetadataFields = None,
@@ -1383,7 +1392,7 @@ def ask(
     allow_untrained: AllowUntrained = False,
     decoder: Decoder = None,
     retriever: Retriever = None,
-    checkpoint: Checkpoint = None,
+    checkpoint: OpenedCheckpoint = None,
     tables: ReadTables = TablesName.PARQUET,
     verify_key: VerifyKey = None,
     device: Device = "auto",
@@ -1515,7 +1524,7 @@ def chat(
     allow_untrained: AllowUntrained = False,
     decoder: Decoder = None,
     retriever: Retriever = None,
-    checkpoint: Checkpoint = None,
+    checkpoint: OpenedCheckpoint = None,
     tables: ReadTables = TablesName.PARQUET,
     verify_key: VerifyKey = None,
     device: Device = "auto",
@@ -1734,7 +1743,7 @@ def serve(
     allow_untrained: AllowUntrained = False,
     decoder: Decoder = None,
     retriever: Retriever = None,
-    checkpoint: Checkpoint = None,
+    checkpoint: OpenedCheckpoint = None,
     tables: ReadTables = TablesName.PARQUET,
     verify_key: VerifyKey = None,
     device: Device = "auto",
@@ -1825,7 +1834,7 @@ def eval_qa(
     allow_untrained: AllowUntrained = False,
     decoder: Decoder = None,
     retriever: Retriever = None,
-    checkpoint: Checkpoint = None,
+    checkpoint: OpenedCheckpoint = None,
     device: Device = "auto",
     as_json: JsonFlag = False,
 ) -> None:
@@ -2121,6 +2130,48 @@ def train_plot(
         _print_json({"image": str(image), "panels": {panel.title: list(panel.curves) for panel in drawn}})
     else:
         print(image)
+
+
+# --- refrag checkpoint --------------------------------------------------------------------------------
+
+
+@checkpoint_app.command("pack")
+def checkpoint_pack(
+    checkpoint: Annotated[str, typer.Argument(help="Folder of a trained checkpoint.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the packed one.", show_default=False)],
+    dtype: Annotated[
+        str, typer.Option(help="float32, float16, or int8 with a scale a row for encoder and adapter.")
+    ] = "int8",
+    part: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PART=DTYPE", help="Another one for encoder, adapter, projection or policy; may be repeated."
+        ),
+    ] = None,
+    adapter_rank: Annotated[int | None, typer.Option(help="Cut the decoder's update to this rank.", min=1)] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Write a trained checkpoint in fewer bytes, each part in the form asked for, and say what that lost."""
+    from refrag_core.checkpoint import load_checkpoint
+    from refrag_core.packing import pack_checkpoint, pack_options
+
+    options = pack_options(dtype, part or (), adapter_rank)
+    report = pack_checkpoint(load_checkpoint(checkpoint), output, options)
+    for note in report.notes:
+        _warn(f"note: {note}")
+    if as_json:
+        _print_json(report)
+        return
+    rows = [
+        (
+            f"  {name}",
+            f"{found.dtype}, {found.weights:,} weights, {_bytes(found.bytes)} ({_bytes(found.bytes_before)} before), "
+            f"changed by {found.relative_error:.2%}",
+        )
+        for name, found in report.parts.items()
+    ]
+    size = f"{_bytes(report.bytes)} ({_bytes(report.bytes_before)} before)"
+    _print_rows([("checkpoint", report.output), ("size", size), *rows, ("fingerprint", report.fingerprint)])
 
 
 # --- refrag bench -------------------------------------------------------------------------------------

@@ -91,6 +91,8 @@ class BuildReport:
     version: int
     committed: bool
     """False when the index already had exactly this content."""
+    trained: bool
+    """Whether its checkpoint was trained: without, chunk embeddings mean nothing to the decoder."""
     new: int
     changed: int
     unchanged: int
@@ -496,6 +498,7 @@ class _Build:
             build_id=manifest.build_id,
             version=manifest.version,
             committed=committed,
+            trained=manifest.checkpoint.trained,
             new=plan.new,
             changed=plan.changed,
             unchanged=plan.unchanged,

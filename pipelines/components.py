@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from refrag.pipelines.stages import CHECKPOINTS, EmbedStage, EncodeStage, ScoreStage, Stages, TokenizeStage
-from refrag_core.checkpoint import Checkpoint, initialise_checkpoint, load_checkpoint
+from refrag_core.checkpoint import Checkpoint, load_checkpoint
 from refrag_core.devices import resolve_device
 from refrag_core.embedding_storage import INDEX_DTYPES, EmbeddingDtype
 from refrag_core.errors import ConfigError
 from refrag_core.manifest import CheckpointInfo, Component, Components, Parameters
-from refrag_core.models import DEFAULT_DECODER, DEFAULT_ENCODER, DEFAULT_RETRIEVER, fingerprint_model, resolve_model
+from refrag_core.models import DEFAULT_RETRIEVER, fingerprint_model, resolve_model
 from refrag_core.storage import FileRecord, Store, absolute
 
 
@@ -23,11 +23,11 @@ class ModelOptions:
     """Which models to use, and how chunks and passages are cut for them."""
 
     checkpoint: str | None = None
-    """Folder of a trained checkpoint; None is the deterministic, untrained initialisation."""
+    """Folder of a trained checkpoint; None is `refrag_core.checkpoint.default_checkpoint`."""
     encoder: str | None = None
-    """Encoder body of the untrained initialisation."""
+    """Encoder body of an untrained checkpoint, which is then what is used."""
     decoder: str | None = None
-    """Decoder of the untrained initialisation."""
+    """Decoder of the default checkpoint."""
     retriever: str = DEFAULT_RETRIEVER
     chunk_size: int | None = None
     """Tokens a chunk; None is the checkpoint's default."""
@@ -119,7 +119,7 @@ def resolve_models(store: Store, options: ModelOptions, *, elsewhere: bool = Fal
     from refrag_core.retriever import retriever_fingerprint
 
     device = options.device if elsewhere else resolve_device(options.device)
-    checkpoint = _checkpoint(options)
+    checkpoint = load_checkpoint(options.checkpoint, encoder=options.encoder, decoder=options.decoder)
     retriever = resolve_model(options.retriever)
     parameters = _parameters(checkpoint, retriever, options)  # before anything is written
     folder = f"{CHECKPOINTS}/{checkpoint.fingerprint[:32]}"
@@ -137,19 +137,6 @@ def resolve_models(store: Store, options: ModelOptions, *, elsewhere: bool = Fal
         checkpoint_path=store.folder(folder).resolve(),
         index=absolute(store.location),
     )
-
-
-def _checkpoint(options: ModelOptions) -> Checkpoint:
-    if options.checkpoint is None:
-        return initialise_checkpoint(
-            encoder_reference=options.encoder or DEFAULT_ENCODER, decoder_reference=options.decoder or DEFAULT_DECODER
-        )
-    if options.encoder or options.decoder:
-        raise ConfigError(
-            "--checkpoint was given with --encoder or --decoder: a checkpoint names both itself; leave them out, or "
-            "leave out --checkpoint for an untrained one over these two"
-        )
-    return load_checkpoint(options.checkpoint)
 
 
 def _publish_checkpoint(store: Store, checkpoint: Checkpoint, folder: str) -> list[FileRecord]:

@@ -17,6 +17,7 @@ from refrag.pipelines.indexing import remake_segment
 from refrag.pipelines.progress import Progress
 from refrag.pipelines.stages import DeviceStage, committed_shard
 from refrag_core import lance_tables
+from refrag_core.checkpoint import shipped_checkpoint
 from refrag_core.corpus.sources import CorpusOptions
 from refrag_core.errors import CorruptIndexError, UsageError
 from refrag_core.manifest import (
@@ -74,6 +75,7 @@ def repair_index(options: RepairOptions, engine: Engine, progress: Progress) -> 
         damaged = condemned & set(manifest.files)
         if damaged:
             _check_corpus(options, manifest, damaged)
+            options = replace(options, checkpoint=_checkpoint(store, manifest, damaged, options))
         for name in condemned - damaged - {CURRENT}:
             store.remove(name)  # an older generation's: a build that makes it again must not find its name taken
         if damaged:
@@ -169,6 +171,25 @@ def _recorded(store: Store, manifest: Manifest, *, lance_lost: bool) -> Manifest
         changed = lance_tables.with_lance(store, replace(changed, lance=None), None)
     commit(store, changed)
     return changed
+
+
+def _checkpoint(store: Store, manifest: Manifest, damaged: set[str], options: RepairOptions) -> str | None:
+    """The checkpoint to repair with; None for one that was never trained, which is made anew.
+
+    Raises UsageError where a trained one is damaged, and is not the one that comes with refrag.
+    """
+    own = manifest.checkpoint
+    if options.checkpoint is not None or not own.trained:
+        return options.checkpoint
+    if not any(name.startswith(f"{own.folder}/") for name in damaged):
+        return str(store.folder(own.folder))
+    shipped = shipped_checkpoint(manifest.components.tokenizer.reference)
+    if shipped is not None and shipped.fingerprint == own.fingerprint:
+        return str(shipped.folder)
+    raise UsageError(
+        f"{own.folder} is damaged, and no corpus brings trained weights back: expected the checkpoint that the index "
+        f"was built with; name its folder with --checkpoint"
+    )
 
 
 def _model_options(manifest: Manifest, options: RepairOptions) -> ModelOptions:

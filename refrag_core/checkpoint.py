@@ -8,22 +8,24 @@
 
 Encoder body and decoder are references (`refrag_core.models`) with fingerprints; their weights are read only
 by whoever runs them. Serving hosts load projection and policy and never need the encoder. A reference that
-starts with "./" is a folder inside the checkpoint (a trained encoder, say).
+starts with "./" is a folder inside the checkpoint (a trained encoder, say). schemas/CHECKPOINT.md is the spec.
 """
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from refrag import checkpoints
 from refrag_core.decoder import Adapter, Decoder, input_embedding_size
 from refrag_core.digests import JSON, digest_bytes, digest_json
 from refrag_core.encoder import EMBEDDING_FORM, POOLING, ChunkEncoder, EmbeddingForm, Pooling, encode_fingerprint
@@ -37,7 +39,7 @@ from refrag_core.models import (
 )
 from refrag_core.policy import PointerPolicy, initialise_policy
 from refrag_core.projection import Projection, initialise_projection
-from refrag_core.stored_weights import WeightFile, read_weights, verified_paths
+from refrag_core.stored_weights import FloatDtype, WeightFile, read_weights, verified_paths
 from refrag_core.template import PromptTemplate, make_template
 
 FORMAT = "refrag-checkpoint"
@@ -50,6 +52,7 @@ DEFAULT_CHUNK_SIZE = 16
 DEFAULT_CHUNK_SIZES = (8, 16, 32)
 
 _INSIDE = "./"
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,14 @@ class PolicyConfig:
     num_heads: int = 4
     num_layers: int = 2
     trained: bool = False
-    """False: its weights are random, and it chooses by chance. A trained one is stored in float16."""
+    """False: its weights are random, and it chooses by chance."""
+    dtype: FloatDtype | None = None
+    """How its weights are stored; None for float16 where it is trained, else float32."""
+
+    @property
+    def stored_dtype(self) -> FloatDtype:
+        """What `dtype` comes to."""
+        return self.dtype or ("float16" if self.trained else "float32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +129,8 @@ class CheckpointConfig:
     """Trained layers of the encoder body; none for the body as it is."""
     adapter: AdapterConfig | None = None
     """None for the decoder as it is."""
+    projection_dtype: FloatDtype = "float32"
+    """How the projection's weights are stored."""
 
     @property
     def d_enc(self) -> int:
@@ -159,8 +171,12 @@ class CheckpointConfig:
         for name in ("encoder_files", "adapter"):
             if not values[name]:
                 del values[name]
+        if self.projection_dtype == "float32":
+            del values["projection_dtype"]
         if not self.policy.trained:
             del values["policy"]["trained"]
+        if self.policy.stored_dtype == replace(self.policy, dtype=None).stored_dtype:
+            del values["policy"]["dtype"]
         return {"format": FORMAT, "format_version": FORMAT_VERSION, **values}
 
     @classmethod
@@ -191,7 +207,14 @@ class CheckpointConfig:
 
 
 def _files(values: Sequence[Mapping[str, Any]]) -> tuple[WeightFile, ...]:
-    return tuple(WeightFile(**value) for value in values)
+    files = tuple(WeightFile(**value) for value in values)
+    for file in files:
+        if not _FILE_NAME.fullmatch(file.name):
+            raise ConfigError(
+                f"checkpoint config names the file {file.name!r}; expected a plain *.safetensors name beside it: get "
+                f"the checkpoint again"
+            )
+    return files
 
 
 def _adapter(value: Mapping[str, Any] | None) -> AdapterConfig | None:
@@ -220,6 +243,11 @@ def _check_values(config: CheckpointConfig) -> None:
     widths = (config.encoder.dim, config.decoder.dim, config.policy.width, config.policy.num_heads)
     if not all(type(width) is int and width > 0 for width in widths) or type(config.trained) is not bool:
         raise ConfigError("checkpoint config has a width that is no positive number, or a 'trained' that is no boolean")
+    if {config.projection_dtype, config.policy.stored_dtype} - set(get_args(FloatDtype)):
+        raise ConfigError(
+            f"checkpoint's projection is stored as {config.projection_dtype!r} and its policy as "
+            f"{config.policy.stored_dtype!r}; expected {' or '.join(get_args(FloatDtype))}: get the checkpoint again"
+        )
     if config.encoder.embedding not in get_args(EmbeddingForm) or config.encoder.pooling not in get_args(Pooling):
         raise ConfigError(
             f"checkpoint's encoder has embedding {config.encoder.embedding!r} and pooling {config.encoder.pooling!r}; "
@@ -245,14 +273,14 @@ class Checkpoint:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the config and all weights, but not of where encoder and decoder are on this machine."""
+        """Hash of the config and all weights as they are stored, but not of where encoder and decoder are."""
         encoder = replace(self.config.encoder, reference="")
         decoder = replace(self.config.decoder, reference="")
         return digest_json(
             {
                 "config": replace(self.config, encoder=encoder, decoder=decoder).to_json(),
-                "projection": digest_bytes(save(_state(self.projection))),
-                "policy": digest_bytes(save(self._policy_state())),
+                "projection": digest_bytes(self._projection_bytes()),
+                "policy": digest_bytes(self._policy_bytes()),
             }
         )
 
@@ -356,16 +384,17 @@ class Checkpoint:
         for file in self.config.weight_files:
             if folder.resolve() != self._own_folder().resolve():
                 _publish(folder / file.name, (self._own_folder() / file.name).read_bytes())
-        _publish(folder / PROJECTION_FILE, save(_state(self.projection)))
-        _publish(folder / POLICY_FILE, save(self._policy_state()))
+        _publish(folder / PROJECTION_FILE, self._projection_bytes())
+        _publish(folder / POLICY_FILE, self._policy_bytes())
         text = json.dumps(self.config.to_json(), indent=2, sort_keys=True, ensure_ascii=False)
         _publish(folder / CONFIG_FILE, f"{text}\n".encode())
         return replace(self, folder=folder)
 
-    def _policy_state(self) -> dict[str, Tensor]:
-        """The policy's weights as they are stored."""
-        dtype = torch.float16 if self.config.policy.trained else torch.float32
-        return {name: weight.to(dtype) for name, weight in _state(self.policy).items()}
+    def _projection_bytes(self) -> bytes:
+        return _stored(self.projection, self.config.projection_dtype)
+
+    def _policy_bytes(self) -> bytes:
+        return _stored(self.policy, self.config.policy.stored_dtype)
 
     @classmethod
     def load(cls, folder: Path) -> "Checkpoint":
@@ -383,8 +412,8 @@ class Checkpoint:
             num_heads=shape.num_heads,
             num_layers=shape.num_layers,
         )
-        _load_state(projection, folder / PROJECTION_FILE)
-        _load_state(policy, folder / POLICY_FILE)
+        _load_state(projection, folder / PROJECTION_FILE, config.projection_dtype)
+        _load_state(policy, folder / POLICY_FILE, shape.stored_dtype)
         return cls(config, projection, policy, folder)
 
 
@@ -396,8 +425,11 @@ def _verify(component: str, folder: Path, found: str, expected: str) -> None:
         )
 
 
-def _state(module: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(module.state_dict().items())}
+def _stored(module: nn.Module, dtype: FloatDtype) -> bytes:
+    """The file of a module's weights."""
+    kind = getattr(torch, dtype)
+    state = {name: tensor.detach().to("cpu", kind).contiguous() for name, tensor in sorted(module.state_dict().items())}
+    return cast(bytes, save(state))
 
 
 def _publish(path: Path, data: bytes) -> None:
@@ -424,11 +456,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return value
 
 
-def _load_state(module: nn.Module, path: Path) -> None:
+def _load_state(module: nn.Module, path: Path, dtype: FloatDtype) -> None:
     if not path.is_file():
         raise ModelNotFoundError(f"the checkpoint lacks {path}; expected it beside {CONFIG_FILE}: get it complete")
     try:
-        module.load_state_dict(load_file(path))
+        state = load_file(path)
+        other = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()} - {dtype})
+        if other:
+            raise RuntimeError(f"it holds {', '.join(other)} where the config says {dtype}")
+        module.load_state_dict(state)
     except (RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{path} does not fit the checkpoint's config: {error}; get the checkpoint again") from error
     module.eval()
@@ -466,26 +502,51 @@ def initialise_checkpoint(
     return Checkpoint(config, projection, initialise_policy(d_enc, query_dim=query_dim, seed=seed + 1))
 
 
+def shipped_checkpoint(decoder: str = DEFAULT_DECODER) -> Checkpoint | None:
+    """The trained checkpoint that comes with refrag for the decoder that `decoder` means; None where none does.
+
+    It is the decoder's weights and tokenizer that count, not the words of the reference. Raises ModelNotFoundError
+    where a checkpoint is there and the decoder is not.
+    """
+    for folder in checkpoints.shipped():
+        config = CheckpointConfig.from_json(_read_config(folder))
+        if config.decoder.fingerprint == fingerprint_model(resolve_model(decoder)):
+            found = Checkpoint.load(folder)
+            return replace(found, config=replace(config, decoder=replace(config.decoder, reference=decoder)))
+    return None
+
+
+def default_checkpoint(encoder: str | None = None, decoder: str | None = None) -> Checkpoint:
+    """What is used where no checkpoint is named: the one shipped for the decoder, else an untrained one.
+
+    Args:
+        encoder, decoder: model references, by default DEFAULT_ENCODER and DEFAULT_DECODER. An encoder that is named
+            is that of an untrained checkpoint: a trained one has its own.
+
+    Raises ModelNotFoundError.
+    """
+    chosen = decoder or DEFAULT_DECODER
+    shipped = None if encoder else shipped_checkpoint(chosen)
+    return shipped or initialise_checkpoint(encoder_reference=encoder or DEFAULT_ENCODER, decoder_reference=chosen)
+
+
 def load_checkpoint(
-    reference: str | None = None, *, encoder: str | None = None, decoder: str | None = None, seed: int = 0
+    reference: str | None = None, *, encoder: str | None = None, decoder: str | None = None
 ) -> Checkpoint:
-    """The checkpoint that `reference` means; None initialises an untrained one.
+    """The checkpoint that `reference` means; None takes `default_checkpoint`.
 
     Args:
         reference: a folder, `package:<pip-name>` or hub id.
-        encoder, decoder: model references of the untrained one, by default DEFAULT_ENCODER and DEFAULT_DECODER.
-        seed: of the untrained one.
+        encoder, decoder: of the default one.
 
     Raises ModelNotFoundError, and ConfigError when a checkpoint is given and other models are too.
     """
     if reference is None:
-        return initialise_checkpoint(
-            encoder_reference=encoder or DEFAULT_ENCODER, decoder_reference=decoder or DEFAULT_DECODER, seed=seed
-        )
+        return default_checkpoint(encoder, decoder)
     if encoder or decoder:
         raise ConfigError(
             f"checkpoint {reference!r} was given together with an encoder or a decoder, and it names its own; "
-            f"expected one or the other: leave --encoder and --decoder out"
+            f"expected one or the other: leave --encoder and --decoder out, or --checkpoint for the default one"
         )
     folder = Path(reference).expanduser()
     return Checkpoint.load(folder if folder.exists() else resolve_model(reference))

@@ -48,6 +48,9 @@ CPU_MIN_TOKENS = 64
 
 _TOKEN_MAP = "token_map.weight"
 _GATES = "gates"
+ENTRYWISE = (_GATES,)
+"""Trained weights that multiply entry by entry, and few: never stored with one scale a row."""
+
 _FOLD_ROWS = 8192
 _GATE_SPREAD = 0.3
 _SMALLEST_BATCH = 64

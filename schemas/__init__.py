@@ -1,4 +1,4 @@
-"""The formats that refrag writes: Arrow schemas, JSON Schemas of manifests and sessions, and BUNDLE.md, the spec."""
+"""The formats that refrag writes: Arrow schemas, JSON Schemas, and their specs, BUNDLE.md and CHECKPOINT.md."""
 
 import json
 from functools import cache
@@ -13,6 +13,12 @@ FORMAT_VERSION = 1
 def manifest_schema() -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) of `versions/<n>.json`."""
     return _schema("manifest.schema.json")
+
+
+@cache
+def checkpoint_schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of a checkpoint's config.json."""
+    return _schema("checkpoint.schema.json")
 
 
 @cache

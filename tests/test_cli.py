@@ -473,7 +473,7 @@ def failures(root: Path) -> Iterator[tuple[list[object], int, str]]:
     yield ["eval", "retrieval", index, "--questions", nothing], 2, "cannot be read as UTF-8 text"
     yield ["index", "build", nothing, "-o", root / "new", *models], 1, str(nothing)
     yield ["index", "build", corpus, "-o", root / "new", *models, "--chunk-size", 11], 2, "chunk size 11 was asked for"
-    yield ["index", "build", corpus, "-o", root / "new", *models, "--decoder", "x"], 2, "--checkpoint was given with"
+    yield ["index", "build", corpus, "-o", root / "new", *models, "--decoder", "x"], 2, "and it names its own"
     yield ["index", "build", corpus, "-o", root / "new", "--checkpoint", nothing], 1, str(nothing)
     changed = [*models, "--chunk-size", 8, "--workers", 0]
     yield ["index", "build", corpus, "-o", index, *changed], 1, "chunk_size 16, now 8. Expected the same"

@@ -10,8 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYERS = ("refrag.schemas", "refrag_core", "refrag.pipelines", "refrag.cli")
-FOLDERS = {"schemas": "refrag.schemas", "refrag_core": "refrag_core", "pipelines": "refrag.pipelines"}
+LAYERS = ("refrag.schemas", "refrag.checkpoints", "refrag_core", "refrag.pipelines", "refrag.cli")
+FOLDERS = {
+    "schemas": "refrag.schemas",
+    "checkpoints": "refrag.checkpoints",
+    "refrag_core": "refrag_core",
+    "pipelines": "refrag.pipelines",
+}
 HEAVY = {
     "torch",
     "transformers",

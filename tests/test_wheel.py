@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ["pyproject.toml", "README.md", "cli.py", "schemas", "refrag_core", "pipelines", "benchmarks"]
+PARTS = ["pyproject.toml", "README.md", "cli.py", "schemas", "checkpoints", "refrag_core", "pipelines", "benchmarks"]
 
 
 def pip(*arguments: object) -> None:
@@ -44,11 +44,12 @@ def test_it_carries_every_source_file_and_the_format_s_specification(wheel: Path
     installed = {"cli.py": "refrag/cli.py"}
     for folder, package in (
         ("schemas", "refrag/schemas"),
+        ("checkpoints", "refrag/checkpoints"),
         ("pipelines", "refrag/pipelines"),
         ("refrag_core", "refrag_core"),
     ):
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".json", ".md", ".toml", ".jinja", ".html", ".css", ".js"):
+            if path.suffix in (".py", ".json", ".md", ".safetensors", ".toml", ".jinja", ".html", ".css", ".js"):
                 installed[str(path)] = f"{package}/{path.relative_to(ROOT / folder).as_posix()}"
     specification, config = "refrag/schemas/BUNDLE.md", "refrag_core/training/configs/policy.toml"
     assert {"refrag/schemas/manifest.schema.json", specification, config} <= set(installed.values())

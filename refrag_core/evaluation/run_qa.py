@@ -83,11 +83,12 @@ def evaluate_qa(
         saved: file that keeps the answers as they come and from which a killed evaluation goes on.
         on_answer: gets a line for every question.
 
-    Returns `settings`, by name: `answered` (an accepted answer stands in the output as whole words),
-    `answered_from_gold` (and a gold document is among the passages), exact match and F1 (also over the questions
-    with a gold document alone), abstentions, mean decoder positions, and the median time from passages to first token
-    (`ttft_ms`); `equal_latency`, by fraction: the scores of fewer passages in full and how many; `retrieval`: recall,
-    reciprocal rank, and how often the passages hold an accepted answer. Means are over the questions with answers.
+    Returns `checkpoint`, its fingerprint; `settings`, by name: `answered` (an accepted answer stands in the output as
+    whole words), `answered_from_gold` (and a gold document is among the passages), exact match and F1 (also over the
+    questions with a gold document alone), abstentions, mean decoder positions, and the median time from passages to
+    first token (`ttft_ms`); `equal_latency`, by fraction: the scores of fewer passages in full and how many;
+    `retrieval`: recall, reciprocal rank, and how often the passages hold an accepted answer. Means are over the
+    questions with answers.
 
     Raises UsageError for an unusable questions file, or saved answers to something else.
     """
@@ -104,7 +105,7 @@ def evaluate_qa(
                 on_answer(f"{number + 1}/{len(asked)} {question.question} {said!r}")
     outputs = [answers.known[one.question.id] for one in asked]
     timed = _timed(runtime, asked[: options.timed_questions], outputs, options)
-    return _report(asked, outputs, timed, options)
+    return {"checkpoint": runtime.checkpoint.fingerprint} | _report(asked, outputs, timed, options)
 
 
 def _asked(runtime: Runtime, questions: Sequence[Question], options: QaOptions) -> list[_Asked]:

@@ -22,7 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from refrag_core.checkpoint import Checkpoint, DecoderConfig, EncoderConfig, load_checkpoint
+from refrag_core.checkpoint import (
+    Checkpoint,
+    DecoderConfig,
+    EncoderConfig,
+    initialise_checkpoint,
+    load_checkpoint,
+)
 from refrag_core.decoder import own_eos_ids
 from refrag_core.devices import resolve_device
 from refrag_core.digests import digest_json
@@ -402,7 +408,9 @@ def base_checkpoint(config: TrainingConfig) -> Checkpoint:
     Raises ConfigError for a checkpoint of other models, or trained for other chunk sizes, than the config names.
     """
     if config.checkpoint is None:
-        return load_checkpoint(None, encoder=config.encoder, decoder=config.decoder, seed=config.seed)
+        return initialise_checkpoint(
+            encoder_reference=config.encoder, decoder_reference=config.decoder, seed=config.seed
+        )
     base = load_checkpoint(config.checkpoint)
     _check_named_model("encoder", config.encoder, DEFAULT_ENCODER, base.config.encoder, config.checkpoint)
     _check_named_model("decoder", config.decoder, DEFAULT_DECODER, base.config.decoder, config.checkpoint)

@@ -15,6 +15,7 @@ from refrag_core.checkpoint import AdapterConfig, Checkpoint
 from refrag_core.decoder import Decoder
 from refrag_core.encoder import (
     EMBEDDING_FORM,
+    ENTRYWISE,
     POOLING,
     extend_encoder,
     load_encoder_module,
@@ -93,13 +94,14 @@ def save_trained_checkpoint(
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    encoder_files = write_weights(temporary, "encoder", trained_layers(model.encoder), dtype=config.encoder_dtype)
+    layers = trained_layers(model.encoder)
+    encoder_files = write_weights(temporary, "encoder", layers, dtype=config.encoder_dtype, exact=ENTRYWISE)
     adapter = base.config.adapter
-    layers = list(adapter_layers(model.decoder).values())
-    if layers:
+    adapted = list(adapter_layers(model.decoder).values())
+    if adapted:
         state = adapter_state(model.decoder, config.adapter_rank, moments)
         files = write_weights(temporary, "adapter", state, dtype=config.adapter_dtype)
-        adapter = AdapterConfig(layers[0].scale, files)
+        adapter = AdapterConfig(adapted[0].scale, files)
     elif adapter is not None:
         for file in adapter.files:
             shutil.copyfile(Path(base.folder or ".", file.name), temporary / file.name)
@@ -117,6 +119,7 @@ def save_trained_checkpoint(
             ),
             encoder_files=encoder_files,
             adapter=adapter,
+            projection_dtype="float32",
         ),
         projection=deepcopy(model.projection).to("cpu", torch.float32).requires_grad_(False).eval(),  # type: ignore[arg-type]
         policy=base.policy,

@@ -165,8 +165,8 @@ def test_an_extra_chunk_size_joins_the_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.models
-def test_the_default_checkpoint_is_the_same_every_time() -> None:
-    first, again = load_checkpoint(), load_checkpoint()
+def test_the_untrained_checkpoint_is_the_same_every_time() -> None:
+    first, again = initialise_checkpoint(), initialise_checkpoint()
     assert first.fingerprint == again.fingerprint
     assert (first.config.d_enc, first.config.d_dec, first.config.chunk_size) == (384, 576, 16)
     assert first.config.template.bos == (1,)

@@ -193,10 +193,10 @@ def test_missing_weights_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.models
 def test_the_default_decoder_answers() -> None:
-    from refrag_core.checkpoint import load_checkpoint
+    from refrag_core.checkpoint import initialise_checkpoint
     from refrag_core.composition import compose
 
-    checkpoint = load_checkpoint()
+    checkpoint = initialise_checkpoint()
     real = checkpoint.load_decoder()
     question = real.tokenizer.encode("What is the capital of France?", add_special_tokens=False).ids
     composed = compose(

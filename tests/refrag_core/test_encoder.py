@@ -231,10 +231,10 @@ def test_missing_weights_are_refused(tmp_path: Path) -> None:
 @pytest.mark.models
 def test_transplanted_tokens_mean_what_the_body_s_own_mean() -> None:
     """A chunk's embedding is closer to that of its paraphrase than to that of an unrelated chunk."""
-    from refrag_core.checkpoint import load_checkpoint
+    from refrag_core.checkpoint import initialise_checkpoint
     from refrag_core.models import load_tokenizer
 
-    checkpoint = load_checkpoint()
+    checkpoint = initialise_checkpoint()
     encoder, tokenizer = checkpoint.load_encoder(), load_tokenizer(checkpoint.decoder_folder())
     texts = [
         "The capital of France is the city of Paris, on the river Seine.",
@@ -252,9 +252,9 @@ def test_transplanted_tokens_mean_what_the_body_s_own_mean() -> None:
 
 @pytest.mark.models
 def test_the_default_encoder_has_the_same_bits_in_any_company() -> None:
-    from refrag_core.checkpoint import load_checkpoint
+    from refrag_core.checkpoint import initialise_checkpoint
 
-    encoder = load_checkpoint().load_encoder()
+    encoder = initialise_checkpoint().load_encoder()
     random = np.random.default_rng(0)
     ids = random.integers(5, 49_000, (70, 16), dtype=np.int32)
     lengths = random.integers(1, 17, 70)

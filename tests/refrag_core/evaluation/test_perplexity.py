@@ -24,6 +24,7 @@ from refrag_core.evaluation.perplexity_windows import (
     read_tokens,
     shuffle_passages,
 )
+from refrag_core.packing import pack_checkpoint
 from refrag_core.policy import initialise_policy
 from refrag_core.retriever import load_retriever
 from refrag_core.scoring import ChunkScorer
@@ -42,6 +43,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REFRAG_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("refrag_core.packing.SHORT_NAMES", {})
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +85,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory, shards: Path, models: tupl
             if isinstance(layer, torch.nn.Linear) and layer.bias is not None:
                 layer.bias.uniform_(-1.0, 1.0, generator=torch.Generator().manual_seed(1))
     return checkpoint.save(output / "checkpoint")
+
+
+def test_a_packed_checkpoint_is_measured_like_any_other(trained: Checkpoint, lines: Path, tmp_path: Path) -> None:
+    report = evaluate_perplexity(trained, lines, _options(policies=("random",)))
+    pack_checkpoint(trained, tmp_path / "packed")
+    packed = evaluate_perplexity(Checkpoint.load(tmp_path / "packed"), lines, _options(policies=("random",)))
+    assert packed["settings"]["checkpoint_fingerprint"] != report["settings"]["checkpoint_fingerprint"]
+    for p in ("0", "0.25"):
+        assert packed["refrag"][p]["random"] == pytest.approx(report["refrag"][p]["random"], abs=0.01)
+        assert packed["refrag"][p]["random"] != report["refrag"][p]["random"]
 
 
 def _options(**changes: Any) -> PerplexityOptions:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from refrag_core.checkpoint import load_checkpoint
+from refrag_core.checkpoint import initialise_checkpoint
 from refrag_core.composition import COMPRESSED, ContextPassage, arrange
 from refrag_core.errors import ConfigError, CorpusError
 from refrag_core.evaluation.qa import ABSTENTION
@@ -77,7 +77,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def opened(file: Path, models: tuple[Path, Path], **changes: Any) -> InstructionSet:
-    base = load_checkpoint(None, encoder=str(models[0]), decoder=str(models[1]), seed=0)
+    base = initialise_checkpoint(encoder_reference=str(models[0]), decoder_reference=str(models[1]))
     values: dict[str, Any] = {
         "template": base.config.template,
         "tokenizer": load_tokenizer(models[1]),
@@ -155,7 +155,7 @@ def test_chunks_never_cross_passages() -> None:
 
 def test_the_prompt_is_what_the_runtime_composes(file: Path, models: tuple[Path, Path]) -> None:
     """Token for token, from the tables that an index would hold of these passages."""
-    base = load_checkpoint(None, encoder=str(models[0]), decoder=str(models[1]), seed=0)
+    base = initialise_checkpoint(encoder_reference=str(models[0]), decoder_reference=str(models[1]))
     instructions = opened(file, models)
     tokenizer = load_tokenizer(models[1])
     record, (made,) = RECORDS[0], [e for e in instructions.examples if len(e.passages) == 2]

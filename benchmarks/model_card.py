@@ -1,0 +1,355 @@
+"""The model card of a checkpoint, as Markdown, from files alone: a figure that no file holds is not in it.
+
+    python -m benchmarks.model_card CHECKPOINT [--runs training.json …] [--perplexity RESULT.json …]
+        [--qa RESULT.json …] [--notes NOTES.md] [--output CHECKPOINT/README.md]
+
+From the checkpoint come its parts, forms and bytes, and from its training.json data, steps, time and hardware of the
+last run; `--runs` adds the records of those before it. `--perplexity` and `--qa` take the JSON of `refrag eval
+perplexity` and `refrag eval qa`, and refuse figures of another checkpoint. `--notes` is text for the end of "Limits".
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from refrag_core.checkpoint import POLICY_FILE, PROJECTION_FILE, Checkpoint
+from refrag_core.errors import FingerprintMismatchError, RefragError, UsageError
+from refrag_core.evaluation.perplexity_table import tables_of
+from refrag_core.training.run_state import TRAINING_FILE
+
+LICENCES = {
+    "smollm2-135m-instruct": ("SmolLM2-135M-Instruct", "Apache-2.0"),
+    "all-minilm-l6-v2": ("all-MiniLM-L6-v2", "Apache-2.0"),
+}
+"""Name and licence of the base models, by reference."""
+
+_MEBI = 1 << 20
+
+
+def card_lines(
+    checkpoint: Checkpoint,
+    *,
+    runs: Sequence[Mapping[str, Any]] = (),
+    perplexity: Sequence[Mapping[str, Any]] = (),
+    qa: Sequence[Mapping[str, Any]] = (),
+    notes: str = "",
+) -> Iterator[str]:
+    """The card, line by line.
+
+    Args:
+        runs: training records, the first run first.
+
+    Raises FingerprintMismatchError for figures of another checkpoint.
+    """
+    yield f"# {(checkpoint.folder or Path('checkpoint')).resolve().name}"
+    yield ""
+    yield from _what(checkpoint)
+    yield from _parts(checkpoint)
+    yield from _training(runs)
+    for report in perplexity:
+        _refuse_other(checkpoint, report["settings"]["checkpoint_fingerprint"], "refrag eval perplexity")
+    if perplexity:
+        yield from _heading("What compression costs")
+        yield _LEGEND
+        for report in perplexity:
+            yield from _perplexity(report)
+    if qa:
+        yield from _heading("Answers to questions")
+        for report in qa:
+            _refuse_other(checkpoint, report["checkpoint"], "refrag eval qa")
+            yield from _qa(report)
+    yield from _limits(checkpoint, runs, perplexity, notes)
+
+
+def _heading(title: str) -> Iterator[str]:
+    yield from ("", f"## {title}", "")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> Iterator[str]:
+    yield f"| {' | '.join(head)} |"
+    yield f"|{'---|' * len(head)}"
+    for row in rows:
+        yield f"| {' | '.join(map(str, row))} |"
+
+
+def _refuse_other(checkpoint: Checkpoint, found: str, source: str) -> None:
+    if found != checkpoint.fingerprint:
+        raise FingerprintMismatchError(
+            f"a result of `{source}` is of checkpoint {found[:12]}, and the card of {checkpoint.fingerprint[:12]}; "
+            f"expected figures of this one: measure it"
+        )
+
+
+# --- what it is
+
+
+def _what(checkpoint: Checkpoint) -> Iterator[str]:
+    config = checkpoint.config
+    sizes = ", ".join(map(str, config.chunk_sizes))
+    yield (
+        f"A REFRAG checkpoint: a chunk of {sizes} tokens of {_name(config.decoder.reference)} becomes one vector, "
+        f"which that decoder reads in the place of the tokens. Encoder body: {_name(config.encoder.reference)}."
+    )
+    yield from (
+        "",
+        f"Fingerprint `{checkpoint.fingerprint}`, encode fingerprint `{checkpoint.encode_fingerprint}`.",
+        "",
+    )
+    models = [("decoder", config.decoder), ("encoder body", config.encoder)]
+    rows = [(part, *LICENCES.get(model.reference, (model.reference, "its own"))) for part, model in models]
+    yield from _table(("base model", "name", "licence"), rows)
+    yield ""
+    yield "The trained weights in this folder are under Apache-2.0, as refrag is."
+
+
+def _name(reference: str) -> str:
+    return LICENCES.get(reference, (reference, ""))[0]
+
+
+def _parts(checkpoint: Checkpoint) -> Iterator[str]:
+    config = checkpoint.config
+    adapter = config.adapter.files if config.adapter else ()
+    parts = {
+        f"encoder body, {config.encoder.embedding}, {config.encoder.pooling}": [f.name for f in config.encoder_files],
+        f"decoder's update, rank {_rank(checkpoint)}": [file.name for file in adapter],
+        f"projection, {config.d_enc} to {config.d_dec}": [PROJECTION_FILE],
+        _policy_name(checkpoint): [POLICY_FILE],
+    }
+    rows = [_part(checkpoint, part, names) for part, names in parts.items() if names]
+    total = sum(size for _, _, size in rows)
+    yield from _heading("Parts")
+    yield from _table(
+        ("part", "stored as", "MiB"),
+        [*((part, form, f"{size / _MEBI:.1f}") for part, form, size in rows), ("all", "", f"{total / _MEBI:.1f}")],
+    )
+
+
+def _part(checkpoint: Checkpoint, part: str, names: Sequence[str]) -> tuple[str, str, int]:
+    paths = [Path(checkpoint.folder or ".", name) for name in names]
+    kinds = {str(tensor.dtype).removeprefix("torch.") for path in paths for tensor in load_file(path).values()}
+    form = "int8 with a scale a row, vectors float16" if "int8" in kinds else ", ".join(sorted(kinds))
+    return part, form, sum(path.stat().st_size for path in paths)
+
+
+def _rank(checkpoint: Checkpoint) -> int:
+    adapter = checkpoint.load_adapter()
+    return (
+        max((len(down) for name, down in adapter.state.items() if name.endswith(".down")), default=0) if adapter else 0
+    )
+
+
+def _policy_name(checkpoint: Checkpoint) -> str:
+    shape = checkpoint.config.policy
+    reads = "reads the retriever's query" if shape.query_dim else "reads no query"
+    state = "" if shape.trained else "; not trained, chooses by chance"
+    return f"policy, {shape.num_layers} layers of {shape.width}, {reads}{state}"
+
+
+# --- how it was trained
+
+
+def _training(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    if not runs:
+        return
+    yield from _heading("Training")
+    rows = [row for number, run in enumerate(runs, start=1) for row in _run_rows(number, run)]
+    yield from _table(("run", "steps", "seconds", "epochs begun", "k", "hardware", "tasks"), rows)
+    data = runs[-1].get("data")
+    if data:
+        yield from ("", f"Token shards, fingerprint `{runs[-1].get('data_fingerprint', '')[:12]}`:", "")
+        yield from _table(
+            ("corpus", "documents", "tokens", "near-duplicates left out"),
+            [
+                (corpus["name"], *(f"{corpus[key]:,}" for key in ("documents", "tokens", "near_duplicates")))
+                for corpus in data.get("corpora", [])
+            ],
+        )
+        splits = (f"{name} {split['tokens']:,}" for name, split in data.get("splits", {}).items() if "tokens" in split)
+        yield from ("", f"Tokens by split: {', '.join(splits)}.")
+    yield from _gap_to_training(runs[-1].get("evaluation") or {})
+
+
+def _run_rows(number: int, run: Mapping[str, Any]) -> Iterator[tuple[object, ...]]:
+    config = run.get("config") or {}
+    tasks = ", ".join(f"{task['kind']} {task.get('weight', 1.0):g}" for task in config.get("tasks", []))
+    sizes = ", ".join(map(str, config.get("chunk_sizes", [])))
+    epochs = run["epoch"] + 1 if "epoch" in run else ""
+    yield (number, *_time(run), epochs, sizes, run.get("device", ""), tasks)
+    policy = run.get("policy")
+    if policy:
+        yield (f"{number}, policy", *_time(policy), "", sizes, policy.get("device", ""), "policy")
+
+
+def _time(run: Mapping[str, Any]) -> tuple[str, str]:
+    return (f"{run['step']:,}" if "step" in run else "", f"{run['seconds']:,.0f}" if "seconds" in run else "")
+
+
+def _gap_to_training(evaluation: Mapping[str, Any]) -> Iterator[str]:
+    """Losses on what was trained on beside those on held-out documents, as the run's own evaluation has them."""
+    if not {"train", "held_out"} <= evaluation.keys():
+        return
+    rows = []
+    for key in (name for name in evaluation["held_out"] if name.startswith("chunk_size_")):
+        for p, by_policy in evaluation["held_out"][key]["refrag"].items():
+            trained, held = evaluation["train"][key]["refrag"][p]["random"], by_policy["random"]
+            rows.append((key.removeprefix("chunk_size_"), p, f"{trained:.3f}", f"{held:.3f}", f"{held - trained:+.3f}"))
+    yield from ("", "Nats a token of compressed context, random chunks expanded, after the last run:", "")
+    yield from _table(("k", "p", "training documents", "held-out documents", "difference"), rows)
+
+
+# --- what it costs
+
+_LEGEND = (
+    "Log-perplexity in nats a token of the output. G is the share of the gap between no and full context that is "
+    "closed, with 95% intervals over documents; by a fixed reference where one was given. The last column is how many "
+    "nats better than the context's last tokens at as many decoder positions."
+)
+
+
+def _perplexity(report: Mapping[str, Any]) -> Iterator[str]:
+    settings, corpus = report["settings"], report["corpus"]
+    kind = "shuffled passages" if settings["shuffled"] else "the next tokens"
+    split = f", split {corpus['split']}" if corpus["split"] else ""
+    for table in tables_of(report):
+        yield (
+            f"\n**{Path(corpus['source']).name}{split}: {kind}**, context {table['context_tokens']}, output "
+            f"{table['output_tokens']}, k = {table['chunk_size']}; {corpus['windows']} windows of "
+            f"{corpus['documents']} documents; embeddings {table['embedding_storage']['dtype']}; {settings['device']}, "
+            f"{settings['decoder_dtype']}.\n"
+        )
+        yield from _table(("context", "positions", "nats", "G", "beside last tokens"), list(_conditions(table)))
+        yield from _storage(table["embedding_storage"])
+
+
+def _conditions(table: Mapping[str, Any]) -> Iterator[tuple[object, ...]]:
+    yield ("none", 0, f"{table['none']:.3f}", "0", "")
+    yield ("full", table["context_tokens"], f"{table['full']:.3f}", "1", "")
+    if "reference" in table:
+        yield ("full, reference", table["context_tokens"], f"{table['reference']['full']:.3f}", "", "")
+    yield ("another document's, compressed", "", f"{table['wrong']:.3f}", "", "")
+    for p, losses in table["refrag"].items():
+        last, positions = table["last_at_equal_positions"][p], table["compression"][p]["positions"]
+        yield (f"last {last['tokens']} tokens", last["tokens"], f"{last['loss']:.3f}", f"{last['gap_closed']:.3f}", "")
+        expands = table["compression"][p]["expanded_chunks"]
+        for policy in losses if expands else list(losses)[:1]:
+            name = f"p = {p}, {policy}" if expands else f"p = {p}"
+            better = table["intervals"]["better_than_last_tokens"][p][policy]
+            beside = f"{better['nats']:+.3f} {_interval(better['interval'])}"
+            yield (name, positions, f"{losses[policy]:.3f}", _gap(table, p, policy), beside)
+
+
+def _gap(table: Mapping[str, Any], p: str, policy: str) -> str:
+    own = f"{table['gap_closed'][p][policy]:.3f} {_interval(table['intervals']['gap_closed'][p][policy])}"
+    fixed = table.get("gap_closed_reference", {}).get(p, {}).get(policy)
+    return own if fixed is None else f"{own}, by reference {fixed:.3f}"
+
+
+def _interval(ends: Sequence[float]) -> str:
+    return f"[{ends[0]:.3f}, {ends[1]:.3f}]"
+
+
+def _storage(storage: Mapping[str, Any]) -> Iterator[str]:
+    if "gap_closed_change" in storage:
+        changes = [abs(value) for row in storage["gap_closed_change"].values() for value in row.values()]
+        yield (
+            f"\nEmbeddings in {storage['dtype']} take {storage['bytes_per_source_token']:.1f} bytes a source token, in "
+            f"{storage['compared_with']} {storage['its_bytes_per_source_token']:.1f}; G changes by "
+            f"{max(changes):.4f} at most."
+        )
+
+
+def _qa(report: Mapping[str, Any]) -> Iterator[str]:
+    yield (
+        f"\n{report['questions']} questions, top {report['top_k']} passages, {report['retriever_mode']} retriever: a "
+        f"right document is among the passages of {report['gold_retrieved']}.\n"
+    )
+    rows = [(name, *_scores(scores)) for name, scores in report["settings"].items()]
+    for p, pair in report["equal_latency"].items():
+        passages = f"{pair['full_passages']:.1f} passages in full, the positions of p = {p}"
+        rows.append((passages, *_scores(pair["full"])))
+    yield from _table(("context", "answered", "EM", "F1", "positions"), rows)
+
+
+def _scores(scores: Mapping[str, Any]) -> tuple[str, ...]:
+    means = ("" if scores[key] is None else f"{scores[key]:.3f}" for key in ("em", "f1"))
+    return (str(scores["answered"]), *means, f"{scores['decoder_positions']:,.0f}")
+
+
+# --- what it cannot do
+
+
+def _limits(
+    checkpoint: Checkpoint, runs: Sequence[Mapping[str, Any]], perplexity: Sequence[Mapping[str, Any]], notes: str
+) -> Iterator[str]:
+    sizes = " or ".join(map(str, checkpoint.config.chunk_sizes))
+    yield from _heading("Limits")
+    yield f"- For this decoder's weights and tokenizer alone, and chunks of {sizes} tokens: anything else is refused."
+    lengths = sorted({run["config"]["context_tokens"] for run in runs if "context_tokens" in run.get("config", {})})
+    if lengths:
+        yield f"- Trained on contexts of {' and '.join(map(str, lengths))} tokens."
+    if not checkpoint.config.policy.trained:
+        yield "- Its policy is not trained."
+    worse = [name for report in perplexity for name in _not_better(report)]
+    if worse:
+        yield f"- Not better than the last tokens of the context at equal positions: {'; '.join(worse)}."
+    if notes:
+        yield notes.rstrip()
+
+
+def _not_better(report: Mapping[str, Any]) -> Iterator[str]:
+    """Conditions whose advantage over the last tokens is not beyond its interval."""
+    kind = "shuffled" if report["settings"]["shuffled"] else "next tokens"
+    for table in tables_of(report):
+        for p, row in table["intervals"]["better_than_last_tokens"].items():
+            expands = table["compression"][p]["expanded_chunks"]
+            for policy in row if expands else list(row)[:1]:
+                if row[policy]["interval"][0] <= 0.0:
+                    name = f"p={p} {policy}" if expands else f"p={p}"
+                    yield f"{Path(report['corpus']['source']).name} {kind} k={table['chunk_size']} {name}"
+
+
+# --- command line
+
+
+def _read(paths: Sequence[Path]) -> list[Any]:
+    try:
+        return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    except (OSError, ValueError) as error:
+        raise UsageError(f"a result cannot be read ({error}); expected the JSON of a command's --json") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.model_card", description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--runs", type=Path, nargs="*", default=[], help="training.json of the runs before the last")
+    parser.add_argument("--perplexity", type=Path, nargs="*", default=[])
+    parser.add_argument("--qa", type=Path, nargs="*", default=[])
+    parser.add_argument("--notes", type=Path, help="Markdown for the end of the limits")
+    parser.add_argument("--output", type=Path, help="default: README.md of the checkpoint's folder")
+    given = parser.parse_args(arguments)
+    try:
+        own = given.checkpoint / TRAINING_FILE
+        lines = card_lines(
+            Checkpoint.load(given.checkpoint),
+            runs=_read([*given.runs, *([own] if own.is_file() else [])]),
+            perplexity=_read(given.perplexity),
+            qa=_read(given.qa),
+            notes=given.notes.read_text(encoding="utf-8") if given.notes else "",
+        )
+        output = given.output or given.checkpoint / "README.md"
+        output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    except RefragError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    print(output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

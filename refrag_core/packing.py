@@ -1,0 +1,279 @@
+"""`refrag checkpoint pack`: a trained checkpoint in fewer bytes, to be shipped.
+
+Each part has a form of its own. In int8 the matrices of encoder and adapter have one scale a row; vectors stay
+float16. What is packed is a checkpoint of its own, with fingerprints of its own: its encoder's embeddings differ.
+"""
+
+import json
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import torch
+from torch import Tensor
+
+from refrag_core.checkpoint import CONFIG_FILE, POLICY_FILE, PROJECTION_FILE, AdapterConfig, Checkpoint
+from refrag_core.encoder import ENTRYWISE
+from refrag_core.errors import ConfigError, ModelNotFoundError, UsageError
+from refrag_core.models import SHORT_NAMES, fingerprint_model, resolve_model
+from refrag_core.stored_weights import FloatDtype, StoredDtype, write_weights
+from refrag_core.training.low_rank import closest_factors
+from refrag_core.training.run_state import TRAINING_FILE
+
+_MODEL_CARD = "README.md"
+_INSIDE = "./"
+_PATHS = ("data", "output", "instructions", "checkpoint", "encoder", "decoder")
+"""Settings of a training config that may name places of the machine that trained."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackOptions:
+    """The form of each part."""
+
+    encoder: StoredDtype = "int8"
+    adapter: StoredDtype = "int8"
+    projection: FloatDtype = "float16"
+    policy: FloatDtype = "float16"
+    adapter_rank: int | None = None
+    """Cut the decoder's update to this rank; None leaves it."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartReport:
+    """What became of one part."""
+
+    dtype: str
+    weights: int
+    """Numbers, without scales."""
+    bytes: int
+    bytes_before: int
+    relative_error: float
+    """‖stored − given‖ / ‖given‖ over all weights; of an adapter, of the updates that its factors multiply to."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackReport:
+    """What `pack_checkpoint` made."""
+
+    output: str
+    fingerprint: str
+    encode_fingerprint: str
+    bytes: int
+    """Of config and weights."""
+    bytes_before: int
+    parts: Mapping[str, PartReport]
+    notes: Sequence[str]
+    """What a reader elsewhere may stumble over."""
+
+
+def pack_options(dtype: str, parts: Sequence[str] = (), adapter_rank: int | None = None) -> PackOptions:
+    """The options of a command line: `dtype` for all parts that can have it, and `PART=DTYPE` for single ones.
+
+    Projection and policy take the nearest form that they have, float16 for int8. Raises UsageError.
+    """
+    choices = _choices()
+    forms = {part: dtype if dtype in known else "float16" for part, known in choices.items()}
+    if dtype not in get_args(StoredDtype):
+        raise UsageError(f"--dtype is {dtype!r}; expected one of {', '.join(get_args(StoredDtype))}")
+    for given in parts:
+        part, _, form = given.partition("=")
+        if form not in choices.get(part, ()):
+            known = "; ".join(f"{name}={'|'.join(forms)}" for name, forms in choices.items())
+            raise UsageError(f"--part is {given!r}; expected one of {known}")
+        forms[part] = form
+    return PackOptions(**cast(dict[str, Any], forms), adapter_rank=adapter_rank)
+
+
+def _choices() -> dict[str, tuple[str, ...]]:
+    """Forms by part."""
+    names = [field.name for field in fields(PackOptions) if field.name != "adapter_rank"]
+    return {name: get_args(StoredDtype if name in ("encoder", "adapter") else FloatDtype) for name in names}
+
+
+def pack_checkpoint(checkpoint: Checkpoint, output: Path, options: PackOptions | None = None) -> PackReport:
+    """Write the checkpoint to the folder `output` in the forms of `options`, its config last.
+
+    A checkpoint that is there is replaced; a model card beside it stays. Names of models are made ones that mean the
+    same on any machine, where `refrag_core.models.SHORT_NAMES` has one.
+
+    Raises ConfigError for a checkpoint without trained weights, UsageError for an output that is something else, and
+    what loading the checkpoint's weights raises.
+    """
+    options = options or PackOptions()
+    source = _source(checkpoint, output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
+        notes = _write(checkpoint, Path(folder), options)
+        made = Checkpoint.load(Path(folder))
+        parts = {part: _part_report(part, getattr(options, part), checkpoint, made) for part in _choices()}
+        report = PackReport(
+            output=str(output),
+            fingerprint=made.fingerprint,
+            encode_fingerprint=made.encode_fingerprint,
+            bytes=_whole_size(made),
+            bytes_before=_whole_size(checkpoint),
+            parts={part: found for part, found in parts.items() if found.weights},
+            notes=notes,
+        )
+        _copy_record(source, Path(folder))
+        _install(Path(folder), output)
+    return report
+
+
+def _source(checkpoint: Checkpoint, output: Path) -> Path:
+    """Where the checkpoint is, when it can be packed to `output`."""
+    folder = checkpoint.folder
+    if folder is None or not checkpoint.config.trained:
+        raise ConfigError(f"checkpoint {folder} is not trained; expected trained weights to pack: train it first")
+    references = (checkpoint.config.encoder.reference, checkpoint.config.decoder.reference)
+    if any(reference.startswith(_INSIDE) for reference in references):
+        raise ConfigError(
+            f"checkpoint {folder} carries a model of its own; expected references that others can follow: name a "
+            f"package, a hub id or a short name in its {CONFIG_FILE}"
+        )
+    if folder.resolve() == output.resolve():
+        raise UsageError(f"{output} is the checkpoint that is to be packed; expected another folder for --output")
+    held = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    if held - {_MODEL_CARD} and CONFIG_FILE not in held:
+        raise UsageError(f"{output} holds files and no checkpoint; expected a new folder, or a checkpoint to replace")
+    return folder
+
+
+def _write(checkpoint: Checkpoint, folder: Path, options: PackOptions) -> list[str]:
+    """The packed checkpoint but for its training record; what to say about it."""
+    layers, adapter, config = checkpoint.load_trained_layers(), checkpoint.load_adapter(), checkpoint.config
+    if layers is not None:
+        files = write_weights(folder, "encoder", layers, dtype=options.encoder, exact=ENTRYWISE)
+        config = replace(config, encoder_files=files)
+    if adapter is not None:
+        state = _cut(adapter.state, options.adapter_rank)
+        files = write_weights(folder, "adapter", state, dtype=options.adapter)
+        config = replace(config, adapter=AdapterConfig(adapter.scale, files))
+    encoder, decoder = config.encoder, config.decoder
+    config = replace(
+        config,
+        encoder=replace(encoder, reference=_portable(encoder.reference, encoder.fingerprint)),
+        decoder=replace(decoder, reference=_portable(decoder.reference, decoder.fingerprint)),
+        policy=replace(config.policy, dtype=options.policy),
+        projection_dtype=options.projection,
+    )
+    replace(checkpoint, config=config, folder=folder).save(folder)
+    return [
+        f"it names {reference}, a folder of this machine: expected a package, a hub id or a short name"
+        for reference in (config.encoder.reference, config.decoder.reference)
+        if Path(reference).expanduser().exists()
+    ]
+
+
+@torch.no_grad()
+def _cut(state: Mapping[str, Tensor], rank: int | None) -> Mapping[str, Tensor]:
+    """The factors closest to the same updates, of at most `rank`."""
+    if rank is None:
+        return state
+    made = dict(state)
+    for name, update in _updates(state):
+        if len(state[f"{name}.down"]) > rank:
+            made[f"{name}.down"], made[f"{name}.up"] = closest_factors(update, rank, 1.0)
+    return made
+
+
+def _updates(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Each layer's up @ down float32 `[out, in]`, one at a time."""
+    for name in sorted({key.rpartition(".")[0] for key in state}):
+        yield name, state[f"{name}.up"].float() @ state[f"{name}.down"].float()
+
+
+def _portable(reference: str, fingerprint: str) -> str:
+    """The short name of the very same model, where there is one and it is installed; else the reference."""
+    if reference in SHORT_NAMES:
+        return reference
+    for name in SHORT_NAMES:
+        try:
+            if fingerprint_model(resolve_model(name)) == fingerprint:
+                return name
+        except ModelNotFoundError:
+            continue
+    return reference
+
+
+# --- files
+
+
+def _files(part: str, checkpoint: Checkpoint) -> list[str]:
+    config = checkpoint.config
+    names = {
+        "encoder": [file.name for file in config.encoder_files],
+        "adapter": [file.name for file in config.adapter.files] if config.adapter else [],
+        "projection": [PROJECTION_FILE],
+        "policy": [POLICY_FILE],
+    }
+    return names[part]
+
+
+def _size(checkpoint: Checkpoint, names: Sequence[str]) -> int:
+    return sum(Path(checkpoint.folder or ".", name).stat().st_size for name in names)
+
+
+def _whole_size(checkpoint: Checkpoint) -> int:
+    return _size(checkpoint, [CONFIG_FILE, *(name for part in _choices() for name in _files(part, checkpoint))])
+
+
+def _install(made: Path, output: Path) -> None:
+    """Move all files over, the config last, then drop weights that it does not name."""
+    output.mkdir(exist_ok=True)
+    names = sorted((path.name for path in made.iterdir()), key=lambda name: name == CONFIG_FILE)
+    for name in names:
+        (made / name).replace(output / name)
+    for path in output.glob("*.safetensors"):
+        if path.name not in names:
+            path.unlink()
+
+
+def _copy_record(source: Path, folder: Path) -> None:
+    """What the checkpoint was trained on, without the places of the machine that trained it."""
+    path = source / TRAINING_FILE
+    if path.is_file():
+        record = json.loads(path.read_text(encoding="utf-8"))
+        for run in (record, record.get("policy") or {}):
+            config = run.get("config") or {}
+            for key in _PATHS:
+                if isinstance(config.get(key), str) and Path(config[key]).is_absolute():
+                    config[key] = Path(config[key]).name
+        (folder / TRAINING_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+# --- what was lost
+
+
+def _part_report(part: str, dtype: str, before: Checkpoint, after: Checkpoint) -> PartReport:
+    stored = _weights(part, after)
+    error = size = 0.0
+    for own, other in zip(_compared(part, _weights(part, before)), _compared(part, stored), strict=True):
+        error += float((other.double() - own.double()).square().sum())
+        size += float(own.double().square().sum())
+    return PartReport(
+        dtype=dtype,
+        weights=sum(weight.numel() for weight in stored.values()),
+        bytes=_size(after, _files(part, after)),
+        bytes_before=_size(before, _files(part, before)),
+        relative_error=math.sqrt(error / size) if size else 0.0,
+    )
+
+
+def _weights(part: str, checkpoint: Checkpoint) -> Mapping[str, Tensor]:
+    """All weights of a part, as they are after loading; none where the checkpoint has no such part."""
+    if part == "encoder":
+        return checkpoint.load_trained_layers() or {}
+    if part == "adapter":
+        adapter = checkpoint.load_adapter()
+        return adapter.state if adapter else {}
+    module = checkpoint.projection if part == "projection" else checkpoint.policy
+    return module.state_dict()
+
+
+def _compared(part: str, weights: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    """The tensors that say what a part does, by name."""
+    return (update for _, update in _updates(weights)) if part == "adapter" else (weights[n] for n in sorted(weights))
