@@ -6,12 +6,13 @@ since its time was up (run again to resume), 130 interrupted.
 
 import contextlib
 import json
+import shlex
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -27,11 +28,15 @@ if TYPE_CHECKING:
     from refrag.pipelines.progress import Progress
     from refrag_core.bundle import BundleReport
     from refrag_core.conversation import Conversation
+    from refrag_core.engine_choice import EngineOptions
     from refrag_core.generations import Generation, GenerationDiff
     from refrag_core.retrieval import RetrievalOptions, Searcher
     from refrag_core.runtime import Answer, AskOptions, Runtime
     from refrag_core.session import SessionFile
     from refrag_core.training.runs import Stage
+
+ASK_POSITIONS = 8192
+"""That `ask` has vLLM reserve for its one answer, where the decoder has as many."""
 
 FAILED, WRONG_USAGE, QUARANTINED, STOPPED, INTERRUPTED = 1, 2, 3, 4, 130
 
@@ -64,6 +69,22 @@ class EngineName(StrEnum):
     LOCAL = "local"
     RAY = "ray"
     BEAM = "beam"
+
+
+class DecoderEngineName(StrEnum):
+    """Engines that decode answers."""
+
+    EMBEDDED = "embedded"
+    VLLM = "vllm"
+    VLLM_SERVER = "vllm-server"
+
+
+class WeightsDtypeName(StrEnum):
+    """Forms that weights are written in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
 
 
 class EmbeddingDtypeName(StrEnum):
@@ -248,6 +269,31 @@ MaxNewTokens = Annotated[int, typer.Option(help="Tokens to generate at most.", m
 Temperature = Annotated[float, typer.Option(help="0 is greedy.", min=0)]
 TopP = Annotated[float, typer.Option(help="Nucleus of the sampling.", min=0, max=1)]
 Seed = Annotated[int, typer.Option(help="Of sampling and of the random policy.")]
+DecoderEngine = Annotated[
+    DecoderEngineName,
+    typer.Option("--engine", help="What decodes: this program, vLLM in it (extra vllm), or a running vLLM server."),
+]
+VllmUrl = Annotated[
+    str | None,
+    typer.Option(
+        help="With --engine vllm-server: its address, like http://127.0.0.1:8000. Its key is read from $VLLM_API_KEY.",
+        show_default=False,
+    ),
+]
+VllmModel = Annotated[
+    str | None,
+    typer.Option(
+        help="With --engine vllm-server: its name for the decoder. Default: the only one.", show_default=False
+    ),
+]
+VllmOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--vllm-option",
+        help="With --engine vllm: an argument of vllm.LLM, as in gpu_memory_utilization=0.5; repeatable.",
+        metavar="NAME=VALUE",
+    ),
+]
 Strict = Annotated[bool, typer.Option("--strict", help="Fail instead of dropping what does not fit.")]
 Questions = Annotated[
     Path,
@@ -1261,6 +1307,32 @@ def bundle_open(
     )
 
 
+@bundle_app.command("decoder")
+def bundle_decoder(
+    index: IndexArgument,
+    folder: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
+    dtype: Annotated[
+        WeightsDtypeName | None, typer.Option(help="Of the weights; float32 to lose nothing. Default: the decoder's.")
+    ] = None,
+    decoder: Decoder = None,
+    checkpoint: Checkpoint = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Write the decoder, the checkpoint's adapter merged, as a model folder for vLLM and other engines."""
+    import torch
+
+    from refrag_core.merged_decoder import write_merged
+    from refrag_core.runtime import models_of
+
+    made_with, source = models_of(index, checkpoint=checkpoint, decoder=decoder)
+    name = write_merged(made_with, source, folder, dtype=None if dtype is None else getattr(torch, dtype.value))
+    command = f"vllm serve {shlex.quote(str(folder))} --served-model-name {name} --enable-prompt-embeds"
+    if as_json:
+        _print_json({"folder": str(folder), "name": name, "serve": command})
+    else:
+        _print_rows([("decoder", folder), ("name", name), ("serve it", command)])
+
+
 @bundle_app.command("gc")
 def bundle_gc(
     folder: BundleArgument,
@@ -1328,6 +1400,7 @@ def _open_runtime(
     verify_key: list[Path] | None = None,
     captured: bool | None = None,
     device_map: str | None = None,
+    composes_only: bool = False,
 ) -> "Runtime":
     from refrag_core.runtime import Runtime
 
@@ -1342,6 +1415,7 @@ def _open_runtime(
         verify_keys=tuple(verify_key or ()),
         captured=captured,
         device_map=device_map,
+        composes_only=composes_only,
     )
     if not runtime.trained:
         _warn(
@@ -1364,6 +1438,16 @@ def _ask_options(
         expansion_fraction=0.1 if expansion_fraction is None else expansion_fraction,
         **rest,
     )
+
+
+def _engine_options(
+    name: DecoderEngineName, url: str | None, model: str | None, settings: list[str] | None, device_map: str | None
+) -> "EngineOptions":
+    from refrag_core.engine_choice import EngineOptions, parse_settings
+
+    if device_map is not None and name is not DecoderEngineName.EMBEDDED:
+        raise UsageError(f"--device-map was given with --engine {name}, which has the decoder elsewhere: leave it out")
+    return EngineOptions(name=name.value, url=url, model=model, settings=parse_settings(settings or []))
 
 
 @app.command("ask")
@@ -1397,6 +1481,10 @@ def ask(
     verify_key: VerifyKey = None,
     device: Device = "auto",
     device_map: DeviceMap = None,
+    engine: DecoderEngine = DecoderEngineName.EMBEDDED,
+    vllm_url: VllmUrl = None,
+    vllm_model: VllmModel = None,
+    vllm_option: VllmOption = None,
     html: Annotated[
         Path | None, typer.Option("--html", help="Write a page for a browser: each chunk shaded as it was read.")
     ] = None,
@@ -1405,6 +1493,7 @@ def ask(
     """Answer a question from an index, with the passages used and a latency breakdown."""
     given = {str(path): _read_text(path) for path in context or []}
     retrieval = _retrieval(where, hybrid, dense_weight, lexical_weight)
+    chosen = _engine_options(engine, vllm_url, vllm_model, vllm_option, device_map)
     runtime = _open_runtime(
         index,
         decoder,
@@ -1416,6 +1505,7 @@ def ask(
         verify_key,
         captured=False,  # one question: capturing would take longer than it saves
         device_map=device_map,
+        composes_only=chosen.decodes_elsewhere,
     )
     _build_lexical(runtime.searcher, retrieval)
     options = _ask_options(
@@ -1433,7 +1523,7 @@ def ask(
         explain=html is not None,
     )
     on_text = (lambda text: print(text, end="", flush=True)) if stream and not as_json else None
-    answer = runtime.ask(question, options, given=given, on_text=on_text)
+    answer = _ask_by(chosen, runtime, question, options, given=given, on_text=on_text)
     if html is not None:
         from refrag_core.inspector import write_answer
 
@@ -1447,6 +1537,21 @@ def ask(
         return
     print("" if stream else answer.answer)
     _print_answer(answer)
+
+
+def _ask_by(engine: "EngineOptions", runtime: "Runtime", question: str, options: "AskOptions", **rest: Any) -> "Answer":
+    """Ask the runtime with its own decoder, or with an engine that is opened for this one answer."""
+    from refrag_core.decoder_engine import generate_by
+    from refrag_core.engine_choice import open_engine
+
+    if not engine.decodes_elsewhere:
+        return runtime.ask(question, options, **rest)
+    opened = open_engine(runtime, engine, slots=1, max_positions=ASK_POSITIONS)
+    try:
+        within = replace(options, max_positions=opened.max_positions)
+        return runtime.ask(question, within, generate=generate_by(opened), **rest)
+    finally:
+        opened.close()
 
 
 def _print_answer(answer: "Answer") -> None:
@@ -1748,6 +1853,10 @@ def serve(
     verify_key: VerifyKey = None,
     device: Device = "auto",
     device_map: DeviceMap = None,
+    engine: DecoderEngine = DecoderEngineName.EMBEDDED,
+    vllm_url: VllmUrl = None,
+    vllm_model: VllmModel = None,
+    vllm_option: VllmOption = None,
 ) -> None:
     """Answer over HTTP, as OpenAI's clients expect it, with a page for people at /."""
     from refrag_core.serving.command import ServeCommand, run_server
@@ -1767,11 +1876,21 @@ def serve(
         drain_seconds=drain_seconds,
         reload_seconds=reload_seconds,
         allow_untrained=allow_untrained,
+        engine=_engine_options(engine, vllm_url, vllm_model, vllm_option, device_map),
     )
 
     def opened() -> "Runtime":
         return _open_runtime(
-            index, decoder, retriever, checkpoint, device, chunk_cache, tables, verify_key, device_map=device_map
+            index,
+            decoder,
+            retriever,
+            checkpoint,
+            device,
+            chunk_cache,
+            tables,
+            verify_key,
+            device_map=device_map,
+            composes_only=settings.engine.decodes_elsewhere,
         )
 
     run_server(index, opened, settings, say=_warn, on_ready=lambda url: print(url, flush=True))

@@ -116,6 +116,32 @@ class Decoder:
             merge_adapter(model, adapter)
         return cls(model if device_map is not None else model.to(device), load_tokenizer(folder))
 
+    @classmethod
+    def load_inputs(
+        cls,
+        folder: Path,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+        adapter: Adapter | None = None,
+    ) -> "Decoder":
+        """The decoder in `folder` with its input embeddings alone in memory, to compose prompts that others decode.
+
+        The other weights are on PyTorch's `meta` device: `prefill`, `step` and `generate` are not for it. A decoder
+        whose embedding does more than look a row up is loaded whole. Arguments and errors are those of `load`.
+        """
+        table = _stored_table(folder)
+        if table is None:
+            return cls.load(folder, device=device, dtype=dtype, adapter=adapter)
+        model = _empty_model(folder)
+        embedding = model.get_input_embeddings()
+        chosen = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
+        embedding.weight = nn.Parameter(table.to(chosen), requires_grad=False)
+        if adapter is not None:
+            merge_adapter(model, adapter, only=embedding)
+        embedding.weight = nn.Parameter(embedding.weight.to(device), requires_grad=False)
+        return cls(model, load_tokenizer(folder))
+
     @property
     def device(self) -> torch.device:
         """Where the input embeddings are."""
@@ -229,8 +255,12 @@ class Decoder:
 
 
 @torch.no_grad()
-def merge_adapter(model: Any, adapter: Adapter) -> None:
-    """Add the adapter's updates to the weights in place, in float32. Raises ConfigError where they do not fit."""
+def merge_adapter(model: Any, adapter: Adapter, *, only: nn.Module | None = None) -> None:
+    """Add the adapter's updates to the weights in place, in float32. Raises ConfigError where they do not fit.
+
+    Args:
+        only: the one layer that is changed; all are checked.
+    """
     layers = dict(model.named_modules())
     for name in sorted({key.rpartition(".")[0] for key in adapter.state}):
         down, up = (adapter.state.get(f"{name}.{part}") for part in ("down", "up"))
@@ -240,6 +270,8 @@ def merge_adapter(model: Any, adapter: Adapter) -> None:
                 f"the adapter's layer {name!r} does not fit the decoder of type {model.config.model_type!r}; expected "
                 f"the decoder that the checkpoint was trained for: leave --decoder out"
             )
+        if only is not None and layers[name] is not only:
+            continue
         update = up.float() @ down.float()
         weight.copy_(weight.float() + adapter.scale * update.to(weight.device))
 
@@ -390,14 +422,22 @@ def input_embeddings(folder: Path) -> Tensor:
 
 def _stored_table(folder: Path) -> Tensor | None:
     """The embedding table as it is stored; None where the embedding does more than look up a row."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    model = _empty_model(folder)
+    embedding = model.get_input_embeddings()
+    return _stored_tensor(folder, _names(model, embedding)) if type(embedding) is nn.Embedding else None
+
+
+def _empty_model(folder: Path) -> Any:
+    """The model in `folder` with its generation settings and no weight in memory."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     refuse_unsupported(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    embedding = model.get_input_embeddings()
-    return _stored_tensor(folder, _names(model, embedding)) if type(embedding) is nn.Embedding else None
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model
 
 
 def _names(model: Any, embedding: nn.Module) -> list[str]:

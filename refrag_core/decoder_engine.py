@@ -10,11 +10,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
 from refrag_core.decoder import check_sampling
+from refrag_core.errors import ConfigError, EngineError
+
+if TYPE_CHECKING:
+    from refrag_core.runtime import AskOptions, Generate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,3 +136,48 @@ class DecoderEngine(Protocol):
     def close(self) -> None:
         """Take nothing more, finish what was submitted, and let go of the memory."""
         ...
+
+
+def check_prompt(inputs_embeds: Tensor, sampling: Sampling, *, dim: int, max_positions: int | None) -> None:
+    """Raise ConfigError for a prompt that an engine cannot hold.
+
+    Args:
+        inputs_embeds: `[s, d_dec]`.
+        dim: d_dec of the engine's decoder.
+        max_positions: s + new tokens at most.
+    """
+    if inputs_embeds.ndim != 2 or inputs_embeds.shape[1] != dim:
+        raise ConfigError(
+            f"the prompt has the shape {list(inputs_embeds.shape)}, and the engine's decoder takes [positions, {dim}]; "
+            f"expected the same decoder on both sides"
+        )
+    if max_positions is not None and len(inputs_embeds) + sampling.max_new_tokens > max_positions:
+        raise ConfigError(
+            f"the prompt has {len(inputs_embeds)} positions and {sampling.max_new_tokens} new tokens may follow; "
+            f"expected at most {max_positions} together: ask for fewer tokens or passages"
+        )
+
+
+def closed_error() -> EngineError:
+    """What a prompt gets that comes after `close`."""
+    return EngineError("the decoder takes no more prompts, since it is being closed: ask again")
+
+
+def generate_by(engine: DecoderEngine) -> "Generate":
+    """One answer at a time from an engine, for `Runtime.ask`; leaving the iteration early cancels the answer."""
+
+    def generate(inputs_embeds: Tensor, options: "AskOptions") -> Iterator[list[int]]:
+        sampling = Sampling(
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            seed=options.seed,
+        )
+        stream = engine.submit(inputs_embeds, sampling)
+        try:
+            for token in stream:
+                yield [token]
+        finally:
+            stream.cancel()
+
+    return generate

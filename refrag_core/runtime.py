@@ -25,11 +25,11 @@ from refrag_core.checkpoint import Checkpoint, load_checkpoint
 from refrag_core.chunk_cache import CachedChunkEncoder, ChunkCache, DiskChunkCache, MemoryChunkCache
 from refrag_core.chunking import ChunkingOptions, chunk_rows, cut_passages, passage_id, tokenize_documents
 from refrag_core.composition import Composed, ContextPassage, compose, pad_batch
-from refrag_core.decoder import FINISHED, Decoder
+from refrag_core.decoder import FINISHED, Adapter, Decoder
 from refrag_core.devices import resolve_device
 from refrag_core.embedding_storage import concatenate_rows, store_rows
 from refrag_core.encoder import ChunkEncoder
-from refrag_core.errors import FingerprintMismatchError, UntrainedProjectionError, UsageError
+from refrag_core.errors import ConfigError, FingerprintMismatchError, UntrainedProjectionError, UsageError
 from refrag_core.fast_path import FastPath, HotPassages
 from refrag_core.history import HistoryOptions, HistoryUse
 from refrag_core.index_reader import FetchedPassage, IndexReader, PassageRef
@@ -243,6 +243,7 @@ class RuntimeOptions:
     verify_keys: tuple[Path, ...] = ()
     captured: bool = False
     device_map: str | None = None
+    composes_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,6 +288,7 @@ class Runtime:
         verify_keys: Sequence[Path] = (),
         captured: bool | None = None,
         device_map: str | None = None,
+        composes_only: bool = False,
     ) -> "Runtime":
         """Open a generation of the index or bundle at `location`: verify its manifest, map its tables, load the models.
 
@@ -299,10 +301,14 @@ class Runtime:
                 On a CPU it is the same path without graphs. None does on CUDA alone; for a single question it does not
                 pay.
             device_map: spread the decoder's layers over all GPUs, see `Decoder.load`; such a decoder runs uncaptured.
+            composes_only: load the decoder's input embeddings alone: prompts are composed here, and an engine that is
+                given with each question decodes them.
 
         Raises CorruptIndexError, SignatureError, ModelNotFoundError, and FingerprintMismatchError when a model is not
         the one that the index was made for.
         """
+        if captured and composes_only:
+            raise ConfigError("captured graphs need the whole decoder; expected captured or composes_only, not both")
         device = resolve_device(device)
         options = RuntimeOptions(
             location=location,
@@ -313,8 +319,9 @@ class Runtime:
             chunk_cache=chunk_cache,
             device=device,
             verify_keys=tuple(verify_keys),
-            captured=device != "cpu" and device_map is None if captured is None else captured,
+            captured=device != "cpu" and device_map is None and not composes_only if captured is None else captured,
             device_map=device_map,
+            composes_only=composes_only,
         )
         return cls(_open_generation(options, version, None), options)
 
@@ -565,15 +572,18 @@ class Runtime:
         *,
         given: Mapping[str, str] | None = None,
         on_text: Callable[[str], object] | None = None,
+        generate: Generate | None = None,
     ) -> Answer:
         """Answer a question from the index; with nothing at all where a filter leaves no passage and none is given.
 
         Args:
             given: texts by name that stand before the retrieved passages; encoded now, through the chunk cache.
             on_text: gets each piece of the answer's text as soon as it is certain.
+            generate: what decodes in place of this runtime's own decoder; see `decoder_engine.generate_by`.
         """
         runtime = self.pinned()
-        return runtime.answer_prepared(runtime.prepare(question, options or AskOptions(), given=given), on_text)
+        prepared = runtime.prepare(question, options or AskOptions(), given=given)
+        return runtime.answer_prepared(prepared, on_text, generate=generate)
 
     def prepare(
         self,
@@ -805,18 +815,14 @@ def _open_generation(options: RuntimeOptions, version: int | None, current: _Gen
     if options.verify_keys:
         check_signed(reader.store, reader.manifest, options.verify_keys)
         check_files(reader.store, reader.manifest)
-    opened = load_checkpoint(options.checkpoint or str(reader.store.folder(reader.manifest.checkpoint.folder)))
-    _check_encode_fingerprint(opened, reader)
-    folder = _decoder_folder(options, opened, reader)
-    _check_tokenizer(folder, reader)
-    _check_decoder(folder, opened, reader)
+    opened, folder = _models(options, reader)
     if options.verify_keys and options.decoder is None:
         opened.verify_decoder(folder)  # the signed checkpoint says which weights it was made for
     searcher = Searcher(reader, _retriever(options, reader, current))
     if current is not None and _same_models(current, opened, folder):
         hot = None if current.hot is None else HotPassages(current.decoder.device)
         return replace(current, searcher=searcher, hot=hot)
-    decoder = Decoder.load(folder, device=options.device, adapter=opened.load_adapter(), device_map=options.device_map)
+    decoder = _load_decoder(options, folder, opened.load_adapter())
     _check_width(decoder, opened)
     projection = opened.projection.to(decoder.device).requires_grad_(False)
     policy = opened.policy.to(decoder.device).requires_grad_(False)
@@ -831,6 +837,32 @@ def _open_generation(options: RuntimeOptions, version: int | None, current: _Gen
         fast=FastPath(decoder, projection, policy) if options.captured else None,
         hot=HotPassages(decoder.device) if options.captured else None,
     )
+
+
+def models_of(
+    location: IndexLocation, *, checkpoint: str | None = None, decoder: str | None = None
+) -> tuple[Checkpoint, Path]:
+    """The checkpoint and the decoder's folder that a runtime over the newest generation would take, checked as there.
+
+    Args:
+        checkpoint, decoder: references in place of those that the index names.
+    """
+    return _models(RuntimeOptions(location=location, checkpoint=checkpoint, decoder=decoder), IndexReader(location))
+
+
+def _models(options: RuntimeOptions, reader: IndexReader) -> tuple[Checkpoint, Path]:
+    opened = load_checkpoint(options.checkpoint or str(reader.store.folder(reader.manifest.checkpoint.folder)))
+    _check_encode_fingerprint(opened, reader)
+    folder = _decoder_folder(options, opened, reader)
+    _check_tokenizer(folder, reader)
+    _check_decoder(folder, opened, reader)
+    return opened, folder
+
+
+def _load_decoder(options: RuntimeOptions, folder: Path, adapter: Adapter | None) -> Decoder:
+    if options.composes_only:
+        return Decoder.load_inputs(folder, device=options.device, adapter=adapter)
+    return Decoder.load(folder, device=options.device, adapter=adapter, device_map=options.device_map)
 
 
 def _same_models(current: _Generation, checkpoint: Checkpoint, decoder_folder: Path) -> bool:

@@ -8,6 +8,7 @@ checkpoint over the two. The encoder folder also serves as a retriever.
 import json
 import os
 import string
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from refrag_core.checkpoint import Checkpoint, initialise_checkpoint
+from refrag_core.checkpoint import AdapterConfig, Checkpoint, initialise_checkpoint
+from refrag_core.stored_weights import write_weights
 
 DECODER_FAMILIES = ("llama", "gpt2", "opt", "gpt_neox", "qwen2", "qwen3", "mistral")
 ENCODER_FAMILIES = ("bert", "roberta", "mpnet")
@@ -71,8 +73,18 @@ def encoder_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def decoder(family: str = "llama", *, seed: int = 0, max_positions: int = MAX_POSITIONS) -> PreTrainedModel:
-    """A causal language model of two layers, width 32, float32, whose argmax depends on its whole input."""
+VLLM_SIZES = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+"""Heads of width 32, the narrowest that vLLM takes on a CPU."""
+
+
+def decoder(
+    family: str = "llama", *, seed: int = 0, max_positions: int = MAX_POSITIONS, **changes: Any
+) -> PreTrainedModel:
+    """A causal language model of two layers, width 32, float32, whose argmax depends on its whole input.
+
+    Args:
+        changes: of the config, for other sizes.
+    """
     sizes: dict[str, Any] = {
         "vocab_size": decoder_tokenizer().get_vocab_size(),
         "hidden_size": D_DEC,
@@ -92,7 +104,7 @@ def decoder(family: str = "llama", *, seed: int = 0, max_positions: int = MAX_PO
         sizes |= {"num_key_value_heads": 2}
     if family == "qwen3":
         sizes |= {"head_dim": 8}
-    config = AutoConfig.for_model(family, **sizes)
+    config = AutoConfig.for_model(family, **(sizes | changes))
     return randomised(AutoModelForCausalLM.from_config(config), seed, 0.3)
 
 
@@ -119,9 +131,10 @@ def decoder_folder(
     seed: int = 0,
     chat: bool = True,
     max_positions: int = MAX_POSITIONS,
+    **changes: Any,
 ) -> Path:
-    """Write a decoder's model folder and return it."""
-    decoder(family, seed=seed, max_positions=max_positions).save_pretrained(folder)
+    """Write a decoder's model folder and return it; `changes` are those of its config."""
+    decoder(family, seed=seed, max_positions=max_positions, **changes).save_pretrained(folder)
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,
@@ -147,11 +160,13 @@ def encoder_folder(folder: Path, family: str = "bert", *, seed: int = 0) -> Path
     return _write_tokenizer(folder, encoder_tokenizer(), settings)
 
 
-def checkpoint(folder: Path, *, family: str = "llama", seed: int = 0, query_dim: int = 0) -> Checkpoint:
-    """An untrained checkpoint in memory over tiny models that are written to `folder`."""
+def checkpoint(
+    folder: Path, *, family: str = "llama", seed: int = 0, query_dim: int = 0, **changes: Any
+) -> Checkpoint:
+    """An untrained checkpoint in memory over tiny models that are written to `folder`; `changes` are the decoder's."""
     return initialise_checkpoint(
         encoder_reference=str(encoder_folder(folder / "encoder")),
-        decoder_reference=str(decoder_folder(folder / "decoder", family)),
+        decoder_reference=str(decoder_folder(folder / "decoder", family, **changes)),
         seed=seed,
         query_dim=query_dim,
     )
@@ -161,6 +176,28 @@ def checkpoint_folder(folder: Path, *, family: str = "llama", seed: int = 0, que
     """Write tiny models and an untrained checkpoint over them; returns the checkpoint's folder."""
     checkpoint(folder, family=family, seed=seed, query_dim=query_dim).save(folder / "checkpoint")
     return folder / "checkpoint"
+
+
+def adapted_checkpoint(folder: Path, **changes: Any) -> Checkpoint:
+    """A checkpoint in `folder` that counts as trained, with an adapter that moves every attention layer.
+
+    Args:
+        changes: of the decoder's config.
+    """
+    made = checkpoint(folder, **changes)
+    model = AutoModelForCausalLM.from_pretrained(made.decoder_folder(), use_safetensors=True)
+    generator = torch.Generator().manual_seed(7)
+    state: dict[str, torch.Tensor] = {}
+    for name, layer in model.named_modules():
+        if name.endswith(("q_proj", "v_proj")):
+            wide, narrow = layer.weight.shape
+            state[f"{name}.up"] = torch.randn(wide, 2, generator=generator) * 0.3
+            state[f"{name}.down"] = torch.randn(2, narrow, generator=generator) * 0.3
+    output = folder / "adapted"
+    output.mkdir()
+    adapter = AdapterConfig(1.0, write_weights(output, "adapter", state, dtype="float32"))
+    config = replace(made.config, trained=True, adapter=adapter)
+    return replace(made, config=config, folder=output).save(output)
 
 
 def cache_for(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:

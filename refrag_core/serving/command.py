@@ -5,9 +5,10 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from refrag_core.engine_choice import EngineOptions, open_engine
 from refrag_core.errors import MissingExtraError, UsageError
 from refrag_core.runtime import Runtime
 from refrag_core.serving.settings import MAX_POSITIONS, SLOTS, ServeSettings
@@ -35,6 +36,7 @@ class ServeCommand:
     drain_seconds: float = 30.0
     reload_seconds: float = 0.0
     allow_untrained: bool = False
+    engine: EngineOptions = field(default_factory=EngineOptions)
 
     def settings(self, location: IndexLocation) -> ServeSettings:
         """What the server itself needs. Raises UsageError for a key file that cannot be read."""
@@ -51,6 +53,13 @@ class ServeCommand:
             allow_untrained=self.allow_untrained,
             allowed_hosts=allowed_hosts(self.host, self.allowed_hosts),
         )
+
+
+def _within(settings: ServeSettings, max_positions: int | None) -> ServeSettings:
+    """The settings with no more positions than the engine has, so that prompts are composed to fit it."""
+    if max_positions is None or max_positions >= settings.max_positions:
+        return settings
+    return replace(settings, max_positions=max_positions)
 
 
 def read_key(path: Path | None) -> str | None:
@@ -93,7 +102,8 @@ def run_server(
         say: is told what a person should know.
         on_ready: is told the server's URL.
 
-    Raises MissingExtraError without the extra `serve`, UsageError for a port that is taken, and what opening raises.
+    Raises MissingExtraError without the extra `serve`, UsageError for a port that is taken, and what opening index and
+    engine raises.
     """
     try:
         from refrag_core.serving.answering import Answering
@@ -103,7 +113,6 @@ def run_server(
             f"serving needs {error.name}, which is not installed: run `pip install 'refrag[serve]'`"
         ) from error
     from refrag_core.serving.generations import Generations
-    from refrag_core.serving.scheduler import embedded_engine
 
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     settings = command.settings(location)
@@ -113,13 +122,13 @@ def run_server(
     with bound:
         generations = Generations(
             opened(),
-            lambda runtime: embedded_engine(
-                runtime.decoder, slots=settings.slots, max_positions=settings.max_positions
+            lambda runtime: open_engine(
+                runtime, command.engine, slots=settings.slots, max_positions=settings.max_positions
             ),
         )
         url = address(bound)
         serve(
-            Answering(generations, settings),
+            Answering(generations, _within(settings, generations.current.engine.max_positions)),
             bound,
             reload_seconds=command.reload_seconds,
             on_ready=lambda: on_ready(url),

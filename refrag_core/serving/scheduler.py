@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from refrag_core.decoder import Decoder, Sampler
-from refrag_core.decoder_engine import Sampling, TokenStream
-from refrag_core.errors import ConfigError, EngineError
+from refrag_core.decoder_engine import Sampling, TokenStream, check_prompt, closed_error
+from refrag_core.errors import EngineError
 
 PREFILL_POSITIONS = 4096
 """Slots that are prefilled between two steps, unless one prompt alone has more: running answers wait that long."""
@@ -95,16 +95,12 @@ class EmbeddedEngine:
 
     def submit(self, inputs_embeds: Tensor, sampling: Sampling) -> TokenStream:
         """See DecoderEngine. Raises ConfigError for a prompt that no row can hold."""
-        if len(inputs_embeds) + sampling.max_new_tokens > self.max_positions:
-            raise ConfigError(
-                f"the prompt has {len(inputs_embeds)} positions and {sampling.max_new_tokens} new tokens may follow; "
-                f"expected at most {self.max_positions} together: ask for fewer tokens or passages"
-            )
+        check_prompt(inputs_embeds, sampling, dim=inputs_embeds.shape[-1], max_positions=self.max_positions)
         sampler = Sampler(sampling.temperature, sampling.top_p, sampling.seed, self._device)
         running = _Running(inputs_embeds, sampling, sampler, TokenStream())
         with self._changed:
             if self._closed:
-                raise EngineError("the decoder takes no more prompts, since it is being closed: ask again")
+                raise closed_error()
             self._waiting.append(running)
             self._changed.notify_all()
         return running.stream
