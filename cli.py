@@ -290,7 +290,7 @@ VllmOption = Annotated[
     list[str] | None,
     typer.Option(
         "--vllm-option",
-        help="With --engine vllm: an argument of vllm.LLM, as in gpu_memory_utilization=0.5; repeatable.",
+        help="With --engine vllm: an engine argument of vLLM, as in gpu_memory_utilization=0.5; repeatable.",
         metavar="NAME=VALUE",
     ),
 ]

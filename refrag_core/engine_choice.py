@@ -29,7 +29,7 @@ class EngineOptions:
     model: str | None = None
     """Under which that server has the decoder; None takes the one that the checkpoint needs, or its only one."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """More arguments of `vllm.LLM`."""
+    """More arguments of `vllm.EngineArgs`."""
 
     def __post_init__(self) -> None:
         if self.name == "vllm-server" and self.url is None:

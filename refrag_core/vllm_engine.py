@@ -20,7 +20,7 @@ from refrag_core.decoder_engine import Sampling, TokenStream, check_prompt, clos
 from refrag_core.errors import ConfigError, EngineError, MissingExtraError
 
 _OWN_SETTINGS = ("model", "enable_prompt_embeds", "skip_tokenizer_init", "max_num_seqs", "max_model_len", "dtype")
-"""Arguments of `vllm.LLM` that follow from the runtime."""
+"""Arguments of `vllm.EngineArgs` that follow from the runtime."""
 
 _log = logging.getLogger(__name__)
 
@@ -36,20 +36,20 @@ class _Asked:
 
 
 class VllmEngine:
-    """A `DecoderEngine` over a `vllm.LLM` of this process. Make it with `load`.
+    """A `DecoderEngine` over the engine that `vllm.LLM` wraps. Make it with `load`.
 
     Args:
-        llm: started with `enable_prompt_embeds`; nobody else may use it.
+        engine: a `vllm.LLMEngine`, started with `enable_prompt_embeds`; nobody else may use it.
         dim: width of the decoder's input embeddings.
         slots: answers that are given to vLLM at the same time; more of them wait here.
         max_positions: positions of one sequence.
         eos_ids: ids that end an answer.
     """
 
-    def __init__(self, llm: Any, *, dim: int, slots: int, max_positions: int, eos_ids: frozenset[int]) -> None:
+    def __init__(self, engine: Any, *, dim: int, slots: int, max_positions: int, eos_ids: frozenset[int]) -> None:
         self.slots = slots
         self.max_positions = max_positions
-        self._engine = llm.llm_engine
+        self._engine = engine
         self._dim = dim
         self._eos_ids = sorted(eos_ids)
         self._count = 0
@@ -77,7 +77,7 @@ class VllmEngine:
 
         Args:
             dtype: of weights and arithmetic.
-            settings: more arguments of `vllm.LLM`, such as gpu_memory_utilization or tensor_parallel_size.
+            settings: more arguments of `vllm.EngineArgs`, such as gpu_memory_utilization or tensor_parallel_size.
 
         Raises MissingExtraError without vLLM, ConfigError for a setting that follows from the others, and EngineError
         where vLLM does not start.
@@ -87,11 +87,15 @@ class VllmEngine:
             raise ConfigError(f"vLLM's {', '.join(fixed)} follow from the index and its decoder: leave them out")
         # Its process is started anew: a fork of one with threads, as PyTorch and FAISS have them, may hang.
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-        llm_class = require_vllm().LLM
-        on_cpu = not torch.cuda.is_available()
+        vllm = require_vllm()
         try:
-            llm = llm_class(
-                **{"enforce_eager": on_cpu, "generation_config": "vllm", **given},
+            arguments = vllm.EngineArgs(
+                **{
+                    "enforce_eager": not torch.cuda.is_available(),
+                    "generation_config": "vllm",
+                    "disable_log_stats": True,
+                    **given,
+                },
                 model=str(folder),
                 dtype=str(dtype).removeprefix("torch."),
                 enable_prompt_embeds=True,
@@ -99,12 +103,13 @@ class VllmEngine:
                 max_num_seqs=slots,
                 max_model_len=max_positions,
             )
+            engine = vllm.LLMEngine.from_engine_args(arguments)
         except Exception as error:
             raise EngineError(
                 f"vLLM did not start over {folder} ({_first_line(error)}): its log above says why; expected a decoder "
                 f"that vLLM knows, and memory for its weights and {max_positions} positions"
             ) from error
-        return cls(llm, dim=dim, slots=slots, max_positions=max_positions, eos_ids=eos_ids)
+        return cls(engine, dim=dim, slots=slots, max_positions=max_positions, eos_ids=eos_ids)
 
     @property
     def active(self) -> int:

@@ -33,6 +33,7 @@ HEAVY = {
     "fastapi",
     "uvicorn",
     "prometheus_client",
+    "vllm",
 }
 ONLY_IN = {
     "lance": {"refrag_core/lance_tables.py"},
@@ -43,9 +44,12 @@ ONLY_IN = {
     "bm25s": {"refrag_core/lexical.py"},
     "typer": {"cli.py"},
     "obstore": {"refrag_core/object_store.py"},
+    "vllm": {"refrag_core/vllm_engine.py"},
     "ray": {"pipelines/engines/ray.py"},
     "apache_beam": {"pipelines/engines/beam.py"},
 }
+WRITTEN_FOR_OTHERS = {"refrag_core/vllm_server.py": ["torch.save"]}
+"""A vLLM server reads prompts in no other form; nothing of ours reads one."""
 PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 
 
@@ -135,7 +139,8 @@ def test_each_heavy_library_has_one_door(path: Path) -> None:
     "path", [*sources(), *sorted((ROOT / "benchmarks").rglob("*.py"))], ids=lambda path: str(path.relative_to(ROOT))
 )
 def test_nothing_is_pickled_or_executed(path: Path) -> None:
-    assert unsafe_calls(parse(path), name_of(path)) == []
+    allowed = WRITTEN_FOR_OTHERS.get(path.relative_to(ROOT).as_posix(), [])
+    assert unsafe_calls(parse(path), name_of(path)) == allowed
 
 
 @pytest.mark.parametrize(

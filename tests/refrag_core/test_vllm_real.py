@@ -161,9 +161,7 @@ def test_prompts_that_do_not_fit_are_refused(engine: DecoderEngine, whole: Runti
 def test_a_decoder_without_the_adapter_goes_by_another_name(url: str, whole: Runtime, tmp_path: Path) -> None:
     """The server's model is this one, but not under the name that some other checkpoint's would have."""
     with pytest.raises(FingerprintMismatchError, match=r"has the models 'refrag-.*'; expected 'other'"):
-        open_engine(
-            whole, EngineOptions(name="vllm-server", url=url, model="other"), slots=1, max_positions=POSITIONS
-        )
+        open_engine(whole, EngineOptions(name="vllm-server", url=url, model="other"), slots=1, max_positions=POSITIONS)
 
 
 def _idle(engine: DecoderEngine) -> None:
