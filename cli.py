@@ -1316,15 +1316,19 @@ def bundle_decoder(
     ] = None,
     decoder: Decoder = None,
     checkpoint: Checkpoint = None,
+    verify_key: VerifyKey = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Write the decoder, the checkpoint's adapter merged, as a model folder for vLLM and other engines."""
     import torch
 
     from refrag_core.merged_decoder import write_merged
-    from refrag_core.runtime import models_of
+    from refrag_core.runtime import RuntimeOptions, models_of
 
-    made_with, source = models_of(index, checkpoint=checkpoint, decoder=decoder)
+    options = RuntimeOptions(
+        location=index, checkpoint=checkpoint, decoder=decoder, verify_keys=tuple(verify_key or ())
+    )
+    made_with, source = models_of(options)
     name = write_merged(made_with, source, folder, dtype=None if dtype is None else getattr(torch, dtype.value))
     command = f"vllm serve {shlex.quote(str(folder))} --served-model-name {name} --enable-prompt-embeds"
     if as_json:

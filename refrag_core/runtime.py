@@ -812,12 +812,7 @@ class Runtime:
 def _open_generation(options: RuntimeOptions, version: int | None, current: _Generation | None) -> _Generation:
     """Open one generation; models that `current` has already loaded are shared with it."""
     reader = IndexReader(options.location, version, tables=options.tables)
-    if options.verify_keys:
-        check_signed(reader.store, reader.manifest, options.verify_keys)
-        check_files(reader.store, reader.manifest)
     opened, folder = _models(options, reader)
-    if options.verify_keys and options.decoder is None:
-        opened.verify_decoder(folder)  # the signed checkpoint says which weights it was made for
     searcher = Searcher(reader, _retriever(options, reader, current))
     if current is not None and _same_models(current, opened, folder):
         hot = None if current.hot is None else HotPassages(current.decoder.device)
@@ -839,23 +834,25 @@ def _open_generation(options: RuntimeOptions, version: int | None, current: _Gen
     )
 
 
-def models_of(
-    location: IndexLocation, *, checkpoint: str | None = None, decoder: str | None = None
-) -> tuple[Checkpoint, Path]:
+def models_of(options: RuntimeOptions) -> tuple[Checkpoint, Path]:
     """The checkpoint and the decoder's folder that a runtime over the newest generation would take, checked as there.
 
-    Args:
-        checkpoint, decoder: references in place of those that the index names.
+    Nothing but the checkpoint is loaded; errors are those of `Runtime.open`.
     """
-    return _models(RuntimeOptions(location=location, checkpoint=checkpoint, decoder=decoder), IndexReader(location))
+    return _models(options, IndexReader(options.location, tables=options.tables))
 
 
 def _models(options: RuntimeOptions, reader: IndexReader) -> tuple[Checkpoint, Path]:
+    if options.verify_keys:
+        check_signed(reader.store, reader.manifest, options.verify_keys)
+        check_files(reader.store, reader.manifest)
     opened = load_checkpoint(options.checkpoint or str(reader.store.folder(reader.manifest.checkpoint.folder)))
     _check_encode_fingerprint(opened, reader)
     folder = _decoder_folder(options, opened, reader)
     _check_tokenizer(folder, reader)
     _check_decoder(folder, opened, reader)
+    if options.verify_keys and options.decoder is None:
+        opened.verify_decoder(folder)  # the signed checkpoint says which weights it was made for
     return opened, folder
 
 
