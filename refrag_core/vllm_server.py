@@ -81,6 +81,7 @@ class _Exchange:
 
     def __init__(self, address: Address) -> None:
         self._address = address
+        self._abandoned = False
         self._socket: socket.socket | None = None
         self._connection: http.client.HTTPConnection | None = None
 
@@ -104,6 +105,8 @@ class _Exchange:
         connection.connect()
         self._socket = connection.sock
         self._socket.settimeout(SILENT_SECONDS)
+        if self._abandoned:  # while there was no socket yet
+            raise ConnectionAbortedError("nobody wants the answer any more")
         connection.request(method, address.path + path, data, headers)
         response = connection.getresponse()
         if response.status != 200:
@@ -112,6 +115,7 @@ class _Exchange:
 
     def abandon(self) -> None:
         """End the connection, and with it whatever reads from it."""
+        self._abandoned = True
         if self._socket is not None:
             with suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
@@ -224,6 +228,8 @@ class VllmServerEngine:
         body = self._completion(sampling) | {"prompt_embeds": encoded(inputs_embeds), "stream": True}
         exchange = _Exchange(self._address)
         stream.on_cancel(exchange.abandon)
+        if stream.cancelled:  # before there was anything to abandon
+            return
         try:
             response = exchange.open("POST", "/v1/completions", body)
             for event in _events(response):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 
 from refrag_core.decoder import Decoder
 from refrag_core.engine_choice import EngineOptions, open_engine, parse_settings
@@ -14,7 +14,7 @@ from refrag_core.errors import ConfigError, UsageError
 from refrag_core.merged_decoder import merged_name
 from refrag_core.runtime import Runtime
 from tests import tiny_models
-from tests.command_line import Finished, call
+from tests.command_line import Finished, call, finish, start
 from tests.fake_vllm import Behaviour, fake_package, fake_server
 from tests.served import MODEL, served
 from tests.small_index import SmallIndex, documents
@@ -90,6 +90,32 @@ def test_serve_from_a_server(index: SmallIndex, server: tuple[str, Behaviour], w
     with served(whole, max_positions=300) as here, served(composing, make_engine=opened, max_positions=300) as there:
         found = [[_streamed(running.url, question) for question in QUESTIONS] for running in (here, there)]
     assert found[0] == found[1]
+
+
+def test_the_command_serves_from_a_server(index: SmallIndex, server: tuple[str, Behaviour], whole: Runtime) -> None:
+    """In a process of its own: it says where it listens once vLLM's server has been asked, and composes what fits."""
+    url, behaviour = server
+    command = ["serve", index.path, "--port", 0, "--device", "cpu", "--slots", 2, "--model-name", MODEL]
+    process = start(*command, "--engine", "vllm-server", "--vllm-url", url)
+    try:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        assert address.startswith("http://127.0.0.1:"), finish(process).err
+        with served(whole, max_positions=300) as here:
+            assert _streamed(address, QUESTIONS[0]) == _streamed(here.url, QUESTIONS[0])
+        assert behaviour.bodies[-1]["max_tokens"] == 12
+        behaviour.bodies.clear()
+        with (
+            OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
+            pytest.raises(BadRequestError, match="expected less than this server's 300 positions"),
+        ):
+            client.completions.create(model=MODEL, prompt=QUESTIONS[0], max_tokens=400)
+        assert behaviour.bodies == []
+    finally:
+        process.terminate()
+        done = finish(process)
+    assert done.code == 0
+    assert "Traceback" not in done.err
 
 
 def _streamed(url: str, question: str) -> str:

@@ -4,6 +4,7 @@
 runs what asks a server.
 """
 
+import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +17,7 @@ from refrag_core.engine_choice import EngineOptions, open_engine
 from refrag_core.errors import ConfigError, EngineError, FingerprintMismatchError
 from refrag_core.merged_decoder import merged_folder, merged_name
 from refrag_core.runtime import AskOptions, Runtime
+from refrag_core.vllm_server import Address, VllmServerEngine
 from tests.small_index import SmallIndex
 from tests.vllm_engines import QUESTIONS, adapted_index, embedded, mixed_prompts, vllm_server
 
@@ -52,11 +54,6 @@ def url(whole: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
     log = tmp_path_factory.mktemp("server") / "log"
     with vllm_server(folder, name, "--enable-prompt-embeds", "--max-model-len", str(POSITIONS), log=log) as address:
         yield address
-
-
-@pytest.fixture(scope="module")
-def engine_name(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 @pytest.fixture(scope="module", params=["vllm", "vllm-server"])
@@ -123,9 +120,13 @@ def test_a_stop_text_ends_the_answer_and_frees_its_slot(
 
 def test_an_end_of_sequence_id_ends_the_answer(engine: DecoderEngine, whole: Runtime) -> None:
     """The decoder's ids alone, and the id itself comes."""
-    for prompt in mixed_prompts(whole, new_tokens=200):
-        expected = embedded(whole, prompt, Sampling(max_new_tokens=200))
-        assert list(engine.submit(prompt, Sampling(max_new_tokens=200))) == expected
+    long = Sampling(max_new_tokens=200)
+    prompts = mixed_prompts(whole, new_tokens=200)
+    streams = [engine.submit(prompt, long) for prompt in prompts]
+    found = [list(stream) for stream in streams]
+    assert found == [embedded(whole, prompt, long) for prompt in prompts]
+    assert all(tokens[-1] in whole.decoder.eos_ids for tokens in found if len(tokens) < 200)
+    assert any(len(tokens) < 200 for tokens in found)
 
 
 def test_a_cancelled_answer_ends_and_the_others_go_on(engine: DecoderEngine, whole: Runtime) -> None:
@@ -164,10 +165,29 @@ def test_a_decoder_without_the_adapter_goes_by_another_name(url: str, whole: Run
         open_engine(whole, EngineOptions(name="vllm-server", url=url, model="other"), slots=1, max_positions=POSITIONS)
 
 
+def test_a_decoder_of_another_width_or_with_other_embeddings(url: str, whole: Runtime) -> None:
+    ids = [5, 6, 7, 8]
+    right = whole.decoder.embed(torch.tensor(ids))
+
+    def connect(inputs_embeds: torch.Tensor) -> None:
+        VllmServerEngine.connect(Address.parse(url), probe=(ids, inputs_embeds), eos_ids=frozenset(), slots=1).close()
+
+    connect(right)
+    with pytest.raises(EngineError, match=r"has a decoder of another width \(.*hidden_size 65 does not match"):
+        connect(torch.zeros(4, 65))
+    with pytest.raises(FingerprintMismatchError, match="goes on differently from the same words"):
+        connect(right.flip(0))
+
+
+def test_a_server_that_was_started_without_embeddings(composing: Runtime, tmp_path: Path) -> None:
+    with vllm_server(composing.decoder_folder, "plain", "--max-model-len", "256", log=tmp_path / "log") as address:
+        options = EngineOptions(name="vllm-server", url=address, model="plain")
+        with pytest.raises(EngineError, match=r"takes no embeddings: start it with --enable-prompt-embeds$"):
+            open_engine(composing, options, slots=1, max_positions=256)
+
+
 def _idle(engine: DecoderEngine) -> None:
     """Wait until no answer is being decoded."""
-    import time
-
     deadline = time.monotonic() + 30
     while engine.active:
         assert time.monotonic() < deadline
