@@ -151,6 +151,7 @@ def test_a_server_without_the_adapter(index: SmallIndex, server: tuple[str, Beha
         (["--engine", "vllm", "--vllm-model", "x"], "--vllm-model was given with --engine vllm; expected vllm-server"),
         (["--vllm-option", "a=1"], "--vllm-option was given with --engine embedded; expected --engine vllm"),
         (["--engine", "vllm", "--vllm-option", "a"], "--vllm-option is 'a'; expected NAME=VALUE"),
+        (["--engine", "vllm", "--device-map", "auto"], "--device-map was given with --engine vllm, which has the deco"),
         (["--engine", "vllm-server", "--vllm-url", "x"], "address is 'x'; expected one like http://127.0.0.1:8000"),
     ],
 )
