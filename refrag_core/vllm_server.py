@@ -228,8 +228,8 @@ class VllmServerEngine:
         body = self._completion(sampling) | {"prompt_embeds": encoded(inputs_embeds), "stream": True}
         exchange = _Exchange(self._address)
         stream.on_cancel(exchange.abandon)
-        if stream.cancelled:  # before there was anything to abandon
-            return
+        if stream.cancelled:  # before there was anybody to tell
+            exchange.abandon()
         try:
             response = exchange.open("POST", "/v1/completions", body)
             for event in _events(response):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from refrag_core.composition import pad_batch
 from refrag_core.decoder import Decoder
-from refrag_core.decoder_engine import Sampling
+from refrag_core.decoder_engine import Sampling, TokenStream
 from refrag_core.errors import ConfigError, EngineError, FingerprintMismatchError, UsageError
 from refrag_core.vllm_server import Address, ServedModel, VllmServerEngine, served_models
 from tests import tiny_models
@@ -117,6 +117,24 @@ def test_a_cancelled_answer_closes_its_connection(url: str, behaviour: Behaviour
     behaviour.held.set()
     assert behaviour.left.wait(30)
     assert list(engine.submit(prompts(decoder, 1)[0], SAMPLING)) == alone(decoder, prompts(decoder, 1)[0])
+    engine.close()
+
+
+def test_an_answer_that_nobody_wants_any_more_is_not_asked_for(
+    url: str, behaviour: Behaviour, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cancelled between its turn and its connection."""
+    engine = connect(url, decoder)
+    begin = TokenStream.begin
+
+    def begin_and_cancel(stream: TokenStream) -> None:
+        begin(stream)
+        stream.cancel()
+
+    monkeypatch.setattr(TokenStream, "begin", begin_and_cancel)
+    behaviour.bodies.clear()
+    assert list(engine.submit(prompts(decoder, 1)[0], SAMPLING)) == []
+    assert behaviour.bodies == []
     engine.close()
 
 
