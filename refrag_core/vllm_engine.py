@@ -87,6 +87,7 @@ class VllmEngine:
             raise ConfigError(f"vLLM's {', '.join(fixed)} follow from the index and its decoder: leave them out")
         # Its process is started anew: a fork of one with threads, as PyTorch and FAISS have them, may hang.
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # the standard output is the answer's
         vllm = require_vllm()
         try:
             arguments = vllm.EngineArgs(

@@ -25,7 +25,7 @@ QUESTIONS = [
     "A theory of silent water?",
     "Where does the road to the garden begin?",
 ]
-START_SECONDS = 240.0
+START_SECONDS = 600.0
 
 
 def python() -> str:

@@ -1,5 +1,6 @@
 """The engine over vLLM in this program, with a stand-in for vLLM; `test_vllm_real.py` has the real one."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,14 @@ from tests.fake_vllm import FakeEngine, fake_package
 
 SAMPLING = Sampling(max_new_tokens=12)
 POSITIONS = 128
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What loading sets is unset again."""
+    for name in ("VLLM_WORKER_MULTIPROC_METHOD", "VLLM_LOGGING_STREAM"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +108,8 @@ def test_what_vllm_is_told(decoder: Decoder) -> None:
         "output_kind": "delta",
     }
     fake(engine).engine_core.shutdown.assert_called_once_with()
+    assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+    assert os.environ["VLLM_LOGGING_STREAM"] == "ext://sys.stderr"
 
 
 def test_cancelled_answers_leave(engine: VllmEngine, decoder: Decoder) -> None:
