@@ -24,6 +24,8 @@ from refrag_core.training.low_rank import closest_factors
 from refrag_core.training.run_state import TRAINING_FILE
 
 _MODEL_CARD = "README.md"
+_ORTHOGONAL = 1e-2
+"""Of columns stored in float16."""
 _INSIDE = "./"
 _PATHS = ("data", "output", "instructions", "checkpoint", "encoder", "decoder")
 """Settings of a training config that may name places of the machine that trained."""
@@ -170,14 +172,30 @@ def _write(checkpoint: Checkpoint, folder: Path, options: PackOptions) -> list[s
 
 @torch.no_grad()
 def _cut(state: Mapping[str, Tensor], rank: int | None) -> Mapping[str, Tensor]:
-    """The factors closest to the same updates, of at most `rank`."""
+    """Factors of at most `rank` for the same updates: the leading ones where they are in order, else the closest."""
     if rank is None:
         return state
     made = dict(state)
     for name, update in _updates(state):
-        if len(state[f"{name}.down"]) > rank:
-            made[f"{name}.down"], made[f"{name}.up"] = closest_factors(update, rank, 1.0)
+        down, up = state[f"{name}.down"], state[f"{name}.up"]
+        if len(down) <= rank:
+            continue
+        made[f"{name}.down"], made[f"{name}.up"] = (
+            (down[:rank], up[:, :rank].contiguous()) if _in_order(up) else closest_factors(update, rank, 1.0)
+        )
     return made
+
+
+def _in_order(up: Tensor) -> bool:
+    """Whether the columns of `up` `[out, rank]` are orthogonal, the longest first.
+
+    Training leaves a whole update's factors so: in order of what they do to the layer's outputs, which the update
+    itself no longer tells.
+    """
+    gram = up.double().T @ up.double()
+    squares = gram.diagonal()
+    apart = (gram - torch.diag(squares)).abs().max() <= _ORTHOGONAL * squares.max()
+    return bool(apart and (squares[1:] <= squares[:-1] * (1 + _ORTHOGONAL)).all())
 
 
 def _updates(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -63,7 +63,7 @@ def write_table(path: Path, table: pa.Table, *, rows_a_group: int | None = None)
 def _rows_of_one_page(table: pa.Table) -> int:
     largest = max((column.nbytes for column in table.columns), default=0)
     groups = max(1, -(-largest // _PAGE_BYTES))
-    return max(1, -(-table.num_rows // groups))
+    return max(1, -(-int(table.num_rows) // groups))
 
 
 def fixed_binary(values: npt.NDArray[Any]) -> pa.Array:

@@ -140,6 +140,18 @@ def test_the_adapter_can_be_cut_to_a_rank(trained: Checkpoint, tmp_path: Path) -
     assert 0.0 < report.parts["adapter"].relative_error < 0.3
 
 
+def test_factors_in_order_lose_the_last_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    up = torch.linalg.qr(torch.randn((8, 3), generator=generator)).Q * torch.tensor([3.0, 2.0, 1.0])
+    down = torch.randn((3, 5), generator=generator) * torch.tensor([[1.0], [1.0], [40.0]])
+    cut = packing._cut({"layer.up": up, "layer.down": down}, 2)
+    assert torch.equal(cut["layer.up"], up[:, :2])
+    assert torch.equal(cut["layer.down"], down[:2])
+    swapped = packing._cut({"layer.up": up[:, [1, 0, 2]], "layer.down": down[[1, 0, 2]]}, 2)
+    error = (swapped["layer.up"] @ swapped["layer.down"] - up @ down).norm()
+    assert float(error) < float((up[:, :2] @ down[:2] - up @ down).norm())
+
+
 def test_places_of_the_training_machine_are_not_told(trained: Checkpoint, tmp_path: Path) -> None:
     report = pack_checkpoint(trained, tmp_path / "packed")
     record = json.loads((tmp_path / "packed" / "training.json").read_text())
