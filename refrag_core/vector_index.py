@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +54,7 @@ Vectors = NDArray[np.float16] | NDArray[np.float32]
 RowMask = NDArray[np.bool_]
 Masks = Sequence[RowMask | None]
 _Hits = tuple[Floats, NDArray[np.int64]]
+_Made = TypeVar("_Made")
 IndexKind = Literal["flat", "ivf_sqfp16", "ivf_sq8"]
 
 FLAT_MAX_VECTORS = 4_096
@@ -69,6 +70,7 @@ _RANGE_MARGIN = 0.1  # 8-bit codes clip what lies outside the sample's range: la
 _ID_BYTES = 8
 _ADD_ROWS = 16_384  # fixed, so that how the caller cuts its blocks cannot change a byte of a segment
 _BLOCK_ROWS = 2_048  # compared with the centroids at once, by one thread; fixed for the same reason
+_LISTS_AT_ONCE = 32  # whose means one thread takes
 _TILE_ROWS = 8_192
 _PREFILTER_SLACK = 1e-4  # far above the rounding of a float32 product of unit vectors (~1e-6)
 _ROW_BITS = 40
@@ -249,40 +251,49 @@ def _cluster(faiss: ModuleType, rows: Floats, nlist: int) -> Floats:
     for _ in range(_ITERATIONS):
         coarse = faiss.IndexFlatIP(rows.shape[1])
         coarse.add(centroids)
-        centroids = _centroids(rows, _nearest(faiss, _on_gpus(faiss, coarse), rows), nlist)
+        centroids = _centroids(faiss, rows, _nearest(faiss, _on_gpus(faiss, coarse), rows), nlist)
     return centroids
 
 
 def _nearest(faiss: ModuleType, coarse: Any, rows: Floats) -> NDArray[np.int64]:
-    """The list `[n]` of each of `rows` `[n, d]`: as many blocks at a time as faiss has threads, each on one thread."""
+    """The list `[n]` of each of `rows` `[n, d]`."""
+
+    def search(start: int) -> NDArray[np.int64]:
+        return coarse.search(rows[start : start + _BLOCK_ROWS], 1)[1][:, 0]  # type: ignore[no-any-return]
+
     if _has_gpu(faiss):
         return coarse.search(rows, 1)[1][:, 0]  # type: ignore[no-any-return]
-    blocks = [rows[start : start + _BLOCK_ROWS] for start in range(0, len(rows), _BLOCK_ROWS)]
-    threads = min(faiss.omp_get_max_threads(), len(blocks))
-
-    def search(block: Floats) -> NDArray[np.int64]:
-        return coarse.search(block, 1)[1][:, 0]  # type: ignore[no-any-return]
-
-    if threads == 1:
-        with _num_threads(faiss, 1):
-            return np.concatenate([search(block) for block in blocks])
-    # the setting is each thread's own: that of the caller stays as it is
-    with ThreadPoolExecutor(threads, initializer=faiss.omp_set_num_threads, initargs=(1,)) as pool:
-        return np.concatenate(list(pool.map(search, blocks)))
+    return np.concatenate(_side_by_side(faiss, search, range(0, len(rows), _BLOCK_ROWS)))
 
 
-def _centroids(rows: Floats, lists: NDArray[np.int64], nlist: int) -> Floats:
+def _centroids(faiss: ModuleType, rows: Floats, lists: NDArray[np.int64], nlist: int) -> Floats:
     """The mean directions `[nlist, d]` of the rows of each list; a list without rows gets half of a large one."""
+    order = np.argsort(lists, kind="stable")
+    ends = np.searchsorted(lists, np.arange(nlist + 1), sorter=order)
     sums = np.zeros((nlist, rows.shape[1]), dtype=np.float64)
-    for start in range(0, len(rows), _ADD_ROWS):
-        own = lists[start : start + _ADD_ROWS]
-        order = np.argsort(own, kind="stable")
-        firsts = np.flatnonzero(np.diff(own[order], prepend=-1))
-        sums[own[order][firsts]] += np.add.reduceat(rows[start : start + _ADD_ROWS][order], firsts, axis=0)
-    _split_large(sums, np.bincount(lists, minlength=nlist))
+
+    def add(first: int) -> None:
+        for number in range(first, min(first + _LISTS_AT_ONCE, nlist)):
+            for start in range(ends[number], ends[number + 1], _ADD_ROWS):
+                own = order[start : min(start + _ADD_ROWS, ends[number + 1])]
+                sums[number] += rows[own].sum(axis=0, dtype=np.float64)
+
+    _side_by_side(faiss, add, range(0, nlist, _LISTS_AT_ONCE))
+    _split_large(sums, np.diff(ends))
     lengths = np.linalg.norm(sums, axis=1, keepdims=True)
     centroids: Floats = (sums / np.maximum(lengths, np.finfo(np.float64).tiny)).astype(np.float32)
     return centroids
+
+
+def _side_by_side(faiss: ModuleType, function: Callable[[int], _Made], numbers: Sequence[int]) -> list[_Made]:
+    """`function` of each number, as many at a time as faiss has threads; each call has one thread for its products."""
+    threads = min(faiss.omp_get_max_threads(), len(numbers))
+    if threads <= 1:
+        with _num_threads(faiss, 1):
+            return list(map(function, numbers))
+    # the setting is each thread's own: that of the caller stays as it is
+    with ThreadPoolExecutor(threads, initializer=faiss.omp_set_num_threads, initargs=(1,)) as pool:
+        return list(pool.map(function, numbers))
 
 
 def _split_large(sums: NDArray[np.float64], sizes: NDArray[np.int64]) -> None:
