@@ -21,6 +21,8 @@ from typing import Any
 from benchmarks.engine_parity import leads
 from benchmarks.measurement import add_output, finish, load, say
 
+_LOCAL_SHARD_BYTES = 1 << 17
+
 
 def play_all(faults: Sequence[str]) -> dict[str, Any]:
     """Each fault on one Ray cluster; what became of the build, or the error."""
@@ -45,7 +47,7 @@ def play_local(records: list[dict[str, Any]]) -> dict[str, Any]:
     from tests.faults.engine_faults import one_record_on_the_local_engine as fault
 
     with tempfile.TemporaryDirectory(prefix="refrag-faults-") as folder:
-        ending = fault(Path(folder), records, workers=2)
+        ending = fault(Path(folder), records, workers=2, shard_bytes=_LOCAL_SHARD_BYTES)
     return {fault.__name__: {"fault": fault.__doc__, "unharmed": ending.unharmed, **asdict(ending)}}
 
 

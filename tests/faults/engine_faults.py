@@ -198,13 +198,15 @@ def _poisoned(at: Scene, name: str, poison: dict[str, object], rest: list[dict[s
     return Ending((report.content_id, ""), (expected, ""), problems, tuple(at.notes))
 
 
-def one_record_on_the_local_engine(root: Path, records: list[dict[str, object]], workers: int) -> Ending:
+def one_record_on_the_local_engine(
+    root: Path, records: list[dict[str, object]], workers: int, shard_bytes: int = SHARD_BYTES
+) -> Ending:
     """The local engine's tokenize stage raises on the record in the middle, always."""
     started = time.monotonic()
     poison = records[len(records) // 2]
     rest = [record for record in records if record is not poison]
-    calm = SmallIndex(root / "calm", rest, shard_bytes=SHARD_BYTES).build(workers)
-    index = SmallIndex(root / "poisoned", records, shard_bytes=SHARD_BYTES)
+    calm = SmallIndex(root / "calm", rest, shard_bytes=shard_bytes).build(workers)
+    index = SmallIndex(root / "poisoned", records, shard_bytes=shard_bytes)
     with LocalEngine(workers) as engine:
         refusal = faulty(RefusePoison(poison=str(poison["text"])))
         report = build_index(index.options, Sabotaged(engine, refusal))
