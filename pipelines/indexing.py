@@ -105,7 +105,7 @@ def _train_quantizer(files: Sequence[str], *, store: Store, spec: IndexSpec, nam
 
 def _quantizer(engine: Engine, store: Store, shards: Sequence[Shard], spec: IndexSpec, work: WorkFolder) -> FileRecord:
     """Train once, in a worker, on a sample that is spread evenly over all passages; the name follows from its input."""
-    key = digest_json(["quantizer/1", spec.kind, spec.dim, spec.nlist, [shard.tables["vectors"] for shard in shards]])
+    key = digest_json(["quantizer/2", spec.kind, spec.dim, spec.nlist, [shard.tables["vectors"] for shard in shards]])
     name = f"segments/quantizer-{key[:32]}.faiss"
     files = _sample(engine, store, shards, spec, work)
     (record,) = engine.map(partial(_train_quantizer, store=store, spec=spec, name=name), [files])

@@ -8,12 +8,13 @@ segment in the order in which its files were given, and the number of a vector i
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +54,7 @@ Vectors = NDArray[np.float16] | NDArray[np.float32]
 RowMask = NDArray[np.bool_]
 Masks = Sequence[RowMask | None]
 _Hits = tuple[Floats, NDArray[np.int64]]
+_Made = TypeVar("_Made")
 IndexKind = Literal["flat", "ivf_sqfp16", "ivf_sq8"]
 
 FLAT_MAX_VECTORS = 4_096
@@ -62,10 +64,13 @@ TRAINING_ROWS_PER_LIST = 128
 RECALL_TARGET = 0.98
 RECALL_DEPTH = 10
 
-_SEED = 1234
+_ITERATIONS = 10
+_SPLIT = 1 / 1024  # by what share each coordinate moves where a list is split in two
 _RANGE_MARGIN = 0.1  # 8-bit codes clip what lies outside the sample's range: later segments get this share more
 _ID_BYTES = 8
 _ADD_ROWS = 16_384  # fixed, so that how the caller cuts its blocks cannot change a byte of a segment
+_BLOCK_ROWS = 2_048  # compared with the centroids at once, by one thread; fixed for the same reason
+_LISTS_AT_ONCE = 32  # whose means one thread takes
 _TILE_ROWS = 8_192
 _PREFILTER_SLACK = 1e-4  # far above the rounding of a float32 product of unit vectors (~1e-6)
 _ROW_BITS = 40
@@ -198,8 +203,9 @@ def sample_rows(num_rows_per_shard: Sequence[int], size: int) -> list[NDArray[np
 def train_quantizer(sample: Floats, spec: IndexSpec) -> bytes:
     """Train on `sample` float32 `[m, d]` and return the serialised, empty index that segments start from.
 
-    Deterministic for one faiss build on a CPU, whatever the number of threads. A flat index learns
-    nothing from the sample. Raises ConfigError for a sample of another width or of fewer rows than lists.
+    Byte-identical between runs and numbers of threads for one faiss build and kind of processor (CPU). A flat index
+    learns nothing from the sample. Raises ConfigError for a sample of another width, of fewer rows than lists, or with
+    numbers that are not finite.
     """
     if sample.ndim != 2 or sample.shape[1] != spec.dim:
         raise ConfigError(f"training sample has shape {sample.shape}; expected [rows, {spec.dim}]")
@@ -211,8 +217,12 @@ def train_quantizer(sample: Floats, spec: IndexSpec) -> bytes:
     faiss = _faiss()
     index = _untrained(faiss, spec)
     if not index.is_trained:
-        index.train(np.ascontiguousarray(sample, dtype=np.float32))
-        index.clustering_index = None
+        rows = np.ascontiguousarray(sample, dtype=np.float32)
+        if not np.isfinite(rows.sum(dtype=np.float64)):
+            raise ConfigError("training sample holds numbers that are not finite; expected unit vectors")
+        index.quantizer.add(_cluster(faiss, rows, spec.nlist))
+        with _num_threads(faiss, 1):  # the centroids are there: what is left is the range of 8-bit codes
+            index.train(rows)
     return bytes(faiss.serialize_index(index).tobytes())
 
 
@@ -226,11 +236,74 @@ def _untrained(faiss: ModuleType, spec: IndexSpec) -> Any:
     by_residual = spec.kind == "ivf_sq8"
     index = faiss.IndexIVFScalarQuantizer(coarse, spec.dim, spec.nlist, codes, metric, by_residual)
     index.sq.rangestat_arg = _RANGE_MARGIN
-    index.cp.seed = _SEED
-    index.cp.min_points_per_centroid = 1  # our own bound is training_size: no warning on stderr for less
-    if _has_gpu(faiss):
-        index.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(spec.dim))
     return index
+
+
+def _cluster(faiss: ModuleType, rows: Floats, nlist: int) -> Floats:
+    """Centroids `[nlist, d]` of unit length: spherical k-means over `rows` `[m, d]`.
+
+    Not faiss's own, whose centroids follow from the number of threads: its products are cut among them, a score's
+    last bit depends on the cut, and a row as near to two centroids goes to another list. It begins with rows spread
+    evenly over the sample, which lies in the order of the passages.
+    """
+    (first,) = sample_rows([len(rows)], nlist)
+    centroids = rows[first]
+    for _ in range(_ITERATIONS):
+        coarse = faiss.IndexFlatIP(rows.shape[1])
+        coarse.add(centroids)
+        centroids = _centroids(faiss, rows, _nearest(faiss, _on_gpus(faiss, coarse), rows), nlist)
+    return centroids
+
+
+def _nearest(faiss: ModuleType, coarse: Any, rows: Floats) -> NDArray[np.int64]:
+    """The list `[n]` of each of `rows` `[n, d]`."""
+
+    def search(start: int) -> NDArray[np.int64]:
+        return coarse.search(rows[start : start + _BLOCK_ROWS], 1)[1][:, 0]  # type: ignore[no-any-return]
+
+    if _has_gpu(faiss):
+        return coarse.search(rows, 1)[1][:, 0]  # type: ignore[no-any-return]
+    return np.concatenate(_side_by_side(faiss, search, range(0, len(rows), _BLOCK_ROWS)))
+
+
+def _centroids(faiss: ModuleType, rows: Floats, lists: NDArray[np.int64], nlist: int) -> Floats:
+    """The mean directions `[nlist, d]` of the rows of each list; a list without rows gets half of a large one."""
+    order = np.argsort(lists, kind="stable")
+    ends = np.searchsorted(lists, np.arange(nlist + 1), sorter=order)
+    sums = np.zeros((nlist, rows.shape[1]), dtype=np.float64)
+
+    def add(first: int) -> None:
+        for number in range(first, min(first + _LISTS_AT_ONCE, nlist)):
+            for start in range(ends[number], ends[number + 1], _ADD_ROWS):
+                own = order[start : min(start + _ADD_ROWS, ends[number + 1])]
+                sums[number] += rows[own].sum(axis=0, dtype=np.float64)
+
+    _side_by_side(faiss, add, range(0, nlist, _LISTS_AT_ONCE))
+    _split_large(sums, np.diff(ends))
+    lengths = np.linalg.norm(sums, axis=1, keepdims=True)
+    centroids: Floats = (sums / np.maximum(lengths, np.finfo(np.float64).tiny)).astype(np.float32)
+    return centroids
+
+
+def _side_by_side(faiss: ModuleType, function: Callable[[int], _Made], numbers: Sequence[int]) -> list[_Made]:
+    """`function` of each number, as many at a time as faiss has threads; each call has one thread for its products."""
+    threads = min(faiss.omp_get_max_threads(), len(numbers))
+    if threads <= 1:
+        with _num_threads(faiss, 1):
+            return list(map(function, numbers))
+    # the setting is each thread's own: that of the caller stays as it is
+    with ThreadPoolExecutor(threads, initializer=faiss.omp_set_num_threads, initargs=(1,)) as pool:
+        return list(pool.map(function, numbers))
+
+
+def _split_large(sums: NDArray[np.float64], sizes: NDArray[np.int64]) -> None:
+    """Put the directions of the largest lists in place of those of empty lists, both turned a little, in place."""
+    empty = np.flatnonzero(sizes == 0)
+    filled = np.argsort(-sizes, kind="stable")[: len(sizes) - len(empty)]
+    halved = np.resize(filled, len(empty))
+    apart = np.where(np.arange(sums.shape[1]) % 2, 1 + _SPLIT, 1 - _SPLIT)
+    sums[empty] = sums[halved] * apart
+    sums[np.unique(halved)] *= 2 - apart
 
 
 def build_segment(quantizer: bytes, blocks: Iterable[Vectors], path: Path) -> int:
@@ -244,7 +317,7 @@ def build_segment(quantizer: bytes, blocks: Iterable[Vectors], path: Path) -> in
     """
     faiss = _faiss()
     index = _deserialize(faiss, quantizer)
-    coarse = _coarse_quantizer(faiss, index)
+    coarse = _on_gpus(faiss, getattr(index, "quantizer", None))
     for rows in _regrouped(blocks, index.d, _ADD_ROWS):
         _add(faiss, index, coarse, rows)
     try:
@@ -280,9 +353,8 @@ def _deserialize(faiss: ModuleType, quantizer: bytes) -> Any:
         ) from error
 
 
-def _coarse_quantizer(faiss: ModuleType, index: Any) -> Any:
-    """What assigns vectors to lists (on the GPUs where there are any); None for a flat index."""
-    coarse = getattr(index, "quantizer", None)
+def _on_gpus(faiss: ModuleType, coarse: Any) -> Any:
+    """What assigns vectors to lists, on the GPUs where there are any; None (a flat index) stays None."""
     return faiss.index_cpu_to_all_gpus(coarse) if coarse is not None and _has_gpu(faiss) else coarse
 
 
@@ -290,7 +362,7 @@ def _add(faiss: ModuleType, index: Any, coarse: Any, rows: Floats) -> None:
     if coarse is None:
         index.add(rows)
         return
-    _, lists = coarse.search(rows, 1)
+    lists = np.ascontiguousarray(_nearest(faiss, coarse, rows))
     index.add_core(len(rows), faiss.swig_ptr(rows), None, faiss.swig_ptr(lists))
 
 
@@ -466,16 +538,21 @@ class VectorIndex:
 
 
 @contextmanager
-def _no_idle_threads(faiss: ModuleType, num_queries: int) -> Iterator[None]:
-    """At most one thread a query: FAISS divides queries, and waiting for threads that have none to do costs
-    a single search tens of milliseconds where other work wants the cores (the setting is this thread's own).
-    """
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(max(1, min(threads, num_queries)))
+def _num_threads(faiss: ModuleType, num_threads: int) -> Iterator[None]:
+    """What faiss and its linear algebra use within, in this thread: the setting is a thread's own."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(num_threads)
     try:
         yield
     finally:
-        faiss.omp_set_num_threads(threads)
+        faiss.omp_set_num_threads(before)
+
+
+def _no_idle_threads(faiss: ModuleType, num_queries: int) -> AbstractContextManager[None]:
+    """At most one thread a query: FAISS divides queries, and waiting for threads that have none to do costs
+    a single search tens of milliseconds where other work wants the cores.
+    """
+    return _num_threads(faiss, max(1, min(faiss.omp_get_max_threads(), num_queries)))
 
 
 def _map_segment(faiss: ModuleType, path: Path) -> Any:

@@ -103,12 +103,6 @@ class LoseNode:
         yield
 
 
-def _refuse_poison(texts: Sequence[str], tokenizer: Any) -> list[TokenizedText]:
-    if any(POISON in text for text in texts):
-        raise ValueError("a poisoned record")
-    return _tokenize_documents(texts, tokenizer)
-
-
 _tokenize_documents = pipeline_stages.tokenize_documents
 
 
@@ -117,10 +111,17 @@ class RefusePoison:
     """A tokenizer that raises on a poisoned text."""
 
     stage: Literal["tokenize", "device"] = "tokenize"
+    poison: str = POISON
+    """What such a text has in it."""
 
     def around(self) -> AbstractContextManager[Any]:
         """See Trouble."""
-        return mock.patch.object(pipeline_stages, "tokenize_documents", _refuse_poison)
+        return mock.patch.object(pipeline_stages, "tokenize_documents", self._tokenize)
+
+    def _tokenize(self, texts: Sequence[str], tokenizer: Any) -> list[TokenizedText]:
+        if any(self.poison in text for text in texts):
+            raise ValueError("a poisoned record")
+        return _tokenize_documents(texts, tokenizer)
 
 
 @dataclass(frozen=True, slots=True)

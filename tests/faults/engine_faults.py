@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from refrag.pipelines.build import BuildReport, build_index
+from refrag.pipelines.engines.local import LocalEngine
 from refrag.pipelines.engines.ray import RayEngine, RayOptions
 from refrag_core.errors import StageError
 from refrag_core.inspection import inspect_quarantine
@@ -195,6 +196,26 @@ def _poisoned(at: Scene, name: str, poison: dict[str, object], rest: list[dict[s
     # which a device stage has rejected a document stay behind unused, on every engine.
     problems = tuple(found for found in problems_of(index.path) if "not part of any generation" not in found)
     return Ending((report.content_id, ""), (expected, ""), problems, tuple(at.notes))
+
+
+def one_record_on_the_local_engine(
+    root: Path, records: list[dict[str, object]], workers: int, shard_bytes: int = SHARD_BYTES
+) -> Ending:
+    """The local engine's tokenize stage raises on the record in the middle, always."""
+    started = time.monotonic()
+    poison = records[len(records) // 2]
+    rest = [record for record in records if record is not poison]
+    calm = SmallIndex(root / "calm", rest, shard_bytes=shard_bytes).build(workers)
+    index = SmallIndex(root / "poisoned", records, shard_bytes=shard_bytes)
+    with LocalEngine(workers) as engine:
+        refusal = faulty(RefusePoison(poison=str(poison["text"])))
+        report = build_index(index.options, Sabotaged(engine, refusal))
+    listed = [entry["document_id"] for entry in inspect_quarantine(index.path)]
+    assert (report.quarantined, listed) == (1, [poison["id"]]), listed
+    counts = f"{report.documents_in} documents in, {report.indexed} indexed, {report.quarantined} quarantined"
+    seconds = round(time.monotonic() - started, 1)
+    ids, expected = (report.content_id, ""), (calm.content_id, "")
+    return Ending(ids, expected, tuple(problems_of(index.path)), (counts,), seconds)
 
 
 def one_record_in_ten_thousand(at: Scene) -> Ending:

@@ -69,7 +69,8 @@ def test_of_concurrent_writers_exactly_one_commits(tmp_path: Path, own_cache: Pa
         index.corpus = tmp_path / f"corpus-{number}"
         index.write([*documents(9, sentences=3), {"id": f"of-{number}", "text": f"What writer {number} adds."}])
         arguments = [sys.executable, str(script), str(tmp_path), str(index.models), str(number), command]
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
+        folders = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders)), "OMP_NUM_THREADS": "1"}
         writers.append(subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment))
     try:
         while not all((tmp_path / f"ready-{number}").exists() for number in range(len(COMMANDS))):

@@ -1,5 +1,8 @@
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from refrag_core.errors import (
 )
 from refrag_core.vector_index import (
     FLAT_MAX_VECTORS,
+    IndexKind,
     IndexSpec,
     SearchResult,
     VectorIndex,
@@ -44,8 +48,31 @@ def unit_vectors(num_rows: int, seed: int = 0, dim: int = DIM) -> np.ndarray:
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
 
 
+def halfway(directions: np.ndarray, num_rows: int) -> np.ndarray:
+    """Float32 rows of unit length, each as near to one of `directions` as to another one."""
+    pairs = np.random.default_rng(0).integers(0, len(directions), (num_rows, 2))
+    rows = directions.astype(np.float32)[pairs].sum(axis=1)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
 def queries_of(num_queries: int, dim: int = DIM) -> np.ndarray:
     return unit_vectors(num_queries, seed=99, dim=dim).astype(np.float32)
+
+
+def coarse_of(quantizer: bytes) -> Any:
+    """What assigns vectors to lists: the centroids as a flat index."""
+    index = faiss.deserialize_index(np.frombuffer(quantizer, dtype=np.uint8))
+    return faiss.clone_index(faiss.downcast_index(index).quantizer)  # the index takes its own with it
+
+
+@contextmanager
+def faiss_threads(count: int) -> Iterator[None]:
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(count)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
 
 
 def quantizer_for(spec: IndexSpec) -> bytes:
@@ -132,17 +159,54 @@ def test_sampled_rows_are_spread_evenly(lengths: list[int], size: int, expected:
 def test_segments_are_byte_identical_whatever_the_threads_and_blocks(tmp_path: Path, spec: IndexSpec):
     rows = unit_vectors(20_000)
     files = set()
-    threads = faiss.omp_get_max_threads()
-    try:
-        for number, (num_threads, cut) in enumerate([(1, 20_000), (2, 7), (3, 16_384), (5, 16_385), (2, 20_000)]):
-            faiss.omp_set_num_threads(num_threads)
+    for number, (num_threads, cut) in enumerate([(1, 20_000), (2, 7), (3, 16_384), (5, 16_385), (2, 20_000)]):
+        with faiss_threads(num_threads):
             path = tmp_path / f"{number}.faiss"
             blocks = (rows[start : start + cut] for start in range(0, len(rows), cut))
             assert build_segment(quantizer_for(spec), blocks, path) == 20_000
-            files.add(path.read_bytes())
-    finally:
-        faiss.omp_set_num_threads(threads)
+        files.add(path.read_bytes())
     assert len(files) == 1
+
+
+@pytest.mark.parametrize("kind", ["ivf_sqfp16", "ivf_sq8"])
+def test_training_is_byte_identical_whatever_the_threads(kind: IndexKind):
+    """Left to itself, faiss cuts its products among its threads, and their last bits follow from the cut."""
+    sample = halfway(unit_vectors(24, dim=384), 8_192)
+    trained = set()
+    for count in (1, 2, 3):
+        with faiss_threads(count):
+            trained.add(train_quantizer(sample, IndexSpec(kind, 384, 64)))
+            assert faiss.omp_get_max_threads() == count
+    assert len(trained) == 1
+
+
+def test_rows_halfway_between_centroids_go_to_the_same_lists_whatever_the_threads(tmp_path: Path):
+    quantizer = train_quantizer(unit_vectors(8_192, dim=384).astype(np.float32), IndexSpec("ivf_sqfp16", 384, 64))
+    rows = halfway(coarse_of(quantizer).reconstruct_n(0, 64), 16_384)
+    files = set()
+    for count in (1, 2, 3):
+        with faiss_threads(count):
+            build_segment(quantizer, [rows], tmp_path / "segment")
+        files.add((tmp_path / "segment").read_bytes())
+    assert len(files) == 1
+
+
+def test_an_empty_list_gets_a_part_of_a_large_one():
+    """Three directions for four lists, one of them with nearly all rows."""
+    rows = np.repeat(np.eye(16, dtype=np.float32)[:3], [50, 2, 2], axis=0)
+    rows += 0.01 * unit_vectors(len(rows)).astype(np.float32)
+    coarse = coarse_of(train_quantizer(rows, IndexSpec("ivf_sqfp16", 16, 4)))
+    assert np.allclose(np.linalg.norm(coarse.reconstruct_n(0, 4), axis=1), 1.0)
+    assert np.bincount(coarse.search(rows, 1)[1][:, 0], minlength=4).min() > 0
+
+
+def test_training_refuses_numbers_that_are_not_finite():
+    sample = unit_vectors(9).astype(np.float32)
+    sample[4, 2] = np.nan
+    with pytest.raises(
+        ConfigError, match=r"^training sample holds numbers that are not finite; expected unit vectors$"
+    ):
+        train_quantizer(sample, SPECS["ivf_sqfp16"])
 
 
 @every_kind
