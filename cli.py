@@ -2460,6 +2460,10 @@ def bench_serve(
     ] = 0.1,
     slots: Annotated[int, typer.Option(help="Answers decoded at the same time.", min=1)] = 16,
     max_positions: Annotated[int, typer.Option(help="Positions of a prompt with its answer.", min=1)] = 2048,
+    turns: Annotated[
+        int, typer.Option(help="Turns of each client's conversations; later ones carry those before them.", min=1)
+    ] = 1,
+    reuse: Reuse = True,
     soak: Annotated[
         float, typer.Option(help="Seconds of one load instead, with the server's memory; 1200 for a real one.", min=0)
     ] = 0.0,
@@ -2480,8 +2484,10 @@ def bench_serve(
         expansion_fraction=expansion_fraction,
         slots=slots,
         max_positions=max_positions,
+        turns=turns,
         device=device,
         soak_seconds=soak,
+        server_options=() if reuse else ("--no-reuse",),
     )
     _report_bench(bench, bench.measure(options), as_json, None, output)
 
