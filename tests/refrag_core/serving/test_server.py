@@ -1,5 +1,6 @@
 """The server as its clients meet it: over real sockets, with OpenAI's own client."""
 
+import gc
 import json
 import socket
 import threading
@@ -13,11 +14,13 @@ import httpx2 as httpx
 import openai
 import pytest
 
+from refrag_core.answer_text import AnswerText
 from refrag_core.conversation import prepare_turn
+from refrag_core.decoder_engine import TokenStream
 from refrag_core.errors import UsageError
 from refrag_core.history import HistoryOptions
 from refrag_core.retrieval import RetrievalOptions
-from refrag_core.runtime import AskOptions, Runtime
+from refrag_core.runtime import AskOptions, Prepared, Runtime
 from refrag_core.serving.openai_schema import ChatRequest, Message
 from refrag_core.serving.question import chat_question, earlier_turns
 from refrag_core.serving.scheduler import SMALLEST_REUSE, EmbeddedEngine
@@ -367,6 +370,25 @@ def test_a_client_that_leaves_frees_its_slot(
     streams[3].response.close()
     server.until(lambda: server.answering.in_flight == 0 and server.engine.active == 0)
     assert server.answering.metrics.cancelled._value.get() == cancelled + 5
+
+
+def test_clients_that_leave_leave_nothing_behind(server: Running, client: openai.OpenAI) -> None:
+    """No stream, prompt or text of theirs is alive; a slot has its last prompt's embeddings and no more."""
+
+    def alive() -> dict[str, int]:
+        gc.collect()
+        kinds = [type(thing) for thing in gc.get_objects()]
+        return {kind.__name__: kinds.count(kind) for kind in (TokenStream, Prepared, AnswerText)}
+
+    for number in range(12):
+        stream = ask(client, f"Which ship is number {number}?", stream=True, max_tokens=200)
+        next(iter(stream))
+        stream.response.close()
+    server.until(lambda: server.answering.in_flight == 0 and server.engine.active == 0)
+    server.until(lambda: not any(alive().values()))
+    kept = server.engine._kept
+    assert 0 < len(kept) <= 4
+    assert max(map(len, kept.values())) < POSITIONS
 
 
 def test_one_that_leaves_without_streaming_as_well(server: Running, brake: Brake) -> None:
