@@ -173,10 +173,10 @@ class EmbeddedEngine:
                 if first.stream.cancelled:
                     self._waiting.popleft().stream.end()
                     continue
-                positions += len(first.inputs_embeds)
+                slot, first.reused = self._place(first.inputs_embeds)
+                positions += len(first.inputs_embeds) - first.reused
                 if entered and positions > self._prefill_positions:
                     break
-                slot, first.reused = self._place(first.inputs_embeds)
                 self._free.remove(slot)
                 entered[slot] = self._waiting.popleft()
         self._running |= entered
@@ -184,7 +184,11 @@ class EmbeddedEngine:
 
     def _place(self, prompt: Tensor) -> tuple[int, int]:
         """The free slot for a prompt, and how many positions of it are there already."""
-        shared = {slot: _common(self._kept[slot], prompt) for slot in self._free if slot in self._kept}
+        try:
+            shared = {slot: _common(self._kept[slot], prompt) for slot in self._free if slot in self._kept}
+        except Exception:  # a device without memory, say: whoever waits is to be told of it by what is done for them
+            _log.exception("prompts could not be compared")
+            shared = {}
         best = max(shared, key=lambda slot: shared[slot], default=None)
         if best is not None and shared[best] >= SMALLEST_REUSE:
             return best, shared[best]

@@ -250,6 +250,19 @@ def test_after_a_failure_nothing_is_taken_over(decoder: Decoder) -> None:
     engine.close()
 
 
+def test_prompts_that_cannot_be_compared_are_read_whole(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Tensor) -> int:
+        raise RuntimeError("out of memory")
+
+    engine = embedded_engine(decoder, slots=1, max_positions=LONG)
+    ask, prompt = Asked(decoder, engine), random_prompt(decoder, 100, 1)
+    monkeypatch.setattr("refrag_core.serving.scheduler._common", fail)
+    assert [ask(prompt), ask(prompt)] == [0, 0]
+    monkeypatch.undo()
+    assert ask(prompt) == 99
+    engine.close()
+
+
 def test_decoders_that_would_read_it_again_reuse_nothing() -> None:
     sliding = Decoder(tiny_models.sliding_decoder(), tiny_models.decoder_tokenizer(), eos_ids=())
     assert not SlotDecoder(sliding, slots=1, max_positions=LONG).keeps_prefixes
