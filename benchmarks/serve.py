@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import count, cycle
 from typing import Any
 from urllib.parse import urlsplit
@@ -220,6 +220,8 @@ def measure_rows(options: ServeBenchOptions) -> list[dict[str, Any]]:
         "full": {"policy": "all"},
     }
     asked, rows = questions(options.index), []
+    if options.turns == 1:  # rows have the same questions: none is to find the prompts of the row before
+        options = replace(options, server_options=(*options.server_options, "--no-reuse"))
     with running_server(options) as (url, process_id):
         for setting in settings.values():  # what is loaded at the first request is not counted
             asyncio.run(load_server(url, [bodies(cycle(asked), 1, options, setting)], 2))
