@@ -209,7 +209,8 @@ class _Following:
         fetched = self._runtime.fetch(refs)
         clock.lap("fetch")
         sizes = [len(self._past.raw(turn)) for turn in self._turns]
-        compressible = _compresses(self._options)
+        unscored = self._options.policy == "perplexity" and self._runtime.composes_only  # turns have no scores then
+        compressible = _compresses(self._options) and not unscored
         if first_raw is None and sum(sizes) > budget:
             share = 0.0 if self._options.policy == "none" else self._options.expansion_fraction
             likely = [self._past.passages_size(turn, share) for turn in self._turns] if compressible else sizes

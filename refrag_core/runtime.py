@@ -388,6 +388,11 @@ class Runtime:
         return self.reader.manifest.version
 
     @property
+    def composes_only(self) -> bool:
+        """Whether its decoder has input embeddings and nothing else."""
+        return self._options.composes_only
+
+    @property
     def searcher(self) -> Searcher:
         """Retriever and index."""
         return self._generation.searcher
