@@ -295,6 +295,18 @@ VllmOption = Annotated[
     ),
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Fail instead of dropping what does not fit.")]
+HistoryPositions = Annotated[
+    int,
+    typer.Option(
+        help="Decoder positions for earlier turns: newest ones raw, older ones compressed, the oldest dropped.", min=0
+    ),
+]
+TurnWeight = Annotated[
+    float, typer.Option(help="Share of the turn before in what is searched for; 0: the question alone.", min=0)
+]
+Reuse = Annotated[
+    bool, typer.Option("--reuse/--no-reuse", help="Read only what is new of a prompt, as far as it begins alike.")
+]
 Questions = Annotated[
     Path,
     typer.Option(help='JSON lines: {"id", "question", "answers": […], "gold": [document ids]}.', show_default=False),
@@ -1602,19 +1614,9 @@ def chat(
     adopt: Annotated[
         bool, typer.Option("--adopt", help="Go on with a session of another index or checkpoint.")
     ] = False,
-    history_positions: Annotated[
-        int,
-        typer.Option(
-            help="Decoder positions for earlier turns: newest ones raw, older ones compressed, the oldest dropped.",
-            min=0,
-        ),
-    ] = 1024,
-    turn_weight: Annotated[
-        float, typer.Option(help="Share of the turn before in what is searched for; 0: the question alone.", min=0)
-    ] = 0.5,
-    reuse: Annotated[
-        bool, typer.Option("--reuse/--no-reuse", help="Read only what is new of a prompt, as far as it begins alike.")
-    ] = True,
+    history_positions: HistoryPositions = 1024,
+    turn_weight: TurnWeight = 0.5,
+    reuse: Reuse = True,
     top_k: TopK = 5,
     where: Where = None,
     hybrid: Hybrid = False,
@@ -1846,6 +1848,9 @@ def serve(
     reload_seconds: Annotated[
         float, typer.Option(help="Look for a newer generation so often; 0 waits for SIGHUP or /v1/reload.", min=0)
     ] = 0.0,
+    history_positions: HistoryPositions = 1024,
+    turn_weight: TurnWeight = 0.5,
+    reuse: Reuse = True,
     chunk_cache: Annotated[
         Path | None, typer.Option(help="File that keeps the embeddings of conversations' turns between runs.")
     ] = None,
@@ -1863,6 +1868,7 @@ def serve(
     vllm_option: VllmOption = None,
 ) -> None:
     """Answer over HTTP, as OpenAI's clients expect it, with a page for people at /."""
+    from refrag_core.history import HistoryOptions
     from refrag_core.serving.command import ServeCommand, run_server
 
     settings = ServeCommand(
@@ -1879,6 +1885,7 @@ def serve(
         body_bytes=body_bytes,
         drain_seconds=drain_seconds,
         reload_seconds=reload_seconds,
+        history=HistoryOptions(positions=history_positions, turn_weight=turn_weight, reuse=reuse),
         allow_untrained=allow_untrained,
         engine=_engine_options(engine, vllm_url, vllm_model, vllm_option, device_map),
     )
@@ -2453,6 +2460,10 @@ def bench_serve(
     ] = 0.1,
     slots: Annotated[int, typer.Option(help="Answers decoded at the same time.", min=1)] = 16,
     max_positions: Annotated[int, typer.Option(help="Positions of a prompt with its answer.", min=1)] = 2048,
+    turns: Annotated[
+        int, typer.Option(help="Turns of each client's conversations; later ones carry those before them.", min=1)
+    ] = 1,
+    reuse: Reuse = True,
     soak: Annotated[
         float, typer.Option(help="Seconds of one load instead, with the server's memory; 1200 for a real one.", min=0)
     ] = 0.0,
@@ -2473,8 +2484,10 @@ def bench_serve(
         expansion_fraction=expansion_fraction,
         slots=slots,
         max_positions=max_positions,
+        turns=turns,
         device=device,
         soak_seconds=soak,
+        server_options=() if reuse else ("--no-reuse",),
     )
     _report_bench(bench, bench.measure(options), as_json, None, output)
 

@@ -6,7 +6,9 @@
 The server is `refrag serve` in a process of its own, at loopback; the load comes from this one: each client asks, reads
 the stream to its end, and asks again. `compressed` and `full` differ in the policy alone, on the same model, questions
 and passages; where the checkpoint is untrained the answers of `compressed` are noise, and its times what they are. A
-first token counts when its text arrives; times between tokens are an answer's mean.
+first token counts when its text arrives; times between tokens are an answer's mean. With `--turns` clients hold
+conversations: every request carries the turns before it, whose answers are scripted. A soak always has them, so that
+the history's passages, the chunk cache and the prompts that slots keep are part of it.
 """
 
 import asyncio
@@ -17,8 +19,8 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from itertools import count, cycle, islice
+from dataclasses import asdict, dataclass, replace
+from itertools import count, cycle
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -32,8 +34,13 @@ from refrag_core.storage import IndexLocation
 _QUESTION_WORDS = 12
 _QUESTIONS = 200
 _SAMPLES = 60
+_SOAK_TURNS = 6
+_SOAK_HISTORY = 160
+"""Decoder positions of the history, so that the last of so many turns find the first as passages, or dropped."""
+_REPLY = "The passages tell of it, though not everything that one might want to know."
+"""What conversations have for an answer."""
 _LEAVES = 10
-"""In a soak every so-many-th client hangs up after its first token."""
+"""In a soak every so-many-th request's client hangs up after its first token."""
 _FLAT = 0.05
 """Growth of the last third's memory over the middle third's up to which it is called flat."""
 
@@ -53,6 +60,8 @@ class ServeBenchOptions:
     expansion_fraction: float = 0.1
     slots: int = 16
     max_positions: int = 2048
+    turns: int = 1
+    """Of a conversation; a client begins a new one after so many."""
     device: str = "auto"
     soak_seconds: float = 0.0
     """Instead of rows: one load for so long, with the server's memory."""
@@ -69,6 +78,8 @@ class Timing:
     tokens: int
     positions: int
     context_tokens: int
+    cached: int = 0
+    """Positions that the server had not to read, since a prompt before began alike."""
 
     @property
     def between_tokens(self) -> float:
@@ -143,7 +154,12 @@ async def _read(reader: asyncio.StreamReader, started: float, *, leave: bool) ->
     if usage is None:
         raise EngineError("the server ended an answer without its counts; expected them at its end")
     return Timing(
-        first or whole, whole, usage["completion_tokens"], usage["decoder_positions"], usage["context_tokens"]
+        first_token=first or whole,
+        whole=whole,
+        tokens=usage["completion_tokens"],
+        positions=usage["decoder_positions"],
+        context_tokens=usage["context_tokens"],
+        cached=usage["prompt_tokens_details"]["cached_tokens"],
     )
 
 
@@ -166,25 +182,34 @@ def questions(index: IndexLocation) -> list[str]:
     return [" ".join(reader.describe(ref).text.split()[:_QUESTION_WORDS]) for ref in chosen]
 
 
-def bodies(asked: Sequence[str], options: ServeBenchOptions, setting: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Requests without end."""
-    for question in cycle(asked):
-        message = {"role": "user", "content": question}
-        yield {"messages": [message], "max_tokens": options.new_tokens, "top_k": options.top_k, **setting}
+def bodies(
+    questions: Iterator[str], turns: int, options: ServeBenchOptions, setting: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """One client's requests without end: conversations of so many turns, one after another."""
+    fields = {"max_tokens": options.new_tokens, "top_k": options.top_k, **setting}
+    while True:
+        messages: list[dict[str, str]] = []
+        for _ in range(turns):
+            messages.append({"role": "user", "content": next(questions)})
+            yield {"messages": list(messages), **fields}
+            messages.append({"role": "assistant", "content": _REPLY})
 
 
-async def load_server(url: str, clients: int, requests: Iterator[dict[str, Any]]) -> tuple[list[Timing], float]:
-    """All of `requests`, by so many clients at a time, each one's next after its last; timings and seconds."""
+async def load_server(
+    url: str, clients: Sequence[Iterator[dict[str, Any]]], requests: int
+) -> tuple[list[Timing], float]:
+    """So many requests of these clients, each one's next after its last; timings and seconds."""
     timings: list[Timing] = []
+    left = iter(range(requests))
 
-    async def client() -> None:
-        for body in requests:
-            timing = await ask(url, body)
+    async def client(own: Iterator[dict[str, Any]]) -> None:
+        for _ in left:
+            timing = await ask(url, next(own))
             assert timing is not None
             timings.append(timing)
 
     started = time.perf_counter()
-    await asyncio.gather(*(client() for _ in range(clients)))
+    await asyncio.gather(*map(client, clients))
     return timings, time.perf_counter() - started
 
 
@@ -195,15 +220,18 @@ def measure_rows(options: ServeBenchOptions) -> list[dict[str, Any]]:
         "full": {"policy": "all"},
     }
     asked, rows = questions(options.index), []
+    if options.turns == 1:  # rows have the same questions: none is to find the prompts of the row before
+        options = replace(options, server_options=(*options.server_options, "--no-reuse"))
     with running_server(options) as (url, process_id):
         for setting in settings.values():  # what is loaded at the first request is not counted
-            asyncio.run(load_server(url, 1, islice(bodies(asked, options, setting), 2)))
+            asyncio.run(load_server(url, [bodies(cycle(asked), 1, options, setting)], 2))
         for clients in options.clients:
             for name, setting in settings.items():
                 wanted = options.requests or max(16, 4 * clients)
-                requests = islice(bodies(asked, options, setting), wanted)
+                left = cycle(asked)  # the clients' own take turns with it
+                own = [bodies(left, options.turns, options, setting) for _ in range(clients)]
                 before = load()
-                timings, seconds = asyncio.run(load_server(url, clients, requests))
+                timings, seconds = asyncio.run(load_server(url, own, wanted))
                 rows.append(_row(name, clients, timings, seconds) | {"load_average": before})
                 rows[-1]["server_megabytes"] = memory_megabytes(process_id)
                 say(f"{name}, {clients} clients: {rows[-1]['requests_a_second']} requests/s")
@@ -222,6 +250,7 @@ def _row(name: str, clients: int, timings: Sequence[Timing], seconds: float) -> 
         "ttit_ms": _percentiles([timing.between_tokens for timing in timings]),
         "decoder_positions": round(float(np.mean([timing.positions for timing in timings])), 1),
         "context_tokens": round(float(np.mean([timing.context_tokens for timing in timings])), 1),
+        "cached_positions": round(float(np.mean([timing.cached for timing in timings])), 1),
     }
 
 
@@ -237,16 +266,21 @@ def _percentiles(seconds: Sequence[float]) -> dict[str, float | None]:
 async def soak(url: str, process_id: int, asked: Sequence[str], options: ServeBenchOptions) -> dict[str, Any]:
     """Load for the wanted time, some clients leaving early; what the server's memory did."""
     over = time.perf_counter() + options.soak_seconds
-    requests, numbers = bodies(asked, options, {}), count(1)
+    words, numbers = cycle(asked), count(1)
     policies = cycle(["none", "all", "learned"])
-    done = left = 0
+    answered: list[Timing] = []
+    left = 0
 
     async def client() -> None:
-        nonlocal done, left
+        nonlocal left
+        own = bodies(words, _SOAK_TURNS, options, {"history_positions": _SOAK_HISTORY})
         while time.perf_counter() < over:
             leave = next(numbers) % _LEAVES == 0
-            gone = await ask(url, {**next(requests), "policy": next(policies)}, leave=leave) is None
-            done, left = done + (not gone), left + gone
+            timing = await ask(url, {**next(own), "policy": next(policies)}, leave=leave)
+            if timing is None:
+                left += 1
+            else:
+                answered.append(timing)
 
     working = [asyncio.ensure_future(client()) for _ in range(max(options.clients))]
     samples = [memory_megabytes(process_id)]
@@ -259,8 +293,10 @@ async def soak(url: str, process_id: int, asked: Sequence[str], options: ServeBe
     return {
         "seconds": options.soak_seconds,
         "clients": max(options.clients),
-        "answered": done,
+        "answered": len(answered),
         "left_early": left,
+        "turns": _SOAK_TURNS,
+        "with_cached_positions": sum(timing.cached > 0 for timing in answered),
         "megabytes": samples,
         "growth": round(last / middle - 1, 4),
         "flat": last / middle - 1 <= _FLAT,

@@ -52,6 +52,8 @@ class TokenStream:
         """Whether the reader wants no more: the engine ends the answer at its next step."""
         self.began: float | None = None
         """When the engine took the prompt up, on the clock of `time.perf_counter`."""
+        self.reused = 0
+        """Positions of the prompt that an earlier one had left in the engine's cache; known once it has begun."""
 
     # --- the engine's side
 

@@ -60,13 +60,16 @@ def parse_settings(texts: list[str]) -> dict[str, Any]:
     return settings
 
 
-def open_engine(runtime: Runtime, options: EngineOptions, *, slots: int, max_positions: int) -> DecoderEngine:
+def open_engine(
+    runtime: Runtime, options: EngineOptions, *, slots: int, max_positions: int, reuse: bool = True
+) -> DecoderEngine:
     """The engine for the generation that a runtime has now; vLLM is started, or its server asked, at once.
 
     Args:
         runtime: opened with `composes_only` where `options.decodes_elsewhere`.
         slots: answers side by side.
         max_positions: slots + new tokens of one answer at most, where the decoder has as many.
+        reuse: the embedded engine's, see EmbeddedEngine; vLLM has its own way with prompts that begin alike.
 
     Raises MissingExtraError without vLLM, EngineError and FingerprintMismatchError for a server that cannot be
     reached or has another decoder.
@@ -80,7 +83,7 @@ def open_engine(runtime: Runtime, options: EngineOptions, *, slots: int, max_pos
         return _vllm_server(runtime, options, slots)
     from refrag_core.serving.scheduler import embedded_engine
 
-    return embedded_engine(decoder, slots=slots, max_positions=positions)
+    return embedded_engine(decoder, slots=slots, max_positions=positions, reuse=reuse)
 
 
 def _vllm(runtime: Runtime, options: EngineOptions, slots: int, positions: int) -> DecoderEngine:

@@ -92,6 +92,25 @@ def windows(raw_sizes: Sequence[int], budget: int, first_raw: int, *, compressib
     yield from (Window(start, turns) for start in range(1, turns + 1))
 
 
+def last_first_raw(raw_sizes: Sequence[int], passage_sizes: Sequence[int], budget: int, *, compressible: bool) -> int:
+    """The first raw turn of the prompt before, for a conversation of which only the turns are known.
+
+    All prompts up to there are placed again, so that a beginning stays raw from one request to the next.
+
+    Args:
+        raw_sizes: as for `windows`, all turns up to the question.
+        passage_sizes: positions of each turn as passages, as far as that can be told without the policy's choice.
+    """
+    first_raw = 0
+    for turns in range(1, len(raw_sizes)):
+        for window in windows(raw_sizes[:turns], budget, first_raw, compressible=compressible):
+            raw, passages = raw_sizes[window.first_raw : turns], passage_sizes[window.first_passage : window.first_raw]
+            if sum(raw) + sum(passages) <= budget:
+                first_raw = window.first_raw
+                break
+    return first_raw
+
+
 def query_vector(question: Vector, turn: Vector | None, turn_weight: float) -> Vector:
     """What to search for, of unit length: the question's vector and, weighted, that of the turn before it.
 

@@ -388,6 +388,11 @@ class Runtime:
         return self.reader.manifest.version
 
     @property
+    def composes_only(self) -> bool:
+        """Whether its decoder has input embeddings and nothing else."""
+        return self._options.composes_only
+
+    @property
     def searcher(self) -> Searcher:
         """Retriever and index."""
         return self._generation.searcher
@@ -441,17 +446,23 @@ class Runtime:
 
     def encode_text(self, name: str, text: str) -> list[tuple["GivenPassage", FetchedPassage]]:
         """A text cut into passages and encoded now, as the index would have done it; the cache spares repetition."""
+        parameters, made = self.reader.manifest.parameters, []
+        for given, ids in self.cut_text(name, text):
+            encoded = self.chunk_encoder.encode(*chunk_rows(ids, parameters.chunk_size))
+            embeddings = store_rows(encoded, parameters.embedding_dtype)
+            made.append((given, FetchedPassage(ids, parameters.chunk_size, embeddings, None)))
+        return made
+
+    def cut_text(self, name: str, text: str) -> list[tuple["GivenPassage", npt.NDArray[np.int32]]]:
+        """A text cut into passages, with their token ids, as the index would have done it."""
         parameters = self.reader.manifest.parameters
         options = ChunkingOptions(parameters.chunk_size, parameters.max_passage_tokens)
         (tokens,) = tokenize_documents([text], self.decoder.tokenizer)
         made, occurrences = [], Counter[str]()
         for passage in cut_passages(text, tokens, options):
-            ids = tokens.ids[passage.token_start : passage.token_end]
-            encoded = self.chunk_encoder.encode(*chunk_rows(ids, parameters.chunk_size))
-            embeddings = store_rows(encoded, parameters.embedding_dtype)
             given = GivenPassage(name, passage.text, passage_id(name, passage.text, occurrences[passage.text]).hex())
             occurrences[passage.text] += 1
-            made.append((given, FetchedPassage(ids, parameters.chunk_size, embeddings, None)))
+            made.append((given, tokens.ids[passage.token_start : passage.token_end]))
         return made
 
     # --- the steps
@@ -591,16 +602,9 @@ class Runtime:
         options: AskOptions,
         *,
         given: Mapping[str, str] | None = None,
-        instructions: str = "",
-        clock: "Clock | None" = None,
     ) -> Prepared:
-        """All that comes before the decoder: retrieve → fetch → select → compose. For a `pinned` runtime.
-
-        Args:
-            instructions: text that stands before the question in the prompt, and is not searched for.
-            clock: runs since the request came in; None starts one now.
-        """
-        clock = clock or Clock()
+        """All that comes before the decoder: retrieve → fetch → select → compose. For a `pinned` runtime."""
+        clock = Clock()
         query = self.searcher.embed(question)
         refs = self.searcher.nearest(question, query, options.top_k, options.retrieval)
         clock.lap("retrieval")
@@ -614,7 +618,7 @@ class Runtime:
         sources: list[tuple[PassageRef | GivenPassage, float | None]] = [(passage, None) for passage, _ in extra]
         sources += refs
         chosen = self.choose(sources, columns, options, query, clock)
-        return self.prepare_chosen(question, options, chosen, clock, instructions=instructions)
+        return self.prepare_chosen(question, options, chosen, clock)
 
     def choose(
         self,
@@ -645,6 +649,7 @@ class Runtime:
         """`prepare` behind `choose`: compose.
 
         Args:
+            instructions: text that stands before the question in the prompt.
             history: ids of a conversation's raw turns.
         """
         asked = f"{instructions}\n\n{question}" if instructions else question

@@ -50,6 +50,10 @@ class _Rows(Protocol):
         """The same after one input each, `[b, d_dec]`."""
         ...
 
+    def forget(self, row: int) -> None:
+        """Let go of what was made for the row alone."""
+        ...
+
 
 class SlotDecoder:
     """A decoder with a static key-value cache of `slots` rows, each with a length of its own.
@@ -84,6 +88,11 @@ class SlotDecoder:
     def captures(self) -> bool:
         """Whether calls are graphs of padded shapes, which `warm` prepares."""
         return isinstance(self._rows, _StaticRows) and self.decoder.device.type == "cuda"
+
+    @property
+    def keeps_prefixes(self) -> bool:
+        """Whether a prompt that starts behind what its slot holds is spared that part; else it is read again."""
+        return isinstance(self._rows, _StaticRows)
 
     @property
     def allocated_bytes(self) -> int:
@@ -154,6 +163,7 @@ class SlotDecoder:
         """Forget the slot's sequence."""
         self._check_slots([slot], 1)
         self._lengths[slot] = 0
+        self._rows.forget(slot)
 
     def _check_slots(self, slots: Sequence[int], expected: int) -> None:
         if not slots or len(set(slots)) != len(slots) or not all(0 <= slot < self.slots for slot in slots):
@@ -216,6 +226,9 @@ class _StaticRows:
     def step(self, rows: Sequence[int], inputs: Tensor, start: Sequence[int]) -> Tensor:
         """See _Rows."""
         return self._logits(inputs[:, None], rows, start, [0] * len(rows), self._window(max(start) + 1))
+
+    def forget(self, row: int) -> None:
+        """See _Rows. Rows are there for good."""
 
     def _window(self, needed: int) -> int:
         if self._forward.bounded_by_device:
@@ -316,6 +329,10 @@ class _SeparateRows:
             self._forward(row, inputs[i : i + 1], begin) for i, (row, begin) in enumerate(zip(rows, start, strict=True))
         ]
         return torch.cat(made)
+
+    def forget(self, row: int) -> None:
+        """See _Rows."""
+        self._caches[row], self._inputs[row] = None, None
 
     @torch.inference_mode()
     def _forward(self, row: int, embeds: Tensor, begin: int) -> Tensor:

@@ -159,9 +159,8 @@ def with_turns(template: PromptTemplate, decoder: Path) -> PromptTemplate:
     turns = _turn_texts(_chat(decoder))
     if turns is None:
         raise ConfigError(
-            f"the chat template of the decoder in {decoder} does not hand on the turns of a conversation one after "
-            f"another as they are; expected one that does: ask single questions with `refrag ask`, or give the decoder "
-            f"another chat template"
+            "the decoder's chat template does not hand on the turns of a conversation one after another as they are; "
+            "expected one that does: ask single questions, or give the decoder another chat template"
         )
     return replace(template, turns=TurnTemplate(*map(_encoder(decoder), turns)))
 

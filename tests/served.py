@@ -79,6 +79,7 @@ class Brake:
         self.steps = 0
         self.released: list[int] = []
         self.largest_batch = 0
+        self.keeps_prefixes = rows.keeps_prefixes
 
     def on(self) -> None:
         """No step begins from now on."""
@@ -88,9 +89,9 @@ class Brake:
         """Steps go on."""
         self._free.set()
 
-    def prefill(self, slots: Any, inputs_embeds: Any) -> Any:
+    def prefill(self, slots: Any, inputs_embeds: Any, *, start: Any = None) -> Any:
         """See Slots."""
-        return self._rows.prefill(slots, inputs_embeds)
+        return self._rows.prefill(slots, inputs_embeds, start=start)
 
     def step(self, slots: Any, token_ids: Any) -> Any:
         """See Slots."""

@@ -108,6 +108,22 @@ def decoder(
     return randomised(AutoModelForCausalLM.from_config(config), seed, 0.3)
 
 
+def sliding_decoder() -> PreTrainedModel:
+    """A causal language model whose layers see no further than 8 positions."""
+    config = AutoConfig.for_model(
+        "mistral",
+        vocab_size=decoder_tokenizer().get_vocab_size(),
+        hidden_size=D_DEC,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=MAX_POSITIONS,
+        sliding_window=8,
+    )
+    return randomised(AutoModelForCausalLM.from_config(config), 0, 0.3)
+
+
 def encoder_body(family: str = "bert", *, seed: int = 0) -> PreTrainedModel:
     """A bidirectional encoder of two layers, width 48, float32."""
     config = AutoConfig.for_model(

@@ -8,13 +8,15 @@ import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
 from refrag_core.answer_text import AnswerText
+from refrag_core.conversation import PreparedTurn, prepare_turn
 from refrag_core.decoder_engine import TokenStream
 from refrag_core.errors import DrainingError, QueueFullError, RequestTimeoutError
+from refrag_core.history import HistoryUse
 from refrag_core.retrieval import Hit, RetrievalOptions
 from refrag_core.runtime import Answer, Clock, Prepared, Runtime, UsedPassage
 from refrag_core.serving.generations import Generations, Served
@@ -107,45 +109,22 @@ class Answering:
             clock = Clock()
             try:
                 prepare = partial(_prepare, served.runtime, question, clock)
-                prepared, passages = await self._in_thread(deadline, prepare)
+                turn, passages = await self._in_thread(deadline, prepare)
                 yield Started(served.runtime, passages)
-                text = served.runtime.answer_text(question.options)
-                async with aclosing(self._decoded(served, prepared, question, text, deadline)) as pieces:
+                decoding = _Decoding(turn.prepared, served.runtime.answer_text(question.options), question)
+                async with aclosing(_decoded(served, decoding, deadline)) as pieces:
                     async for piece in pieces:
                         yield Piece(piece)
-                answer = await self._in_thread(deadline, partial(served.runtime.finish, prepared, text))
+                answer = await self._in_thread(deadline, partial(decoding.finish, served.runtime, turn.use))
             except (GeneratorExit, asyncio.CancelledError):
                 self.metrics.cancelled.inc()
                 raise
             self._count(answer, clock)
-            yield Finished(answer, text.text)
+            yield Finished(answer, decoding.text.text)
 
     def _count(self, answer: Answer, clock: Clock) -> None:
         self.metrics.answered(answer)
         self._mean_seconds = _FORGET * self._mean_seconds + (1 - _FORGET) * clock.seconds
-
-    async def _decoded(
-        self, served: Served, prepared: Prepared, question: Question, text: AnswerText, deadline: float
-    ) -> AsyncGenerator[str, None]:
-        """The answer's text as it becomes certain."""
-        if prepared.composed is None:
-            return
-        stream = served.engine.submit(prepared.composed.inputs_embeds, question.sampling)
-        try:
-            async with aclosing(_batches(stream, deadline)) as batches:
-                async for tokens in batches:
-                    if text.new_tokens == 0 and tokens:
-                        prepared.clock.lap("queue", stream.began)
-                        prepared.clock.lap("prefill")
-                    if piece := "".join(map(text.push, _up_to_end(tokens, text))):
-                        yield piece
-                    if text.ended:
-                        break
-        finally:
-            stream.cancel()
-        prepared.clock.lap("decode")
-        if piece := text.finish():
-            yield piece
 
     def close(self) -> None:
         """Let go of the threads and the decoder, once what was let in is answered."""
@@ -153,11 +132,57 @@ class Answering:
         self.generations.close()
 
 
-def _prepare(runtime: Runtime, question: Question, clock: Clock) -> tuple[Prepared, tuple[UsedPassage, ...]]:
-    prepared = runtime.prepare(
-        question.text, question.options, given=question.given, instructions=question.instructions, clock=clock
+def _prepare(runtime: Runtime, question: Question, clock: Clock) -> tuple[PreparedTurn, tuple[UsedPassage, ...]]:
+    turn = prepare_turn(
+        runtime,
+        question.text,
+        question.turns,
+        question.options,
+        question.history,
+        instructions=question.instructions,
+        clock=clock,
     )
-    return prepared, runtime.used(prepared) if question.options.explain else ()
+    return turn, runtime.used(turn.prepared) if question.options.explain else ()
+
+
+@dataclass(slots=True)
+class _Decoding:
+    """A prompt that becomes an answer."""
+
+    prepared: Prepared
+    text: AnswerText
+    question: Question
+    reused: int = 0
+    """Positions that the engine had not to read."""
+
+    def finish(self, runtime: Runtime, history: HistoryUse) -> Answer:
+        """The answer, with what became of the turns before it."""
+        answer = runtime.finish(self.prepared, self.text)
+        return replace(answer, stats=replace(answer.stats, reused_positions=self.reused), history=history)
+
+
+async def _decoded(served: Served, decoding: _Decoding, deadline: float) -> AsyncGenerator[str, None]:
+    """The answer's text as it becomes certain."""
+    prepared, text = decoding.prepared, decoding.text
+    if prepared.composed is None:
+        return
+    stream = served.engine.submit(prepared.composed.inputs_embeds, decoding.question.sampling)
+    try:
+        async with aclosing(_batches(stream, deadline)) as batches:
+            async for tokens in batches:
+                if text.new_tokens == 0 and tokens:
+                    decoding.reused = stream.reused
+                    prepared.clock.lap("queue", stream.began)
+                    prepared.clock.lap("prefill")
+                if piece := "".join(map(text.push, _up_to_end(tokens, text))):
+                    yield piece
+                if text.ended:
+                    break
+    finally:
+        stream.cancel()
+    prepared.clock.lap("decode")
+    if piece := text.finish():
+        yield piece
 
 
 def _up_to_end(tokens: list[int], text: AnswerText) -> Iterator[int]:

@@ -174,6 +174,7 @@ def _model(answering: Answering) -> dict[str, Any]:
             "max_positions": settings.max_positions,
             "max_new_tokens": settings.max_new_tokens,
             "max_top_k": settings.max_top_k,
+            "history_positions": settings.history.positions,
         },
     }
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from refrag_core.engine_choice import EngineOptions, open_engine
 from refrag_core.errors import MissingExtraError, UsageError
+from refrag_core.history import HistoryOptions
 from refrag_core.runtime import Runtime
 from refrag_core.serving.settings import MAX_POSITIONS, SLOTS, ServeSettings
 from refrag_core.storage import IndexLocation, absolute
@@ -35,6 +36,7 @@ class ServeCommand:
     body_bytes: int = 1 << 20
     drain_seconds: float = 30.0
     reload_seconds: float = 0.0
+    history: HistoryOptions = field(default_factory=HistoryOptions)
     allow_untrained: bool = False
     engine: EngineOptions = field(default_factory=EngineOptions)
 
@@ -49,6 +51,7 @@ class ServeCommand:
             request_seconds=self.request_seconds,
             body_bytes=self.body_bytes,
             drain_seconds=self.drain_seconds,
+            history=self.history,
             api_key=read_key(self.api_key_file),
             allow_untrained=self.allow_untrained,
             allowed_hosts=allowed_hosts(self.host, self.allowed_hosts),
@@ -123,7 +126,11 @@ def run_server(
         generations = Generations(
             opened(),
             lambda runtime: open_engine(
-                runtime, command.engine, slots=settings.slots, max_positions=settings.max_positions
+                runtime,
+                command.engine,
+                slots=settings.slots,
+                max_positions=settings.max_positions,
+                reuse=settings.history.reuse,
             ),
         )
         url = address(bound)

@@ -46,6 +46,10 @@ class Metrics:
         self.chunks = Counter("refrag_chunks", "Chunks in prompts.", ["form"], registry=registry)
         self.context_tokens = Counter("refrag_context_tokens", "Tokens of the passages used.", registry=registry)
         self.positions = Counter("refrag_decoder_positions", "Slots of all prompts.", registry=registry)
+        self.reused = Counter(
+            "refrag_reused_positions", "Of them, those not read again: a prompt before began alike.", registry=registry
+        )
+        self.turns = Counter("refrag_history_turns", "Earlier turns of conversations.", ["form"], registry=registry)
         self.new_tokens = Counter("refrag_new_tokens", "Tokens generated.", registry=registry)
         self.cancelled = Counter("refrag_cancelled", "Answers whose client left.", registry=registry)
         self.in_flight = Gauge("refrag_requests_in_flight", "Let in and not answered yet.", registry=registry)
@@ -62,7 +66,11 @@ class Metrics:
         self.chunks.labels("compressed").inc(stats.num_chunks - stats.num_expanded)
         self.context_tokens.inc(stats.context_tokens)
         self.positions.inc(stats.decoder_positions)
+        self.reused.inc(stats.reused_positions)
         self.new_tokens.inc(stats.new_tokens)
+        if answer.history is not None:
+            for form in ("raw", "passages", "dropped"):
+                self.turns.labels(form).inc(getattr(answer.history, form))
         if stats.num_chunks:
             self.expanded_share.observe(stats.num_expanded / stats.num_chunks)
         if stats.new_tokens:

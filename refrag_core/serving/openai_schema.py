@@ -95,11 +95,17 @@ class Message(Body):
 
 
 class ChatRequest(AnswerFields):
-    """Body of `/v1/chat/completions`: the last message, the user's, is the question."""
+    """Body of `/v1/chat/completions`: the last message, the user's, is the question; those before it its history."""
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=_INT64 - 1)
     logprobs: Literal[False] | None = None
+    history_positions: int | None = Field(
+        default=None,
+        ge=0,
+        le=_INT64 - 1,
+        description="Decoder positions for earlier turns: newest raw, older compressed, oldest dropped.",
+    )
     parallel_tool_calls: bool | None = Field(default=None, description="Ignored.")
 
 

@@ -40,7 +40,7 @@ class Payload:
         content = {"message": {"role": "assistant", "content": text, "refusal": None}}
         choice = content if self.kind == "chat" else {"text": text}
         body = self._body(0, [self._choice(choice, answer.finish_reason)]) | {"usage": usage(answer.stats)}
-        return body | ({"refrag": self.details(answer)} if self.detailed else {})
+        return body | self._own(answer)
 
     def first(self, passages: Sequence[UsedPassage]) -> dict[str, Any]:
         """Before any text."""
@@ -56,12 +56,18 @@ class Payload:
     def last(self, answer: Answer) -> dict[str, Any]:
         """After all text."""
         choice: dict[str, Any] = {"delta": {}} if self.kind == "chat" else {"text": ""}
-        body = self._body(1, [self._choice(choice, answer.finish_reason)])
-        return body | ({"refrag": self.details(answer)} if self.detailed else {})
+        return self._body(1, [self._choice(choice, answer.finish_reason)]) | self._own(answer)
 
     def usage(self, answer: Answer) -> dict[str, Any]:
         """The piece that has no text but the counts."""
         return self._body(1, []) | {"usage": usage(answer.stats)}
+
+    def _own(self, answer: Answer) -> dict[str, Any]:
+        """What became of earlier turns is told whenever there were any: some may have been dropped."""
+        if self.detailed:
+            return {"refrag": self.details(answer)}
+        use = answer.history
+        return {"refrag": {"history": asdict(use)}} if use and use.dropped + use.passages + use.raw else {}
 
     def details(self, answer: Answer) -> dict[str, Any]:
         """refrag's own part of an answer."""
@@ -84,12 +90,14 @@ class Payload:
         return {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
 
 
-def usage(stats: Stats) -> dict[str, int]:
-    """Counts: `prompt_tokens` are positions that the decoder read, `context_tokens` what they stood for."""
+def usage(stats: Stats) -> dict[str, Any]:
+    """Counts: `prompt_tokens` are positions of the prompt, `context_tokens` what its passages stood for, and
+    `cached_tokens` the positions that an earlier prompt had left in the decoder's cache."""
     return {
         "prompt_tokens": stats.decoder_positions,
         "completion_tokens": stats.new_tokens,
         "total_tokens": stats.decoder_positions + stats.new_tokens,
+        "prompt_tokens_details": {"cached_tokens": stats.reused_positions},
         "context_tokens": stats.context_tokens,
         "decoder_positions": stats.decoder_positions,
     }

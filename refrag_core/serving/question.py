@@ -1,16 +1,19 @@
 """From a request's body to a question with its options."""
 
 import secrets
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 from refrag_core.decoder_engine import Sampling
 from refrag_core.errors import ConfigError, UntrainedProjectionError, UsageError
+from refrag_core.history import HistoryOptions
 from refrag_core.policy import PolicyName
 from refrag_core.retrieval import RetrievalOptions
 from refrag_core.runtime import AskOptions, needs_training
-from refrag_core.serving.openai_schema import AnswerFields, ChatRequest, CompletionRequest, RetrievalFields
+from refrag_core.serving.openai_schema import AnswerFields, ChatRequest, CompletionRequest, Message, RetrievalFields
 from refrag_core.serving.settings import ServeSettings
+from refrag_core.session import Turn
 
 _SYSTEM = ("system", "developer")
 _EXPANSION_FRACTION = 0.1
@@ -23,8 +26,10 @@ class Question:
     text: str
     instructions: str
     """Stand before the question in the prompt."""
-    given: Mapping[str, str]
-    """Earlier turns by name, read like passages."""
+    turns: tuple[Turn, ...]
+    """Before it in its conversation."""
+    history: HistoryOptions
+    """What becomes of these."""
     options: AskOptions
 
     @property
@@ -35,21 +40,41 @@ class Question:
 
 
 def chat_question(body: ChatRequest, settings: ServeSettings, *, trained: bool) -> Question:
-    """The last message as the question, system messages as instructions, the other turns as passages."""
+    """The last message as the question, system messages as instructions, the others as the turns before it."""
     *earlier, last = body.messages
     if last.role != "user":
         raise UsageError(f"the last message is the {last.role}'s; expected the user's, which is the question")
     instructions = "\n\n".join(message.text for message in earlier if message.role in _SYSTEM)
-    turns = [message for message in earlier if message.role not in _SYSTEM and message.text.strip()]
-    given = {f"turn {number} ({turn.role})": turn.text for number, turn in enumerate(turns, 1)}
-    max_tokens = body.max_completion_tokens or body.max_tokens
-    return Question(_asked(last.text), instructions, given, _options(body, max_tokens, settings, trained=trained))
+    turns = earlier_turns([message for message in earlier if message.role not in _SYSTEM])
+    history = settings.history
+    if body.history_positions is not None:
+        history = replace(history, positions=body.history_positions)
+    options = _options(body, body.max_completion_tokens or body.max_tokens, settings, trained=trained)
+    return Question(_asked(last.text), instructions, turns, history, options)
+
+
+def earlier_turns(messages: Sequence[Message]) -> tuple[Turn, ...]:
+    """The user's messages with the answers to them. Blank ones are left out, and several of one role in a row are one.
+
+    A question that nobody answered has an empty answer, and an answer before any question an empty question.
+    """
+    turns: list[Turn] = []
+    for role, own in groupby((message for message in messages if message.text.strip()), lambda message: message.role):
+        text = "\n\n".join(message.text.strip() for message in own)
+        if role == "user":
+            turns.append(Turn(text, ""))
+        elif turns:
+            turns[-1] = replace(turns[-1], answer=text)
+        else:
+            turns.append(Turn("", text))
+    return tuple(turns)
 
 
 def completion_question(body: CompletionRequest, settings: ServeSettings, *, trained: bool) -> Question:
     """The prompt as the question."""
     prompt = body.prompt if isinstance(body.prompt, str) else body.prompt[0]
-    return Question(_asked(prompt), "", {}, _options(body, body.max_tokens, settings, trained=trained))
+    options = _options(body, body.max_tokens, settings, trained=trained)
+    return Question(_asked(prompt), "", (), settings.history, options)
 
 
 def retrieval_options(body: RetrievalFields) -> RetrievalOptions:

@@ -2,6 +2,10 @@
 
 One thread owns the decoder. Before each step it takes waiting prompts into free slots; a step then gives every
 running answer one more token. A row's tokens do not depend on who else is in the batch.
+
+A slot that has become free keeps its prompt's keys and values until another prompt gets it. A prompt goes to the free
+slot whose last prompt begins as it does, and reads only what is new: so the next question of a conversation. Prompts
+are compared by their input embeddings, bit by bit, so that nothing but an equal beginning is ever taken over.
 """
 
 import logging
@@ -21,14 +25,28 @@ from refrag_core.errors import EngineError
 PREFILL_POSITIONS = 4096
 """Slots that are prefilled between two steps, unless one prompt alone has more: running answers wait that long."""
 
+SMALLEST_REUSE = 64
+"""Positions from which on an equal beginning is worth a slot of one's own choice: all prompts share the template's."""
+
 _log = logging.getLogger(__name__)
 
 
 class Slots(Protocol):
     """What the scheduler asks of a decoder with a key-value cache of independent rows."""
 
-    def prefill(self, slots: Sequence[int], inputs_embeds: Sequence[Tensor]) -> Tensor:
-        """Put each prompt `[n_i, d_dec]` into its row; logits float32 `[len(slots), V]` of its last position."""
+    @property
+    def keeps_prefixes(self) -> bool:
+        """Whether rows that were not released spare a prompt the beginning that it has in common with them."""
+        ...
+
+    def prefill(
+        self, slots: Sequence[int], inputs_embeds: Sequence[Tensor], *, start: Sequence[int] | None = None
+    ) -> Tensor:
+        """Put each prompt `[n_i, d_dec]` into its row; logits float32 `[len(slots), V]` of its last position.
+
+        Args:
+            start: where each begins in its row, which keeps what it holds before that; None for 0.
+        """
         ...
 
     def step(self, slots: Sequence[int], token_ids: Tensor) -> Tensor:
@@ -51,6 +69,8 @@ class _Running:
     stream: TokenStream
     last: int = -1
     count: int = 0
+    reused: int = 0
+    """Positions that its slot holds already."""
 
 
 class EmbeddedEngine:
@@ -62,6 +82,7 @@ class EmbeddedEngine:
         max_positions: positions of a row.
         eos_ids: ids that end an answer.
         device: where token ids go.
+        reuse: leave a prompt in its row for one that begins like it, where rows can do that.
     """
 
     def __init__(
@@ -73,6 +94,7 @@ class EmbeddedEngine:
         eos_ids: frozenset[int],
         device: torch.device | str = "cpu",
         prefill_positions: int = PREFILL_POSITIONS,
+        reuse: bool = True,
     ) -> None:
         self.slots = slots
         self.max_positions = max_positions
@@ -80,7 +102,11 @@ class EmbeddedEngine:
         self._eos_ids = eos_ids
         self._device = torch.device(device)
         self._prefill_positions = prefill_positions
-        self._free = list(range(slots))[::-1]
+        self._reuse = reuse and decoder.keeps_prefixes
+        self._kept: dict[int, Tensor] = {}
+        """The prompt `[s, d_dec]` whose keys and values a slot holds."""
+        self._free = list(range(slots))
+        """The one that has been free for longest first."""
         self._running: dict[int, _Running] = {}
         self._waiting: deque[_Running] = deque()
         self._changed = threading.Condition()
@@ -147,12 +173,26 @@ class EmbeddedEngine:
                 if first.stream.cancelled:
                     self._waiting.popleft().stream.end()
                     continue
-                positions += len(first.inputs_embeds)
+                slot, first.reused = self._place(first.inputs_embeds)
+                positions += len(first.inputs_embeds) - first.reused
                 if entered and positions > self._prefill_positions:
                     break
-                entered[self._free.pop()] = self._waiting.popleft()
+                self._free.remove(slot)
+                entered[slot] = self._waiting.popleft()
         self._running |= entered
         return entered
+
+    def _place(self, prompt: Tensor) -> tuple[int, int]:
+        """The free slot for a prompt, and how many positions of it are there already."""
+        try:
+            shared = {slot: _common(self._kept[slot], prompt) for slot in self._free if slot in self._kept}
+        except Exception:  # a device without memory, say: whoever waits is to be told of it by what is done for them
+            _log.exception("prompts could not be compared")
+            shared = {}
+        best = max(shared, key=lambda slot: shared[slot], default=None)
+        if best is not None and shared[best] >= SMALLEST_REUSE:
+            return best, shared[best]
+        return self._free[0], 0
 
     def _attempt(self, chosen: Mapping[int, _Running], work: "_Work") -> None:
         """Run `work`; an error ends the answers that it was done for, and no others."""
@@ -165,13 +205,25 @@ class EmbeddedEngine:
                 self._end(slot, failure)
 
     def _prefill(self, entered: Mapping[int, _Running]) -> None:
-        prompts = []
-        for running in entered.values():
-            running.stream.begin()
+        """All of a call are padded to its longest: short rests of prompts go apart from whole ones."""
+        for reused in (False, True):
+            if own := {slot: running for slot, running in entered.items() if bool(running.reused) is reused}:
+                self._prefill_together(own)
+
+    def _prefill_together(self, entered: Mapping[int, _Running]) -> None:
+        prompts, start = [], [running.reused for running in entered.values()]
+        for slot, running in entered.items():
             assert running.inputs_embeds is not None
-            prompts.append(running.inputs_embeds)
+            prompts.append(running.inputs_embeds[running.reused :])
+            self._kept.pop(slot, None)  # what an error leaves there is unknown
+            running.stream.reused = running.reused
+            running.stream.begin()
+        logits = self._decoder.prefill(list(entered), prompts, start=start)
+        for slot, running in entered.items():
+            if self._reuse and running.inputs_embeds is not None:
+                self._kept[slot] = running.inputs_embeds
             running.inputs_embeds = None
-        self._choose(entered, self._decoder.prefill(list(entered), prompts))
+        self._choose(entered, logits)
 
     def _step(self, chosen: Mapping[int, _Running]) -> None:
         last = torch.tensor([running.last for running in chosen.values()], device=self._device)
@@ -193,20 +245,43 @@ class EmbeddedEngine:
         running = self._running.pop(slot, None)
         if running is None:
             return
-        self._decoder.release(slot)
+        if error is not None:
+            self._kept.pop(slot, None)
+        if slot not in self._kept:
+            self._decoder.release(slot)
         self._free.append(slot)
         running.stream.end(error)
+
+
+def _common(kept: Tensor, prompt: Tensor) -> int:
+    """Positions that both begin with, fewer than the prompt has: the first token comes from its last; 0 for too few."""
+    length = min(len(kept), len(prompt) - 1)
+    if length < SMALLEST_REUSE or not torch.equal(kept[:SMALLEST_REUSE], prompt[:SMALLEST_REUSE]):
+        return 0
+    equal = (kept[:length] == prompt[:length]).all(dim=1)
+    return int(torch.cumprod(equal.long(), dim=0).sum())
 
 
 class _Work(Protocol):
     def __call__(self, chosen: Mapping[int, _Running], /) -> None: ...
 
 
-def embedded_engine(decoder: Decoder, *, slots: int, max_positions: int) -> EmbeddedEngine:
-    """The engine over a decoder of this process, with as many positions as it has at most."""
+def embedded_engine(decoder: Decoder, *, slots: int, max_positions: int, reuse: bool = True) -> EmbeddedEngine:
+    """The engine over a decoder of this process, with as many positions as it has at most.
+
+    Args:
+        reuse: see EmbeddedEngine.
+    """
     from refrag_core.slot_decoder import SlotDecoder
 
     limit = decoder.max_positions
     positions = max_positions if limit is None else min(max_positions, limit)
     rows = SlotDecoder(decoder, slots=slots, max_positions=positions)
-    return EmbeddedEngine(rows, slots=slots, max_positions=positions, eos_ids=decoder.eos_ids, device=decoder.device)
+    return EmbeddedEngine(
+        rows,
+        slots=slots,
+        max_positions=positions,
+        eos_ids=decoder.eos_ids,
+        device=decoder.device,
+        reuse=reuse,
+    )

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from refrag_core.errors import ConfigError
+from refrag_core.history import HistoryOptions
 
 SLOTS = 8
 MAX_POSITIONS = 4096
@@ -28,6 +29,8 @@ class ServeSettings:
     max_new_tokens: int = 256
     """Where a request names no other number."""
     max_top_k: int = 50
+    history: HistoryOptions = field(default_factory=HistoryOptions)
+    """What becomes of earlier messages; its positions are those of requests that name no other number."""
     api_key: str | None = field(default=None, repr=False)
     """What clients must show; None asks for nothing."""
     allow_untrained: bool = False

@@ -27,6 +27,13 @@ def test_wrong_numbers_of_clients_are_said(tmp_path: Path) -> None:
         assert done.err.startswith(f"error: --clients is '{clients}'; expected whole numbers from 1 on")
 
 
+def test_a_client_s_conversation_carries_its_turns() -> None:
+    options = ServeBenchOptions(index="index")
+    made = serve.bodies(iter("abcde"), 2, options, {"policy": "none"})
+    asked = [[message["content"] for message in next(made)["messages"]] for _ in range(4)]
+    assert asked == [["a"], ["a", serve._REPLY, "b"], ["c"], ["c", serve._REPLY, "d"]]
+
+
 @pytest.fixture
 def small(tmp_path: Path, own_cache: Path) -> SmallIndex:
     made = SmallIndex(tmp_path)
@@ -58,5 +65,6 @@ def test_a_soak_counts_answers_and_clients_that_leave(small: SmallIndex) -> None
     )
     soak = report["soak"]
     assert soak["answered"] > 5 * soak["left_early"] > 0
+    assert soak["answered"] >= soak["with_cached_positions"] >= 0
     assert len(soak["megabytes"]) > 3
     assert "clients left early" in serve.table(report)

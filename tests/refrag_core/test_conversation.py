@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from refrag_core.chunking import chunk_rows
 from refrag_core.composition import Composed
-from refrag_core.conversation import Conversation, turn_text
+from refrag_core.conversation import Conversation, prepare_turn, turn_text
 from refrag_core.errors import ConfigError, SessionError
 from refrag_core.history import HistoryOptions
 from refrag_core.retrieval import RetrievalOptions
@@ -247,6 +247,16 @@ def test_the_perplexity_policy_scores_old_turns(runtime: Runtime) -> None:
     surprise = ChunkScorer(runtime.decoder).score([ids], 16)[0]
     ranked = np.argsort(-surprise)[: len(turns[0].expanded)].tolist()
     assert sorted(ranked) == list(turns[0].expanded)
+
+
+def test_where_the_decoder_scores_nothing_perplexity_leaves_turns_raw(library: SmallIndex) -> None:
+    composing = Runtime.open(library.path, device="cpu", composes_only=True).pinned()
+    turns = [Turn(question, "Yes.") for question in QUESTIONS]
+    history = HistoryOptions(positions=120)
+    for policy, passages in (("perplexity", 0), ("random", 1)):
+        asked = options(policy=policy, expansion_fraction=0.3)
+        made = prepare_turn(composing, "And?", turns, asked, history).use
+        assert (made.passages > 0, made.dropped > 0) == (bool(passages), not passages)
 
 
 # --- what does not fit

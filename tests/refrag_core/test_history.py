@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from refrag_core.errors import ConfigError
-from refrag_core.history import HistoryOptions, Window, query_vector, windows
+from refrag_core.history import HistoryOptions, Window, last_first_raw, query_vector, windows
 
 
 def ways(sizes: list[int], budget: int, first_raw: int = 0, *, compressible: bool = True) -> list[tuple[int, int]]:
@@ -35,6 +35,17 @@ def test_turns_that_passages_would_not_shorten_stay_raw_and_are_dropped() -> Non
     assert ways([40, 30, 30], 60, compressible=False) == [(1, 1), (2, 2), (3, 3)]
     assert ways([40, 30, 30], 45, first_raw=1, compressible=False) == [(2, 2), (3, 3)]
     assert ways([40], 0, compressible=False) == [(1, 1)]
+
+
+@pytest.mark.parametrize("compressible", [True, False])
+@pytest.mark.parametrize("budget", [0, 45, 100, 130, 1000])
+def test_where_turns_were_raw_before_follows_from_the_turns(budget: int, compressible: bool) -> None:
+    sizes, passages, first_raw = [40, 30, 30, 20, 60, 10, 45, 20], [8, 6, 6, 4, 12, 2, 9, 4], 0
+    for turns in range(len(sizes)):
+        assert last_first_raw(sizes[:turns], passages, budget, compressible=compressible) == first_raw
+        placed = ways(sizes[:turns], budget, first_raw, compressible=compressible)
+        first_raw = next(raw for old, raw in placed if sum(passages[old:raw]) + sum(sizes[raw:turns]) <= budget)
+    assert (first_raw > 0) == (budget < 1000)
 
 
 @pytest.mark.parametrize("compressible", [True, False])

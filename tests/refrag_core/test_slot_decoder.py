@@ -3,7 +3,6 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from refrag_core.captured import CapturedCalls, bucket
 from refrag_core.composition import pad_batch
@@ -11,7 +10,7 @@ from refrag_core.decoder import Decoder
 from refrag_core.errors import ConfigError
 from refrag_core.llama_forward import is_llama_like
 from refrag_core.slot_decoder import STATIC_TYPES, SlotDecoder
-from tests.tiny_models import DECODER_FAMILIES, decoder, decoder_tokenizer, randomised
+from tests.tiny_models import DECODER_FAMILIES, decoder, decoder_tokenizer, sliding_decoder
 
 NEW_TOKENS = 9
 LENGTHS = (11, 3, 70)
@@ -19,20 +18,8 @@ LENGTHS = (11, 3, 70)
 
 def tiny(family: str) -> Decoder:
     """A decoder of the family, or one whose layers see no further than 8 positions."""
-    if family != "sliding":
-        return Decoder(decoder(family), decoder_tokenizer(), eos_ids=())
-    config = AutoConfig.for_model(
-        "mistral",
-        vocab_size=decoder_tokenizer().get_vocab_size(),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=512,
-        sliding_window=8,
-    )
-    return Decoder(randomised(AutoModelForCausalLM.from_config(config), 0, 0.3), decoder_tokenizer(), eos_ids=())
+    model = sliding_decoder() if family == "sliding" else decoder(family)
+    return Decoder(model, decoder_tokenizer(), eos_ids=())
 
 
 def prompts(tiny_decoder: Decoder, *lengths: int, seed: int = 0) -> list[Tensor]:
@@ -109,6 +96,7 @@ def test_sequences_come_and_go_while_others_take_steps(family: str) -> None:
     tokens["long"].append(int(chosen[0]))
     slotted.release(1)
     assert slotted.length(1) == 0
+    assert slotted.keeps_prefixes == (family != "sliding")
     late_token = slotted.prefill([1], [late]).argmax(dim=-1)
     tokens["late"].append(int(late_token))
     chosen = torch.cat([late_token, chosen[:1]])
@@ -197,7 +185,7 @@ def test_sizes_out_of_range_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("size", "padded"),
-    [(1, 64), (64, 64), (65, 128), (512, 512), (513, 576), (1024, 1024), (1025, 1280), (16384, 16384)],
+    [(1, 64), (64, 64), (65, 128), (512, 512), (513, 576), (1024, 1024), (1025, 1088), (16384, 16384)],
 )
 def test_buckets(size: int, padded: int) -> None:
     assert bucket(size, smallest=64) == padded

@@ -144,7 +144,7 @@ def test_a_chat_template_without_conversations_answers_single_questions(tmp_path
     set_chat_template(folder, chat_template)
     template = make_template(folder)
     assert template.turns is None
-    with pytest.raises(ConfigError, match="ask single questions with `refrag ask`"):
+    with pytest.raises(ConfigError, match="ask single questions, or give"):
         with_turns(template, folder)
 
 

@@ -1,22 +1,31 @@
 """The server as its clients meet it: over real sockets, with OpenAI's own client."""
 
+import gc
 import json
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import httpx2 as httpx
 import openai
 import pytest
 
+from refrag_core.answer_text import AnswerText
+from refrag_core.conversation import prepare_turn
+from refrag_core.decoder_engine import TokenStream
+from refrag_core.errors import UsageError
+from refrag_core.history import HistoryOptions
 from refrag_core.retrieval import RetrievalOptions
-from refrag_core.runtime import AskOptions, Runtime
-from refrag_core.serving.scheduler import EmbeddedEngine
+from refrag_core.runtime import AskOptions, Prepared, Runtime
+from refrag_core.serving.openai_schema import ChatRequest, Message
+from refrag_core.serving.question import chat_question, earlier_turns
+from refrag_core.serving.scheduler import SMALLEST_REUSE, EmbeddedEngine
 from refrag_core.serving.settings import ServeSettings
+from refrag_core.session import Turn
 from refrag_core.slot_decoder import SlotDecoder
 from tests.served import MODEL, Brake, Running, served, served_with_brakes
 
@@ -58,7 +67,16 @@ def ask(client: openai.OpenAI, question: str = QUESTION, **changes: Any) -> Any:
     return client.chat.completions.create(model=MODEL, extra_body={"top_k": 3} | own, **fields)
 
 
-OWN = {"policy", "expansion_fraction", "top_k", "filter", "hybrid", "include_passages", "strict"}
+OWN = {
+    "policy",
+    "expansion_fraction",
+    "top_k",
+    "filter",
+    "hybrid",
+    "include_passages",
+    "strict",
+    "history_positions",
+}
 
 
 def expected(runtime: Runtime, question: str = QUESTION, **changes: Any) -> Any:
@@ -79,6 +97,7 @@ def test_an_answer(client: openai.OpenAI, runtime: Runtime) -> None:
     assert usage["context_tokens"] == answer.stats.context_tokens
     assert usage["completion_tokens"] == answer.stats.new_tokens
     assert usage["total_tokens"] == answer.stats.decoder_positions + answer.stats.new_tokens
+    assert "refrag" not in whole.model_extra
     assert whole.model == MODEL
     assert whole.system_fingerprint.startswith(f"generation-2-{runtime.reader.manifest.build_id[:12]}")
 
@@ -91,7 +110,9 @@ def test_a_stream_gives_the_same_in_pieces(client: openai.OpenAI) -> None:
     assert "".join(pieces) == whole.choices[0].message.content
     assert len(pieces) > 2
     assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
-    assert (chunks[-1].choices, chunks[-1].usage) == ([], whole.usage)
+    assert chunks[-1].choices == []
+    counts = [used.model_dump(exclude={"prompt_tokens_details"}) for used in (chunks[-1].usage, whole.usage)]
+    assert counts[0] == counts[1]
     assert len({chunk.id for chunk in chunks}) == 1
 
 
@@ -157,27 +178,6 @@ def test_the_chunks_of_a_passage_are_its_text_and_its_scores(runtime: Runtime) -
             assert min(s for s, expanded in ranked if expanded) >= max(s for s, expanded in ranked if not expanded)
 
 
-def test_earlier_turns_are_read_and_instructions_stand_before_the_question(
-    client: openai.OpenAI, runtime: Runtime
-) -> None:
-    earlier = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "What is the river made of?"},
-        {"role": "assistant", "content": [{"type": "text", "text": "Of water and copper."}]},
-    ]
-    whole = ask(client, messages=[*earlier, {"role": "user", "content": QUESTION}], include_passages=True)
-    given = {"turn 1 (user)": "What is the river made of?", "turn 2 (assistant)": "Of water and copper."}
-    options = AskOptions(top_k=3, max_new_tokens=NEW_TOKENS, policy="all")
-    pinned = runtime.pinned()
-    prepared = pinned.prepare(QUESTION, options, given=given, instructions="Be brief.")
-    answer = pinned.answer_prepared(prepared)
-    assert whole.choices[0].message.content.strip() == answer.answer
-    assert whole.usage.prompt_tokens == answer.stats.decoder_positions
-    names = [passage["doc_id"] for passage in whole.model_extra["refrag"]["passages"]]
-    assert names[:2] == list(given)
-    assert answer.stats.decoder_positions > expected(runtime).stats.decoder_positions
-
-
 def test_where_no_passage_passes_the_filter_there_is_no_answer(client: openai.OpenAI) -> None:
     whole = ask(client, filter="year > 3000", include_passages=True)
     assert (whole.choices[0].message.content, whole.choices[0].finish_reason) == ("", "stop")
@@ -201,6 +201,130 @@ def test_models(client: openai.OpenAI) -> None:
     assert client.models.retrieve(MODEL) == model
     with pytest.raises(openai.NotFoundError, match="there is no such model; expected 'tiny'"):
         client.models.retrieve("gpt")
+
+
+# --- conversations ------------------------------------------------------------------------------------
+
+FOLLOWING = [
+    QUESTION,
+    "And the copper king?",
+    "Who wrote the letter about the silent bridge?",
+    "Is the garden of carbon light?",
+    "What did you say about the river?",
+]
+
+
+def converse(client: openai.OpenAI, **own: Any) -> list[Any]:
+    """All questions of FOLLOWING, each with the messages before it, as OpenAI's clients do."""
+    messages: list[dict[str, Any]] = []
+    answers = []
+    for question in FOLLOWING:
+        messages.append({"role": "user", "content": question})
+        answers.append(ask(client, messages=messages, **own))
+        messages.append({"role": "assistant", "content": answers[-1].choices[0].message.content})
+    return answers
+
+
+@pytest.mark.parametrize(
+    ("policy", "positions"), [("all", None), ("all", 60), ("learned", 100), ("none", 100), ("perplexity", 80)]
+)
+def test_a_conversation_is_that_of_refrag_chat(
+    client: openai.OpenAI, runtime: Runtime, policy: Any, positions: int | None
+) -> None:
+    """The same history, the same answers, although no state but the decoder's cache is kept between requests."""
+    own: dict[str, Any] = {"policy": policy, "expansion_fraction": 0.3}
+    answers = converse(client, **own, **({} if positions is None else {"history_positions": positions}))
+    options = AskOptions(top_k=3, max_new_tokens=NEW_TOKENS, max_positions=POSITIONS, **own)
+    chat = runtime.chat(options, history=HistoryOptions(positions=1024 if positions is None else positions))
+    expected = [chat.ask(question) for question in FOLLOWING]
+    assert [whole.choices[0].message.content.strip() for whole in answers] == [answer.answer for answer in expected]
+    assert [whole.usage.prompt_tokens for whole in answers] == [a.stats.decoder_positions for a in expected]
+    told = [whole.model_extra.get("refrag", {}).get("history") for whole in answers]
+    assert told == [None, *(asdict(answer.history) for answer in expected[1:] if answer.history is not None)]
+    assert told[-1]["dropped"] + told[-1]["passages"] + told[-1]["raw"] == len(FOLLOWING) - 1
+    assert told[-1]["positions"] <= told[-1]["budget"]
+    if positions is None:
+        assert (told[2]["raw"], told[3]["dropped"]) == (2, 1)
+        cached = answers[2].usage.prompt_tokens_details.cached_tokens
+        assert cached >= expected[2].stats.reused_positions > SMALLEST_REUSE
+    else:
+        assert told[-1]["dropped" if policy == "all" else "passages"] > 0
+
+
+def test_instructions_stand_before_the_question(client: openai.OpenAI, runtime: Runtime) -> None:
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What is the river made of?"},
+        {"role": "assistant", "content": [{"type": "text", "text": "Of water and copper."}]},
+        {"role": "user", "content": QUESTION},
+    ]
+    whole = ask(client, messages=messages, include_passages=True)
+    options = AskOptions(top_k=3, max_new_tokens=NEW_TOKENS, policy="all", max_positions=POSITIONS)
+    turns = (Turn("What is the river made of?", "Of water and copper."),)
+    pinned = runtime.pinned()
+    turn = prepare_turn(pinned, QUESTION, turns, options, HistoryOptions(), instructions="Be brief.")
+    answer = pinned.answer_prepared(turn.prepared)
+    assert whole.choices[0].message.content.strip() == answer.answer
+    assert whole.usage.prompt_tokens == answer.stats.decoder_positions
+    without = prepare_turn(pinned, QUESTION, turns, options, HistoryOptions()).prepared.composed
+    assert without is not None
+    assert answer.stats.decoder_positions > len(without.arrangement.ids)
+    assert whole.model_extra["refrag"]["history"]["raw"] == 1
+
+
+def test_turns_that_do_not_fit_are_told_or_refused(client: openai.OpenAI) -> None:
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "river " * 200},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": QUESTION},
+    ]
+    for policy in ("all", "none"):
+        own: dict[str, Any] = {"messages": messages, "policy": policy, "history_positions": 5}
+        assert ask(client, **own).model_extra["refrag"]["history"]["dropped"] == 1
+        streamed = [c.model_extra["refrag"] for c in ask(client, **own, stream=True) if "refrag" in c.model_extra]
+        assert [told["history"]["dropped"] for told in streamed] == [1]
+        with pytest.raises(openai.BadRequestError, match="the oldest 1 of 1 turns do not fit the 5 positions"):
+            ask(client, **own, strict=True)
+
+
+def test_messages_become_turns() -> None:
+    def turns(*messages: tuple[Any, str]) -> list[tuple[str, str]]:
+        made = earlier_turns([Message(role=role, content=text) for role, text in messages])
+        return [(turn.question, turn.answer) for turn in made]
+
+    u, a = "user", "assistant"
+    assert turns() == []
+    assert turns((u, "Who?"), (a, " Ann.\n"), (u, "Why?"), (a, "So.")) == [("Who?", "Ann."), ("Why?", "So.")]
+    assert turns((a, "Hello."), (u, "Who?"), (a, "Ann.")) == [("", "Hello."), ("Who?", "Ann.")]
+    assert turns((u, "A text."), (u, " "), (u, "Who?"), (a, "Ann."), (a, "Or Bo.")) == [
+        ("A text.\n\nWho?", "Ann.\n\nOr Bo.")
+    ]
+    assert turns((u, "Who?"), (a, "  "), (u, "Why?")) == [("Who?\n\nWhy?", "")]
+
+
+def test_a_request_s_positions_come_before_the_server_s() -> None:
+    settings = ServeSettings(model_name=MODEL, history=HistoryOptions(positions=50, turn_weight=0.2))
+    body: dict[str, Any] = {"messages": [Message(role="user", content="Who?")]}
+    assert chat_question(ChatRequest(**body), settings, trained=False).history == settings.history
+    asked = chat_question(ChatRequest(**body, history_positions=7), settings, trained=False)
+    assert asked.history == HistoryOptions(positions=7, turn_weight=0.2)
+    with pytest.raises(UsageError, match="the last message is the system's"):
+        chat_question(ChatRequest(messages=[Message(role="system", content="x")]), settings, trained=False)
+
+
+def test_without_reuse_answers_are_the_same(runtime: Runtime, client: openai.OpenAI) -> None:
+    def engine(of: Runtime) -> EmbeddedEngine:
+        rows = SlotDecoder(of.decoder, slots=2, max_positions=POSITIONS)
+        return EmbeddedEngine(rows, slots=2, max_positions=POSITIONS, eos_ids=of.decoder.eos_ids, reuse=False)
+
+    with (
+        served(runtime, make_engine=engine, max_positions=POSITIONS) as plain,
+        openai.OpenAI(base_url=f"{plain.url}/v1", api_key="none", max_retries=0, timeout=60) as other,
+    ):
+        without = converse(other)
+        assert all(whole.usage.prompt_tokens_details.cached_tokens == 0 for whole in without)
+    found = [whole.choices[0].message.content for whole in converse(client)]
+    assert found == [whole.choices[0].message.content for whole in without]
 
 
 # --- many at a time -----------------------------------------------------------------------------------
@@ -246,6 +370,25 @@ def test_a_client_that_leaves_frees_its_slot(
     streams[3].response.close()
     server.until(lambda: server.answering.in_flight == 0 and server.engine.active == 0)
     assert server.answering.metrics.cancelled._value.get() == cancelled + 5
+
+
+def test_clients_that_leave_leave_nothing_behind(server: Running, client: openai.OpenAI) -> None:
+    """No stream, prompt or text of theirs is alive; a slot has its last prompt's embeddings and no more."""
+
+    def alive() -> dict[str, int]:
+        gc.collect()
+        kinds = [type(thing) for thing in gc.get_objects()]
+        return {kind.__name__: kinds.count(kind) for kind in (TokenStream, Prepared, AnswerText)}
+
+    for number in range(12):
+        stream = ask(client, f"Which ship is number {number}?", stream=True, max_tokens=200)
+        next(iter(stream))
+        stream.response.close()
+    server.until(lambda: server.answering.in_flight == 0 and server.engine.active == 0)
+    server.until(lambda: not any(alive().values()))
+    kept = server.engine._kept
+    assert 0 < len(kept) <= 4
+    assert max(map(len, kept.values())) < POSITIONS
 
 
 def test_one_that_leaves_without_streaming_as_well(server: Running, brake: Brake) -> None:
@@ -347,12 +490,12 @@ def test_compression_needs_training_unless_allowed(server: Running, client: open
 
 
 def test_an_error_of_our_own_says_nothing(
-    server: Running, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    server: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("at /secret/place")
 
-    monkeypatch.setattr(Runtime, "prepare", broken)
+    monkeypatch.setattr("refrag_core.serving.answering.prepare_turn", broken)
     body = {"messages": [{"role": "user", "content": QUESTION}]}
     for more in ({}, {"stream": True}):
         found = httpx.post(f"{server.url}/v1/chat/completions", json=body | more)
@@ -487,16 +630,21 @@ def test_metrics_count_what_happened(server: Running, client: openai.OpenAI, run
 
 def test_turns_already_encoded_are_cache_hits(server: Running, client: openai.OpenAI) -> None:
     turns = [
-        {"role": "user", "content": "A turn of its own, about northern copper."},
+        {"role": "user", "content": "A turn of its own, about northern copper. " * 4},
         {"role": "user", "content": "And?"},
     ]
-    ask(client, messages=turns)
+    asked: dict[str, Any] = {"messages": [turns[0], {"role": "assistant", "content": "I see."}, turns[1]]}
+    own = {"policy": "none", "history_positions": 40}
+    ask(client, **asked, **own)
     before = httpx.get(f"{server.url}/metrics").text
-    ask(client, messages=turns)
+    assert ask(client, **asked, **own).model_extra["refrag"]["history"]["passages"] == 1
     after = httpx.get(f"{server.url}/metrics").text
     hits, misses = "refrag_chunk_cache_hits_total", "refrag_chunk_cache_misses_total"
     assert sample(after, hits) > sample(before, hits)
     assert sample(after, misses) == sample(before, misses) > 0
+    passages, reused = 'refrag_history_turns_total{form="passages"}', "refrag_reused_positions_total"
+    assert sample(after, passages) == sample(before, passages) + 1
+    assert sample(after, reused) > sample(before, reused)  # the same request again
 
 
 def test_probes(server: Running) -> None:
