@@ -40,6 +40,18 @@ def closest_factors(update: Tensor, rank: int, scale: float, moment: Tensor | No
     return down.float(), up.float()
 
 
+def balanced_factors(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The same update from factors `[rank, in]` and `[out, rank]` of which each pair has one length.
+
+    Factors cut by what they do to a layer's outputs have a short `down` and a long `up`. Adam's steps are of one size
+    for all entries and would change the short ones beyond recognition.
+    """
+    lengths = down.norm(dim=1), up.norm(dim=0)
+    some = (lengths[0] > 0) & (lengths[1] > 0)
+    ratio = torch.where(some, lengths[1] / lengths[0].where(some, 1.0), 1.0).sqrt()
+    return down * ratio[:, None], up / ratio
+
+
 def _root(moment: Tensor) -> Tensor:
     """L of L Lᵀ."""
     matrix = moment.double()

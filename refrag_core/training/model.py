@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from refrag_core.encoder import EncoderModule
 from refrag_core.errors import ConfigError, UnsupportedDecoderError
-from refrag_core.training.low_rank import closest_factors
+from refrag_core.training.low_rank import balanced_factors, closest_factors
 
 DecoderTraining = Literal["frozen", "lora", "full"]
 
@@ -82,10 +82,11 @@ class LoRALinear(AdaptedLinear):
         return self.down.detach(), self.up.detach()
 
     def start_from(self, down: Tensor, up: Tensor) -> None:
-        """Copy the factors; of more than its rank it takes the closest, with fewer the rest begins at nothing."""
+        """Balance the factors; of more than its rank it takes the closest, with fewer the rest begins at nothing."""
         rank = len(self.down)
         if len(down) > rank:
             down, up = closest_factors(self.scale * (up.float() @ down.float()), rank, self.scale)
+        down, up = balanced_factors(down.float(), up.float())
         self.down[: len(down)].copy_(down)
         self.up[:, : len(down)].copy_(up)
 

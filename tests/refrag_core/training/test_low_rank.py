@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from refrag_core.training.low_rank import closest_factors, input_moments
+from refrag_core.training.low_rank import balanced_factors, closest_factors, input_moments
 
 
 def random(*shape: int, seed: int) -> torch.Tensor:
@@ -52,3 +52,13 @@ def test_moments_are_exact_within_autocast() -> None:
     down, up = closest_factors(random(4, 64, seed=5), 2, 1.0, moments["layer"])
     assert down.isfinite().all()
     assert up.isfinite().all()
+
+
+def test_balanced_factors_are_the_same_update_in_pairs_of_one_length() -> None:
+    generator = torch.Generator().manual_seed(0)
+    down, up = torch.randn((3, 5), generator=generator) * 0.01, torch.randn((4, 3), generator=generator) * 10.0
+    up[:, 2] = 0.0
+    made_down, made_up = balanced_factors(down, up)
+    assert torch.allclose(made_up @ made_down, up @ down, rtol=1e-5)
+    assert torch.allclose(made_down.norm(dim=1)[:2], made_up.norm(dim=0)[:2], rtol=1e-5)
+    assert torch.equal(made_down[2], down[2])
