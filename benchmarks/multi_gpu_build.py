@@ -1,6 +1,6 @@
 """The encode stage on one GPU and on two or more, through Ray: `refrag index build --engine ray --device-workers N`.
 
-    python -m benchmarks.multi_gpu_build [--workers 1 2] [--megabytes 40] [--encoder roberta-large]
+    python -m benchmarks.multi_gpu_build [--workers 1 2] [--megabytes 16] [--encoder roberta-large]
         [--cpus 32] [--device cuda|cpu] [--output FILE]
 
 Builds one corpus of pseudo-words once for each number of device workers, each with a GPU of its own, on a Ray of this
@@ -90,8 +90,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse, build, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--megabytes", type=float, default=40.0)
-    parser.add_argument("--shards", type=int, default=64)
+    parser.add_argument("--megabytes", type=float, default=16.0)
+    parser.add_argument("--shards", type=int, default=32)
     parser.add_argument("--encoder", choices=SHAPES, default="roberta-large")
     parser.add_argument("--cpus", type=int, default=None, help="of Ray; the machine's cores by default")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
