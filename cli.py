@@ -283,7 +283,9 @@ VllmUrl = Annotated[
 VllmModel = Annotated[
     str | None,
     typer.Option(
-        help="With --engine vllm-server: its name for the decoder. Default: the only one.", show_default=False
+        help="With --engine vllm-server: its name for the decoder. Default: its only one, or with an adapter the name "
+        "that `bundle decoder` tells.",
+        show_default=False,
     ),
 ]
 VllmOption = Annotated[

@@ -11,5 +11,5 @@ _CONFIG_FILE = "config.json"
 
 
 def shipped() -> list[Path]:
-    """Folders of the checkpoints that are there, by name."""
-    return sorted(path.parent for path in ROOT.glob(f"*/{_CONFIG_FILE}"))
+    """Folders of the checkpoints that are there, by name; one that is being packed has a name with a dot before it."""
+    return sorted(path.parent for path in ROOT.glob(f"[!.]*/{_CONFIG_FILE}"))

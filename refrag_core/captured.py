@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 _WARM_UP_CALLS = 2
+_COMPILED_VARIANTS = 64
+_CAPTURING = threading.RLock()
+"""One capture at a time in the process: to begin one waits for the whole device, which breaks any other."""
 
 Key = tuple[Any, ...]
 
@@ -66,7 +69,7 @@ class CapturedCalls:
         return captured.output.clone()
 
     def _capture(self, tensors: Sequence[Tensor], constants: Sequence[Any]) -> _Captured:
-        with torch.cuda.device(self._device):
+        with _CAPTURING, torch.cuda.device(self._device):
             inputs = tuple(tensor.to(self._device, copy=True) for tensor in tensors)
             self._warm_up(inputs, constants)
             if self._pool is None:
@@ -85,6 +88,20 @@ class CapturedCalls:
             for _ in range(_WARM_UP_CALLS):
                 self._function(*inputs, *constants)
         torch.cuda.current_stream(self._device).wait_stream(stream)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` compiled into one kernel, for many dtypes, widths and constants: a process may hold several models.
+
+    The limit on variants holds for the thread that sets it alone, so that each call does.
+    """
+    made = torch.compile(function, dynamic=True, fullgraph=True)
+
+    def call(*arguments: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=_COMPILED_VARIANTS):
+            return made(*arguments)
+
+    return call
 
 
 def bucket(size: int, *, smallest: int, fine: int = 1024) -> int:

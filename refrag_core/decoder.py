@@ -23,8 +23,8 @@ from refrag_core.errors import ConfigError, ModelNotFoundError, UnsupportedDecod
 from refrag_core.models import load_tokenizer, without_progress_bars
 
 FINISHED = -1
-DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 """Stands in a step's tokens for a prompt whose answer has ended."""
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 REFUSED_TYPES = {
     "gemma3n": "its layers look token ids up in tables of their own",
@@ -111,6 +111,11 @@ class Decoder:
             raise ModelNotFoundError(
                 f"{folder} lacks {len(loaded['missing_keys'])} weights of its decoder "
                 f"({min(loaded['missing_keys'])}, …); expected all of them: get the complete model"
+            )
+        if device_map is not None and any(parameter.is_meta for parameter in model.parameters()):
+            raise ConfigError(
+                f"the decoder in {folder} does not fit this machine's GPUs: some of its layers would stay on the host; "
+                "expected all on GPUs: take a smaller decoder, or a machine with more of them"
             )
         if adapter is not None:
             merge_adapter(model, adapter)

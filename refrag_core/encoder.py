@@ -406,7 +406,7 @@ class ChunkEncoder:
         size = self._batch_size(token_ids.shape[1])
         self._encode_sorted(ids, num_tokens[order], staged, size)
         if self._on_cuda:
-            torch.cuda.synchronize(self.device)
+            torch.cuda.current_stream(self.device).synchronize()
         embeddings = np.empty(staged.shape, dtype=np.float16)
         embeddings[order] = staged.numpy()
         return embeddings

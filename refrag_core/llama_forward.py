@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from refrag_core.captured import compiled
 from refrag_core.key_value_rows import KeyValueRows, Places, causal_attention
 
 LLAMA_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Those whose angles depend on the position alone, not on how long a sequence is."""
-
-_COMPILED_VARIANTS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,17 +82,11 @@ def gated(gate_up: Tensor) -> Tensor:
 
 
 @cache
-def _pointwise(compiled: bool) -> Pointwise:
-    if not compiled:
+def _pointwise(on_cuda: bool) -> Pointwise:
+    if not on_cuda:
         return Pointwise(rms_norm, head_norm, add_norm, rotate, gated)
 
-    def made(function: Callable[..., Any]) -> Callable[..., Any]:
-        return torch.compile(function, dynamic=True, fullgraph=True)
-
-    # Every dtype, width and epsilon is a variant; a process that reloads models or holds several meets more than eight.
-    dynamo = torch._dynamo.config
-    dynamo.recompile_limit = max(dynamo.recompile_limit, _COMPILED_VARIANTS)
-    return Pointwise(made(rms_norm), made(head_norm), made(add_norm), made(rotate), made(gated))
+    return Pointwise(compiled(rms_norm), compiled(head_norm), compiled(add_norm), compiled(rotate), compiled(gated))
 
 
 def is_llama_like(model: Any) -> bool:
@@ -106,8 +99,13 @@ def is_llama_like(model: Any) -> bool:
         and rope.get("rope_type", "default") in _ROPE_TYPES
         and not any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
         and all(type(module) is nn.Linear for module in _projections(model))
-        and len({parameter.device for parameter in model.parameters()}) == 1
+        and is_on_one_device(model)
     )
+
+
+def is_on_one_device(model: Any) -> bool:
+    """Whether no layer of it lies elsewhere than the others."""
+    return len({parameter.device for parameter in model.parameters()}) == 1
 
 
 class LlamaForward:

@@ -16,6 +16,7 @@ from refrag_core.models import fingerprint_model, without_progress_bars
 
 RECORD_FILE = "refrag_decoder.json"
 """What the folder was made from."""
+_GENERATION_CONFIG = "generation_config.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5")
 
 
@@ -30,7 +31,6 @@ def merged_folder(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype) -> P
         return folder
     kept = cache_dir() / "merged-decoders" / f"{merged_name(checkpoint, folder)}-{_dtype_name(dtype)}"
     if not (kept / RECORD_FILE).is_file():
-        shutil.rmtree(kept, ignore_errors=True)
         write_merged(checkpoint, folder, kept, dtype=dtype)
     return kept
 
@@ -43,7 +43,7 @@ def write_merged(checkpoint: Checkpoint, folder: Path, output: Path, *, dtype: t
 
     Raises ConfigError when `output` holds something else already, and what loading raises.
     """
-    name = merged_name(checkpoint, folder)
+    name, output = merged_name(checkpoint, folder), output.resolve()
     _check_free(output)
     temporary = output.with_name(f"{output.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -52,16 +52,28 @@ def write_merged(checkpoint: Checkpoint, folder: Path, output: Path, *, dtype: t
         _copy_all_but_weights(folder, temporary)
         chosen = dtype or _own_dtype(folder)
         decoder = Decoder.load(folder, dtype=chosen, adapter=checkpoint.load_adapter())
+        from transformers import GenerationConfig
+
+        decoder.model.generation_config = GenerationConfig()  # its own may be one that transformers refuses to write
         with without_progress_bars():
             decoder.model.save_pretrained(temporary)
+        if (folder / _GENERATION_CONFIG).is_file():
+            shutil.copyfile(folder / _GENERATION_CONFIG, temporary / _GENERATION_CONFIG)
         record = {"name": name, "dtype": _dtype_name(chosen), "decoder": checkpoint.config.decoder.reference}
         (temporary / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        if output.exists():
-            shutil.rmtree(output)
-        temporary.rename(output)
+        _replace(output, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return name
+
+
+def _replace(output: Path, made: Path) -> None:
+    """Put `made` in the place of `output`, of which others may be reading: it is there, whole, at all times but one."""
+    old = made.with_name(f"{made.name}.old")
+    if output.exists():
+        output.rename(old)
+    made.rename(output)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _check_free(output: Path) -> None:

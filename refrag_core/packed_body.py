@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from refrag_core.captured import compiled
 from refrag_core.chunk_attention import attend_within_chunks, fits_a_tile
 from refrag_core.errors import ConfigError
 
@@ -63,12 +64,10 @@ def add_norm(hidden: Tensor, update: Tensor, weight: Tensor, bias: Tensor, epsil
 
 
 @cache
-def _pointwise(compiled: bool) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    if not compiled:
+def _pointwise(on_cuda: bool) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    if not on_cuda:
         return add_norm, nn.functional.gelu
-    return torch.compile(add_norm, dynamic=True, fullgraph=True), torch.compile(
-        nn.functional.gelu, dynamic=True, fullgraph=True
-    )
+    return compiled(add_norm), compiled(nn.functional.gelu)
 
 
 def is_packable(body: Any) -> bool:

@@ -139,7 +139,8 @@ def _source(checkpoint: Checkpoint, output: Path) -> Path:
     if folder.resolve() == output.resolve():
         raise UsageError(f"{output} is the checkpoint that is to be packed; expected another folder for --output")
     held = {path.name for path in output.iterdir()} if output.is_dir() else set()
-    if held - {_MODEL_CARD} and CONFIG_FILE not in held:
+    strange = {name for name in held - {_MODEL_CARD, TRAINING_FILE} if not name.endswith(".safetensors")}
+    if output.is_file() or (strange and CONFIG_FILE not in held):
         raise UsageError(f"{output} holds files and no checkpoint; expected a new folder, or a checkpoint to replace")
     return folder
 
@@ -240,14 +241,15 @@ def _whole_size(checkpoint: Checkpoint) -> int:
 
 
 def _install(made: Path, output: Path) -> None:
-    """Move all files over, the config last, then drop weights that it does not name."""
+    """Move all files over, the config last, then drop what it does not name. Without a config it is no checkpoint."""
     output.mkdir(exist_ok=True)
+    (output / CONFIG_FILE).unlink(missing_ok=True)
     names = sorted((path.name for path in made.iterdir()), key=lambda name: name == CONFIG_FILE)
     for name in names:
         (made / name).replace(output / name)
-    for path in output.glob("*.safetensors"):
+    for path in (*output.glob("*.safetensors"), output / TRAINING_FILE):
         if path.name not in names:
-            path.unlink()
+            path.unlink(missing_ok=True)
 
 
 def _copy_record(source: Path, folder: Path) -> None:

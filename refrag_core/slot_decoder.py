@@ -15,7 +15,7 @@ from refrag_core.captured import CapturedCalls, bucket
 from refrag_core.decoder import Decoder
 from refrag_core.errors import ConfigError
 from refrag_core.key_value_rows import KeyValueRows, Places
-from refrag_core.llama_forward import LlamaForward, is_llama_like
+from refrag_core.llama_forward import LlamaForward, is_llama_like, is_on_one_device
 
 STATIC_TYPES = ("gpt2", "opt", "gpt_neox")
 """Types whose transformers forward takes a cache and a mask of ours; all their layers see the whole sequence."""
@@ -189,7 +189,8 @@ def _rows(decoder: Decoder, slots: int, max_positions: int, padded: bool) -> _Ro
     cache = KeyValueRows(rows=slots, max_positions=max_positions, num_layers=num_layers)
     if is_static_llama(model, max_positions):
         return _StaticRows(LlamaForward(model, cache, max_positions=max_positions), cache, decoder.device, padded)
-    if model.config.model_type in STATIC_TYPES and model.config._attn_implementation == "sdpa":
+    static = model.config.model_type in STATIC_TYPES and model.config._attn_implementation == "sdpa"
+    if static and is_on_one_device(model):
         return _StaticRows(_TransformersForward(model, cache), cache, decoder.device, padded)
     return _SeparateRows(decoder, slots)
 
@@ -214,9 +215,12 @@ class _StaticRows:
         self._calls = CapturedCalls(self._call, device)
 
     def run(self, rows: Sequence[int], inputs: Sequence[Tensor], start: Sequence[int]) -> Tensor:
-        """See _Rows."""
-        longest = max(map(len, inputs))
-        length = bucket(longest, smallest=PREFILL_STEP) if self._padded else longest
+        """See _Rows. Padding ends where a row does: what reads rows in place counts their positions from the end."""
+        longest, room = max(map(len, inputs)), self.cache.capacity - max(start)
+        if longest > room:  # together they would not fit: one starts late, another is long
+            parts = zip(rows, inputs, start, strict=True)
+            return torch.cat([self.run([row], [embeds], [begin]) for row, embeds, begin in parts])
+        length = min(bucket(longest, smallest=PREFILL_STEP), room) if self._padded else longest
         batch = nn.utils.rnn.pad_sequence(list(inputs), batch_first=True)
         batch = nn.functional.pad(batch, (0, 0, 0, length - longest))
         last = [len(embeds) - 1 for embeds in inputs]

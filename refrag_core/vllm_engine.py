@@ -124,7 +124,7 @@ class VllmEngine:
         stream.on_cancel(self._wake)
         with self._changed:
             if self._failure is not None:
-                raise self._failure
+                raise EngineError(str(self._failure))  # one object for all would keep every caller's frames
             if self._closed:
                 raise closed_error()
             self._count += 1
@@ -217,7 +217,7 @@ class VllmEngine:
             self._running.clear()
             self._waiting.clear()
         for asked in ended:
-            asked.stream.end(self._failure)
+            asked.stream.end(EngineError(str(self._failure)))
 
 
 def sampling_params(sampling: Sampling, eos_ids: list[int]) -> Any:

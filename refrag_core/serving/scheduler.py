@@ -153,7 +153,7 @@ class EmbeddedEngine:
 
     def _round(self) -> None:
         self._drop_cancelled()
-        if entered := self._enter():
+        for entered in _apart(self._enter()):
             self._attempt(entered, self._prefill)
         if self._running:
             self._attempt(dict(self._running), self._step)
@@ -205,12 +205,6 @@ class EmbeddedEngine:
                 self._end(slot, failure)
 
     def _prefill(self, entered: Mapping[int, _Running]) -> None:
-        """All of a call are padded to its longest: short rests of prompts go apart from whole ones."""
-        for reused in (False, True):
-            if own := {slot: running for slot, running in entered.items() if bool(running.reused) is reused}:
-                self._prefill_together(own)
-
-    def _prefill_together(self, entered: Mapping[int, _Running]) -> None:
         prompts, start = [], [running.reused for running in entered.values()]
         for slot, running in entered.items():
             assert running.inputs_embeds is not None
@@ -285,3 +279,9 @@ def embedded_engine(decoder: Decoder, *, slots: int, max_positions: int, reuse: 
         device=decoder.device,
         reuse=reuse,
     )
+
+
+def _apart(entered: Mapping[int, _Running]) -> list[dict[int, _Running]]:
+    """Whole prompts and rests of prompts: all of a call are padded to its longest, and one kind's error is its own."""
+    kinds = ({slot: each for slot, each in entered.items() if bool(each.reused) is reused} for reused in (False, True))
+    return [kind for kind in kinds if kind]

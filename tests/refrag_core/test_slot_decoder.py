@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from refrag_core.composition import pad_batch
 from refrag_core.decoder import Decoder
 from refrag_core.errors import ConfigError
 from refrag_core.llama_forward import is_llama_like
-from refrag_core.slot_decoder import STATIC_TYPES, SlotDecoder
+from refrag_core.slot_decoder import STATIC_TYPES, SlotDecoder, _StaticRows
 from tests.tiny_models import DECODER_FAMILIES, decoder, decoder_tokenizer, sliding_decoder
 
 NEW_TOKENS = 9
@@ -84,6 +85,27 @@ def test_a_prompt_takes_over_the_beginning_that_its_slot_holds(family: str, padd
     made = greedily(slotted, (0, 1), (other, second), start=(0, 15))
     assert made == [plainly(plain, other), plainly(plain, changed)]
     assert slotted.length(1) == 15 + 7 + NEW_TOKENS - 1
+
+
+def test_rows_are_never_padded_beyond_their_end() -> None:
+    """What reads rows in place counts positions from the end, which must be where the mask has it."""
+    plain = tiny("llama")
+    (late, long), rests = prompts(plain, 150, 20, seed=2), prompts(plain, 3, 100, seed=3)
+    expected = [plainly(plain, torch.cat(pair)) for pair in zip((late, long), rests, strict=True)]
+    slotted = SlotDecoder(tiny("llama"), slots=2, max_positions=190, padded=True)
+    assert isinstance(slotted._rows, _StaticRows)
+    shapes, logits = [], slotted._rows._logits
+
+    def seen(inputs: Tensor, rows: Sequence[int], start: Sequence[int], *more: Any) -> Tensor:
+        shapes.append(max(start) + inputs.shape[1])
+        return logits(inputs, rows, start, *more)
+
+    slotted._rows._logits = seen  # type: ignore[method-assign]
+    greedily(slotted, (0, 1), (late, long))
+    for slot, kept in enumerate((150, 20)):
+        slotted._lengths[slot] = kept
+    assert greedily(slotted, (0, 1), rests, [150, 20]) == expected
+    assert max(shapes) <= slotted._rows.cache.capacity
 
 
 @pytest.mark.parametrize("family", ["qwen3", "opt", "sliding"])
