@@ -102,7 +102,7 @@ def test_every_bundle_twice_changes_nothing(local: SmallIndex, tmp_path: Path) -
     assert ids_of(tmp_path / "index") == ids_of(local.path)
     assert digests(tmp_path / "index") == digests(local.path)
     assert engine.counters["reused"] >= 3 * engine.counters["shards"]
-    assert report.encoded_chunks in (0, report.chunks)  # as the first or the second execution told
+    assert 0 <= report.encoded_chunks <= report.chunks  # of each bundle the first or the second execution tells
 
 
 def test_results_come_back_through_a_bucket(local: SmallIndex, bucket: str) -> None:
