@@ -84,6 +84,7 @@ class _Exchange:
         self._abandoned = False
         self._socket: socket.socket | None = None
         self._connection: http.client.HTTPConnection | None = None
+        self._response: http.client.HTTPResponse | None = None
 
     def open(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> http.client.HTTPResponse:
         """Send, and wait for the head of the response. Raises EngineError for any status but 200."""
@@ -108,7 +109,7 @@ class _Exchange:
         if self._abandoned:  # while there was no socket yet
             raise ConnectionAbortedError("nobody wants the answer any more")
         connection.request(method, address.path + path, data, headers)
-        response = connection.getresponse()
+        response = self._response = connection.getresponse()
         if response.status != 200:
             raise _refusal(address, response.status, response.read(1 << 16))
         return response
@@ -121,9 +122,10 @@ class _Exchange:
                 self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Let go of the connection."""
-        if self._connection is not None:
-            self._connection.close()
+        """Let go of the connection; one that is not kept belongs to its response."""
+        for part in (self._response, self._connection):
+            if part is not None:
+                part.close()
 
 
 class VllmServerEngine:
