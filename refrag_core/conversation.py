@@ -16,7 +16,17 @@ from refrag_core.errors import ConfigError
 from refrag_core.history import HistoryOptions, HistoryUse, Window, last_first_raw, query_vector, windows
 from refrag_core.index_reader import FetchedPassage, PassageRef
 from refrag_core.prefix_reuse import PrefixReuse
-from refrag_core.runtime import Answer, AskOptions, Clock, GivenPassage, Prepared, Runtime, Selection, context_slots
+from refrag_core.runtime import (
+    Answer,
+    AskOptions,
+    Clock,
+    GivenPassage,
+    Prepared,
+    Runtime,
+    Selection,
+    context_slots,
+    lowest,
+)
 from refrag_core.scoring import ChunkScorer
 from refrag_core.session import Session, Turn, new_session
 from refrag_core.template import PromptTemplate, with_turns
@@ -196,8 +206,7 @@ class _Following:
 
     def _budget(self, asked: str) -> int:
         """Positions for the history: at most half of what the decoder has beside the question and its answer."""
-        limits = (self._runtime.decoder.max_positions, self._options.max_positions)
-        limit = min((limit for limit in limits if limit is not None), default=None)
+        limit = lowest(self._runtime.decoder.max_positions, self._options.max_positions)
         if limit is None:
             return self._history.positions
         fixed = self._runtime.template.num_fixed(0) + len(self._past.ids(asked)) + self._options.max_new_tokens

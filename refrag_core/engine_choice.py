@@ -74,19 +74,16 @@ def open_engine(
     Raises MissingExtraError without vLLM, EngineError and FingerprintMismatchError for a server that cannot be
     reached or has another decoder.
     """
-    decoder = runtime.decoder
-    limit = decoder.max_positions
-    positions = max_positions if limit is None else min(max_positions, limit)
     if options.name == "vllm":
-        return _vllm(runtime, options, slots, positions)
+        return _vllm(runtime, options, slots, max_positions)
     if options.name == "vllm-server":
         return _vllm_server(runtime, options, slots)
     from refrag_core.serving.scheduler import embedded_engine
 
-    return embedded_engine(decoder, slots=slots, max_positions=positions, reuse=reuse)
+    return embedded_engine(runtime.decoder, slots=slots, max_positions=max_positions, reuse=reuse)
 
 
-def _vllm(runtime: Runtime, options: EngineOptions, slots: int, positions: int) -> DecoderEngine:
+def _vllm(runtime: Runtime, options: EngineOptions, slots: int, max_positions: int) -> DecoderEngine:
     from refrag_core.merged_decoder import merged_folder
     from refrag_core.vllm_engine import VllmEngine, require_vllm
 
@@ -97,7 +94,7 @@ def _vllm(runtime: Runtime, options: EngineOptions, slots: int, positions: int) 
         dim=decoder.dim,
         eos_ids=decoder.eos_ids,
         slots=slots,
-        max_positions=positions,
+        max_positions=min(max_positions, decoder.max_positions or max_positions),
         dtype=decoder.dtype,
         settings=options.settings,
     )

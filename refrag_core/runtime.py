@@ -568,7 +568,7 @@ class Runtime:
             project=self.projection if fast is None or rows is None else fast.project,
             device=self.decoder.device,
             history=history,
-            max_positions=_lower(self.decoder.max_positions, options.max_positions),
+            max_positions=lowest(self.decoder.max_positions, options.max_positions),
             max_new_tokens=options.max_new_tokens,
             strict=options.strict,
             rows=rows,
@@ -941,7 +941,8 @@ class Clock:
         self._last = now
 
 
-def _lower(*limits: int | None) -> int | None:
+def lowest(*limits: int | None) -> int | None:
+    """Of those limits that there are; None for no limit."""
     return min((limit for limit in limits if limit is not None), default=None)
 
 
