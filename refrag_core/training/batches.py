@@ -131,6 +131,32 @@ def recall_batch(
     return replace(batch, targets=np.where(predicted, output, IGNORED))
 
 
+def interleaved_batch(token_ids: Ids, *, chunk_size: int, expansion_mask: Mask) -> tuple[TrainingBatch, TrainingBatch]:
+    """Text in which compressed and expanded chunks alternate, whose expanded tokens are predicted.
+
+    What a decoder gains from a context is gained mostly in the tokens right behind it: where the text before a run of
+    expanded chunks is compressed, every run asks what the first tokens of a next paragraph ask.
+
+    Args:
+        token_ids: `[b, s]`, s = L·k.
+        expansion_mask: bool `[b, L]`, True = raw tokens, which are predicted; the same number of True in every row,
+            and none in the first place, which nothing stands before.
+
+    Returns:
+        the batch, and the same predictions from the full text.
+    """
+    if expansion_mask[:, 0].any():
+        raise ConfigError("a row begins with an expanded chunk; expected a compressed one, from which it is predicted")
+    nothing = np.empty((len(token_ids), 0), dtype=np.int64)
+    batch = next_paragraph_batch(token_ids, nothing, chunk_size=chunk_size, expansion_mask=expansion_mask)
+    rows = len(token_ids)
+    predicted = np.nonzero(expansion_mask.repeat(chunk_size, axis=1))[1].reshape(rows, -1)
+    targets = np.take_along_axis(token_ids, predicted, axis=1)
+    slots = np.nonzero(batch.ids != COMPRESSED)[1].reshape(rows, -1)
+    full = replace(text_batch(token_ids), predict_at=predicted - 1, targets=targets)
+    return replace(batch, predict_at=slots - 1, targets=targets), full
+
+
 def text_batch(token_ids: Ids, *, first: int = 1) -> TrainingBatch:
     """Plain text `[b, t]`, of which the tokens from number `first` (at least 1) on are predicted."""
     rows, size = token_ids.shape
@@ -148,3 +174,30 @@ def random_masks(rows: int, num_chunks: int, count: int, random: np.random.Gener
     ranks = random.random((rows, num_chunks)).argsort(axis=1).argsort(axis=1)
     mask: Mask = ranks < count
     return mask
+
+
+def run_masks(rows: int, num_chunks: int, count: int, runs: int, random: np.random.Generator) -> Mask:
+    """Bool `[rows, num_chunks]` with `count` True in every row, in `runs` runs, each behind a run of False.
+
+    The lengths of both kinds of runs are drawn so that every way to cut them is equally likely.
+
+    Raises ConfigError when there are not as many chunks of either kind as runs.
+    """
+    if not 1 <= runs <= min(count, num_chunks - count):
+        raise ConfigError(
+            f"{runs} runs of {count} expanded among {num_chunks} chunks; expected at least one chunk of either kind a "
+            f"run"
+        )
+    mask = np.zeros((rows, num_chunks), dtype=np.bool_)
+    for row in mask:
+        lengths = np.stack(
+            [_random_parts(num_chunks - count, runs, random), _random_parts(count, runs, random)], axis=1
+        )
+        row[:] = np.repeat(np.tile([False, True], runs), lengths.reshape(-1))
+    return mask
+
+
+def _random_parts(size: int, parts: int, random: np.random.Generator) -> Ids:
+    """Int64 `[parts]`, each at least 1, that sum to `size`."""
+    cuts = np.sort(random.permutation(size - 1)[: parts - 1]) + 1
+    return np.diff(cuts, prepend=0, append=size)

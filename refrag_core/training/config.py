@@ -1,7 +1,7 @@
 """The settings of a training run: one TOML file, validated, with overrides.
 
     [[tasks]]
-    kind = "reconstruct"       # reconstruct | recall | next-paragraph | text | instruct
+    kind = "reconstruct"       # reconstruct | recall | interleaved | next-paragraph | text | instruct
     weight = 0.5               # share of the micro-batches
     batch_rows = 64            # windows a micro-batch
 
@@ -19,11 +19,12 @@ from refrag_core.digests import JSON
 from refrag_core.encoder import EmbeddingForm, Pooling
 from refrag_core.errors import ConfigError
 from refrag_core.models import DEFAULT_DECODER, DEFAULT_ENCODER
+from refrag_core.policy import num_expanded
 from refrag_core.stored_weights import StoredDtype
 
-TaskKind = Literal["reconstruct", "recall", "next-paragraph", "text", "instruct"]
+TaskKind = Literal["reconstruct", "recall", "interleaved", "next-paragraph", "text", "instruct"]
 
-EXPANDING: tuple[TaskKind, ...] = ("recall", "next-paragraph", "instruct")
+EXPANDING: tuple[TaskKind, ...] = ("recall", "interleaved", "next-paragraph", "instruct")
 """Tasks in which some chunks may be given as tokens."""
 Teacher = Literal["self", "base"]
 
@@ -86,17 +87,18 @@ class TaskConfig:
     curriculum: Literal["mixture", "geometric"] = "mixture"
     """Of the lengths of reconstructions: `refrag_core.training.schedule.length_weights`."""
     expansion_fractions: tuple[float, ...] = (0.0, 0.1, 0.25)
-    """p of the contexts of recall, next-paragraph and instruct, each equally likely; expanded chunks are drawn at
-    random."""
+    """p of the contexts of recall, next-paragraph and instruct, each equally likely, with expanded chunks drawn at
+    random; of the whole windows of interleaved, where they stand in runs and are what is predicted."""
     gold_expansion_weight: float = 1.0
     """How many times as readily chunks of passages that hold the answer are drawn, in instruct."""
     span_tokens: int = 32
-    """Tokens of a piece of the context that recall continues; output_tokens is a multiple."""
+    """Tokens of a piece of the context that recall continues, and output_tokens is a multiple; of a run of expanded
+    chunks in interleaved, on average."""
     given_tokens: int = 4
     """The first of them, which are given."""
     distillation: float = 0.0
-    """Weight of the KL divergence from the decoder that reads the full context, in the loss of next-paragraph; in
-    that of text, from the teacher on the same text."""
+    """Weight of the KL divergence from the decoder that reads the full context, in the loss of next-paragraph and
+    interleaved; in that of text, from the teacher on the same text."""
     teacher: Teacher = "self"
     """That decoder: as it is being trained, or `base`, without its adapter."""
 
@@ -337,6 +339,8 @@ def _check_fit(config: TrainingConfig) -> None:
                 f"recall has span_tokens {task.span_tokens} and given_tokens {task.given_tokens}; expected a divisor "
                 f"of output_tokens {config.output_tokens}, and fewer given than a span has"
             )
+        if task.kind == "interleaved":
+            _check_interleaved(config, task)
         if task.kind == "text" and task.distillation and task.teacher != "base":
             raise ConfigError(
                 "text has distillation from the decoder that is being trained, which says what the decoder says "
@@ -357,3 +361,15 @@ def _check_fit(config: TrainingConfig) -> None:
         raise ConfigError(f"micro_batches is {config.micro_batches}; expected a multiple of alike, {config.alike}")
     if config.warmup >= 1.0:
         raise ConfigError(f"warmup is {config.warmup}; expected a share of the training below 1")
+
+
+def _check_interleaved(config: TrainingConfig, task: TaskConfig) -> None:
+    window = config.context_tokens + config.output_tokens
+    for size in config.chunk_sizes:
+        expanded = [num_expanded(window // size, fraction) for fraction in task.expansion_fractions]
+        if window % size or min(expanded) == 0:
+            raise ConfigError(
+                f"interleaved has windows of {window} tokens (context_tokens and output_tokens), chunk size {size} and "
+                f"expansion_fractions {', '.join(f'{fraction:g}' for fraction in task.expansion_fractions)}; expected "
+                f"whole chunks, and fractions that expand at least one of them, since those are what is predicted"
+            )

@@ -10,10 +10,12 @@ from refrag_core.training.batches import (
     Ids,
     Mask,
     TrainingBatch,
+    interleaved_batch,
     next_paragraph_batch,
     random_masks,
     recall_batch,
     reconstruction_batch,
+    run_masks,
     text_batch,
 )
 from refrag_core.training.config import EXPANDING, TaskConfig, TrainingConfig
@@ -91,6 +93,8 @@ def make_example(
         pieces = random.permutation(context.reshape(-1, count * size)).reshape(context.shape)
         batch = reconstruction_batch(pieces, chunk_size=size, num_chunks=count)
         return Example(f"reconstruct/k{size}", task, batch, None)
+    if task.kind == "interleaved":
+        return _interleaved(planned, tokens)
     fraction, chunks = planned.expansion_fraction, config.context_tokens // size
     masks = random_masks(len(context), chunks, num_expanded(chunks, fraction), random)
     if task.kind == "recall":
@@ -98,6 +102,16 @@ def make_example(
     batch = next_paragraph_batch(context, output, chunk_size=size, expansion_mask=masks)
     full = text_batch(tokens, first=config.context_tokens) if task.distillation else None
     return Example(f"next-paragraph/k{size}/p{fraction:g}", task, batch, full)
+
+
+def _interleaved(planned: MicroBatch, tokens: Ids) -> Example:
+    task, size, fraction = planned.task, planned.chunk_size, planned.expansion_fraction
+    chunks = tokens.shape[1] // size
+    count = num_expanded(chunks, fraction)
+    runs = max(1, min(count, chunks - count, round(count * size / task.span_tokens)))
+    masks = run_masks(len(tokens), chunks, count, runs, planned.random)
+    batch, full = interleaved_batch(tokens, chunk_size=size, expansion_mask=masks)
+    return Example(f"interleaved/k{size}/p{fraction:g}", task, batch, full if task.distillation else None)
 
 
 def _recall(config: TrainingConfig, planned: MicroBatch, context: Ids, masks: Mask) -> TrainingBatch:

@@ -3,10 +3,12 @@ import pytest
 
 from refrag_core.errors import ConfigError
 from refrag_core.training.batches import (
+    interleaved_batch,
     next_paragraph_batch,
     random_masks,
     recall_batch,
     reconstruction_batch,
+    run_masks,
     text_batch,
 )
 from refrag_core.training.losses import IGNORED
@@ -82,3 +84,38 @@ def test_recall_continues_pieces_of_its_own_context() -> None:
     assert batch.ids.tolist() == [[V, 3, 4, V, 1, 2, 3, 4, 5, 6], [V, V, 15, 16, 13, 14, 15, 12, 13, 14]]
     assert batch.predict_at.tolist() == [[3, 4, 5, 6, 7, 8]] * 2
     assert batch.targets.tolist() == [[IGNORED, 2, 3, IGNORED, 5, 6], [IGNORED, 14, 15, IGNORED, 13, 14]]
+
+
+def test_interleaved_predicts_its_expanded_tokens_from_slots_and_from_the_full_text() -> None:
+    batch, full = interleaved_batch(
+        rows([1, 2, 3, 4, 5, 6, 7, 8], [11, 12, 13, 14, 15, 16, 17, 18]),
+        chunk_size=2,
+        expansion_mask=np.asarray([[False, True, False, True], [False, False, True, True]]),
+    )
+    assert batch.ids.tolist() == [[V, 3, 4, V, 7, 8], [V, V, 15, 16, 17, 18]]
+    assert batch.chunk_ids.tolist() == [[[1, 2], [5, 6]], [[11, 12], [13, 14]]]
+    assert batch.places.tolist() == [[0, 3], [0, 1]]
+    assert batch.predict_at.tolist() == [[0, 1, 3, 4], [1, 2, 3, 4]]
+    assert batch.targets.tolist() == full.targets.tolist() == [[3, 4, 7, 8], [15, 16, 17, 18]]
+    assert full.ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8], [11, 12, 13, 14, 15, 16, 17, 18]]
+    assert full.predict_at.tolist() == [[1, 2, 5, 6], [3, 4, 5, 6]]
+
+
+def test_interleaved_refuses_a_first_chunk_that_nothing_precedes() -> None:
+    with pytest.raises(ConfigError, match="begins with an expanded chunk"):
+        interleaved_batch(np.zeros((1, 4), np.int64), chunk_size=2, expansion_mask=np.asarray([[True, False]]))
+
+
+def test_run_masks_alternate_in_as_many_runs_in_every_row() -> None:
+    masks = run_masks(200, 12, 5, 3, np.random.default_rng(0))
+    starts = masks[:, 1:] & ~masks[:, :-1]
+    assert masks.sum(axis=1).tolist() == [5] * 200
+    assert starts.sum(axis=1).tolist() == [3] * 200
+    assert not masks[:, 0].any()
+    assert masks[:, -1].all()
+    assert len(np.unique(masks, axis=0)) > 60  # of the 90 ways: 6 to cut five chunks in three, 15 to cut seven
+
+
+def test_run_masks_refuse_more_runs_than_chunks_of_a_kind() -> None:
+    with pytest.raises(ConfigError, match="3 runs of 2 expanded among 12 chunks"):
+        run_masks(1, 12, 2, 3, np.random.default_rng(0))

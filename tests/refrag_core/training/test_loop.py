@@ -165,3 +165,17 @@ def test_plain_text_can_be_held_to_the_decoder_before_training(
     assert divergences[0] == pytest.approx(0.0, abs=1e-6)
     assert divergences[-1] > 1e-4
     assert {name for line in lines for name in line["losses"]} >= {"text", "recall/k2/p0.25", "recall/k4/p0.25"}
+
+
+def test_interleaved_text_is_learnt_from_the_decoder_that_reads_all_of_it(
+    tmp_path: Path, data: Path, models: tuple[Path, Path]
+) -> None:
+    tasks = [
+        {"kind": "interleaved", "batch_rows": 4, "span_tokens": 4, "expansion_fractions": [0.25], "distillation": 0.5}
+    ]
+    assert Trainer(settings(data, models, tmp_path, tasks=tasks, steps=6)).run()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    divergences = [value for line in lines for value in line.get("divergences", {}).values()]
+    assert {name for line in lines for name in line["losses"]} <= {"interleaved/k2/p0.25", "interleaved/k4/p0.25"}
+    assert divergences
+    assert min(divergences) > 0.0
