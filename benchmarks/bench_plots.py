@@ -1,6 +1,13 @@
-"""The plots of `refrag bench`: PNG files through matplotlib, which the extra `train` or `dev` brings."""
+"""The plots of `refrag bench`: PNG files through matplotlib, which the extra `train` or `dev` brings.
 
-from collections.abc import Mapping
+    python -m benchmarks.bench_plots benchmarks/results/ttft-*-h200.json --output benchmarks/results/ttft-h200.png
+
+draws the rows of several `refrag bench ttft` reports of one machine, one for a range of contexts each, as one figure.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +37,10 @@ def plot_ttft(report: Mapping[str, Any], path: Path) -> None:
         times.plot(context, [row["ttft_ms"] for row in rows], marker="o", label=label)
         if all(row["speedup"] for row in rows):
             speedups.plot(context, [row["speedup"] for row in rows], marker="o", label=label)
-    first = next(iter(lines.values()))
     for name, label in (("full_ttft_ms", "full context, eager"), ("full_best_ttft_ms", "full context, captured")):
-        if all(row.get(name) for row in first):
-            times.plot([r["context"] for r in first], [r[name] for r in first], linestyle="--", marker="s", label=label)
+        full = sorted({row["context"]: row[name] for row in report["rows"] if row.get(name)}.items())
+        if full:
+            times.plot(*zip(*full, strict=True), linestyle="--", marker="s", label=label)
     for axes, label in ((times, "time to the first token, ms"), (speedups, "× over the eager full context")):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
@@ -72,3 +79,25 @@ def _save(pyplot: Any, figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def merged(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One report with the rows of all, by context. Raises UsageError for reports of several decoders or devices."""
+    machines = {tuple(report["environment"].get(key) for key in ("decoder", "gpu", "cpu")) for report in reports}
+    if len(machines) != 1:
+        raise UsageError(f"the reports are of {len(machines)} decoders or machines; expected one for a figure")
+    rows = sorted((row for report in reports for row in report["rows"]), key=lambda row: row["context"])
+    return {"environment": reports[0]["environment"], "rows": rows}
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_plots", description=__doc__)
+    parser.add_argument("reports", type=Path, nargs="+")
+    parser.add_argument("--output", type=Path, required=True)
+    given = parser.parse_args()
+    plot_ttft(merged([json.loads(path.read_text(encoding="utf-8")) for path in given.reports]), given.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from refrag.benchmarks import build, encode, ttft
+from refrag.benchmarks.bench_plots import merged, plot_ttft
 from refrag_core.errors import UsageError
 
 
@@ -57,3 +58,18 @@ def test_contexts_are_whole_passages() -> None:
         ttft.measure(ttft.TtftOptions(context=(1000,), device="cpu"))
     with pytest.raises(UsageError, match="--dtype is 'int4'; expected one of float32, bfloat16, float16"):
         ttft.dtype_named("int4")
+
+
+def test_reports_of_one_machine_are_one_figure(tmp_path: Path) -> None:
+    def report(gpu: str, *contexts: int) -> dict[str, Any]:
+        rows = [
+            {"context": c, "chunk_size": 8, "expansion_fraction": 0.0, "ttft_ms": 1.0, "speedup": 2.0} for c in contexts
+        ]
+        return {"environment": {"decoder": "d", "gpu": gpu, "cpu": "c", "date": "2026-11-29"}, "rows": rows}
+
+    made = merged([report("g", 64, 16), report("g", 32)])
+    assert [row["context"] for row in made["rows"]] == [16, 32, 64]
+    plot_ttft(made, tmp_path / "made.png")
+    assert (tmp_path / "made.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UsageError, match="2 decoders or machines"):
+        merged([report("g", 64), report("h", 32)])
