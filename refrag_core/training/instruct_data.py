@@ -12,6 +12,7 @@ predictions do not see it.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +131,8 @@ class TokenizedExample:
     passages: tuple[TokenIds, ...]
     gold: tuple[bool, ...]
     """Of each passage."""
+    spells_answer: tuple[Mask, ...]
+    """Of each passage bool, one a token: whether it is part of the answer, word for word, in a gold passage."""
 
     def num_chunks(self, chunk_size: int) -> int:
         """Chunks of all passages; none crosses passages."""
@@ -296,27 +299,51 @@ def _tokenized(
     answers = tokenizer.encode_batch(texts, add_special_tokens=False)
     examples = []
     for made, question, answer in zip(instructions, questions, answers, strict=True):
-        pieces = [(ids, number in made.gold) for number, text in enumerate(made.passages) for ids in passages[text]]
+        pieces = [
+            (piece.ids, number in made.gold, _spelling(piece, made.answer if number in made.gold else ""))
+            for number, text in enumerate(made.passages)
+            for piece in passages[text]
+        ]
         examples.append(
             TokenizedExample(
                 question=np.asarray(question.ids, dtype=np.int32),
                 answer=np.asarray([*answer.ids, end], dtype=np.int32),
-                passages=tuple(ids for ids, _ in pieces),
-                gold=tuple(is_gold for _, is_gold in pieces),
+                passages=tuple(ids for ids, _, _ in pieces),
+                gold=tuple(is_gold for _, is_gold, _ in pieces),
+                spells_answer=tuple(mask for _, _, mask in pieces),
             )
         )
     return examples
 
 
-def _cut_once(texts: Sequence[str], tokenizer: Tokenizer, options: ChunkingOptions) -> dict[str, list[TokenIds]]:
-    """Of each text the tokens of its passages, usually one."""
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A passage's tokens, with their places in its text."""
+
+    text: str
+    ids: TokenIds
+    starts: npt.NDArray[np.int64]
+    ends: npt.NDArray[np.int64]
+
+
+def _cut_once(texts: Sequence[str], tokenizer: Tokenizer, options: ChunkingOptions) -> dict[str, list[_Piece]]:
+    """Of each text its passages, usually one."""
     pieces = {}
     for start in range(0, len(texts), _TOKENIZED_TEXTS):
         part = texts[start : start + _TOKENIZED_TEXTS]
         for text, tokens in zip(part, tokenize_documents(part, tokenizer), strict=True):
-            cut = cut_passages(text, tokens, options)
-            pieces[text] = [tokens.ids[passage.token_start : passage.token_end] for passage in cut]
+            own = [slice(passage.token_start, passage.token_end) for passage in cut_passages(text, tokens, options)]
+            pieces[text] = [_Piece(text, tokens.ids[at], tokens.starts[at], tokens.ends[at]) for at in own]
     return pieces
+
+
+def _spelling(piece: _Piece, answer: str) -> Mask:
+    """Bool, one a token: whether it overlaps a place where `answer` stands as whole words, in either case."""
+    mask = np.zeros(len(piece.ids), dtype=np.bool_)
+    if answer:
+        for found in re.finditer(rf"(?<!\w){re.escape(answer)}(?!\w)", piece.text, re.IGNORECASE):
+            mask |= (piece.starts < found.end()) & (piece.ends > found.start())
+    return mask
 
 
 def _fitted(example: TokenizedExample, context_tokens: int) -> TokenizedExample | None:
@@ -337,6 +364,7 @@ def _fitted(example: TokenizedExample, context_tokens: int) -> TokenizedExample 
         answer=example.answer,
         passages=tuple(example.passages[number] for number in kept),
         gold=tuple(example.gold[number] for number in kept),
+        spells_answer=tuple(example.spells_answer[number] for number in kept),
     )
 
 

@@ -13,7 +13,18 @@ from refrag_core.errors import ConfigError
 from refrag_core.models import DEFAULT_RETRIEVER
 from refrag_core.training.config import TaskConfig, TrainingConfig, checked_settings, read_settings
 
-_NOT_RESUMED = ("output", "data", "stop_after_seconds", "device", "compile", "log_every", "save_every", "tensorboard")
+_NOT_RESUMED = (
+    "output",
+    "data",
+    "instructions",
+    "held_out_instructions",
+    "stop_after_seconds",
+    "device",
+    "compile",
+    "log_every",
+    "save_every",
+    "tensorboard",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +61,13 @@ class PolicyTrainingConfig:
     """Share of the contexts whose query is zeros, so that the policy can do without."""
     retriever: str = DEFAULT_RETRIEVER
     """Whose query vectors those are: folder, hub id or package."""
+    instructions: str | None = None
+    """JSON Lines file of questions with passages (`refrag_core.training.instruct_data`), of which a policy with a query
+    learns to choose the chunks that hold the answers."""
+    instruction_share: float = 0.5
+    """Share of the steps, in both stages, that are on those; without effect without such a file."""
+    held_out_instructions: str | None = None
+    """Such a file, all of which the evaluation reads."""
     steps: int = 1000
     """Optimizer steps after which the run ends."""
     seconds: float | None = None
@@ -181,7 +199,12 @@ def _check_lengths(config: PolicyTrainingConfig) -> None:
 
 
 def _check_shares(config: PolicyTrainingConfig) -> None:
-    for name in ("shuffled_share", "query_dropout", "warm_start_share"):
+    if (config.instructions or config.held_out_instructions) and not config.query_conditioned:
+        raise ConfigError(
+            "instructions teach which chunks answer a question, and a policy that is not query_conditioned does not "
+            "see the question; expected query_conditioned = true, or no instructions"
+        )
+    for name in ("shuffled_share", "query_dropout", "warm_start_share", "instruction_share"):
         if getattr(config, name) > 1.0:
             raise ConfigError(f"setting {name} is {getattr(config, name)}; expected a share, 0 to 1")
     fractions = (*config.expansion_fractions, config.warm_start_fraction, config.evaluation_fraction)

@@ -4,7 +4,7 @@ Notation: b contexts of s tokens, o output tokens, k = chunk_size, L = s/k chunk
 expanded chunks of a mask, d_enc, d_dec and d_ret as elsewhere.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +18,16 @@ from refrag_core.errors import ConfigError
 from refrag_core.policy import num_expanded
 from refrag_core.training.losses import token_nll
 from refrag_core.training.model import TrainingModel
+from refrag_core.training.policy_answers import AnsweredContexts
 from refrag_core.training.policy_config import PolicyTrainingConfig
 from refrag_core.training.token_shards import Windows
 
 Ids = npt.NDArray[np.int64]
 Queries = npt.NDArray[np.float32]
+EmbedQueries = Callable[[Sequence[str]], Queries]
+"""Texts → the retriever's query vectors float32 `[b, d_ret]`."""
 MakeQueries = Callable[[Ids], Queries]
-"""First output tokens int64 `[b, t]` → the retriever's query vectors float32 `[b, d_ret]`."""
+"""First output tokens int64 `[b, t]` → their texts' query vectors float32 `[b, d_ret]`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,16 +149,35 @@ class ExpansionScorer:
         self._first = first
         self._device = model.head.device
 
+    @property
+    def decoder(self) -> Any:
+        """The decoder that rewards are taken from."""
+        return self._model.decoder
+
     @torch.no_grad()
     def encode(self, example: PolicyExample) -> EncodedContexts:
         """The example on the device, with its chunk embeddings."""
         chunks = self._upload(example.context.reshape(len(example.context), -1, example.chunk_size))
-        with self._autocast():
-            flat = self._model.encoder(chunks.flatten(0, 1))
-        embeddings = flat.float().half().float().view(*chunks.shape[:2], -1)
+        embeddings = self._embed(chunks)
         queries = None if example.queries is None else self._upload(example.queries)
         present = torch.ones(chunks.shape[:2], dtype=torch.bool, device=self._device)
         return EncodedContexts(chunks, self._upload(example.output), embeddings, present, queries)
+
+    @torch.no_grad()
+    def encode_questions(self, contexts: AnsweredContexts, queries: Queries) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """On the device: chunk embeddings `[b, L, d_enc]`, present `[b, L]`, queries and targets `[b, L]`."""
+        embeddings = self._embed(self._upload(contexts.chunk_ids), ragged=True)
+        return embeddings, self._upload(contexts.present), self._upload(queries), self._upload(contexts.targets)
+
+    def _embed(self, chunks: Tensor, *, ragged: bool = False) -> Tensor:
+        """Embeddings float32 `[b, L, d_enc]` of chunks `[b, L, k]`, rounded to float16 as an index stores them."""
+        flat = chunks.flatten(0, 1)
+        # An absent chunk is read as one of a single token: nothing attends to it.
+        real = (flat >= 0) | (torch.arange(flat.shape[1], device=flat.device) == 0)
+        with self._autocast():
+            made = self._model.encoder(flat.clamp_min(0), real) if ragged else self._model.encoder(flat)
+        embeddings: Tensor = made.float().half().float().view(*chunks.shape[:2], -1)
+        return embeddings
 
     def _upload(self, array: npt.NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))

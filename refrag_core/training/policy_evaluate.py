@@ -8,10 +8,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from refrag_core.policy import PointerPolicy
+from refrag_core.policy import PointerPolicy, num_expanded
 from refrag_core.training.evaluate import bootstrap, expansion_masks
+from refrag_core.training.policy_answers import AnsweredQuestions
 from refrag_core.training.policy_config import PolicyTrainingConfig
 from refrag_core.training.policy_data import (
+    EmbedQueries,
     EncodedContexts,
     ExpansionScorer,
     MakeQueries,
@@ -82,6 +84,36 @@ def policy_losses(
         found.append(-scorer.rewards(contexts, masks, example.count))
     losses = torch.cat(found).double().cpu().numpy()
     return {name: losses[:, index] for index, name in enumerate(_POLICIES)}
+
+
+@torch.no_grad()
+def evaluate_answers(
+    policy: PointerPolicy,
+    scorer: ExpansionScorer,
+    questions: AnsweredQuestions,
+    config: PolicyTrainingConfig,
+    *,
+    embed_queries: EmbedQueries,
+) -> dict[str, Any]:
+    """Of how many questions the policy chooses a chunk that holds the answer, for each chunk size, as JSON.
+
+    As many chunks are chosen as a host does at the evaluation's p. `random` is what equally many drawn at random hold
+    on average: the share of the chunks that are chosen, since most answers stand in one chunk.
+    """
+    count = len(questions.examples)
+    result: dict[str, Any] = {"questions": count, "expansion_fraction": config.evaluation_fraction}
+    for size in config.chunk_sizes:
+        found, shares = [], []
+        for start in range(0, count, _BATCH_ROWS):
+            contexts = questions.contexts(range(start, min(start + _BATCH_ROWS, count)), chunk_size=size)
+            embeddings, present, queries, _ = scorer.encode_questions(contexts, embed_queries(contexts.questions))
+            ranks = policy(embeddings, present, queries).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+            for row, length in enumerate(contexts.present.sum(axis=1).tolist()):
+                chosen = ranks[row].cpu().numpy() < num_expanded(length, config.evaluation_fraction)
+                found.append(bool((chosen & contexts.holds_answer[row]).any()))
+                shares.append(chosen.sum() / length)
+        result[f"chunk_size_{size}"] = {"learned": float(np.mean(found)), "random": float(np.mean(shares))}
+    return result
 
 
 @torch.no_grad()

@@ -4,11 +4,12 @@ A run's folder holds
     checkpoint/      the base checkpoint with the trained policy; all else is copied
     state/           weights and AdamW's moments (safetensors) and position, to resume from
     metrics.jsonl    one line a logged step
-    evaluation.json  learned beside random and last chunks on held-out documents, at the end
+    evaluation.json  learned beside random and last chunks on held-out documents and questions, at the end
 
 Stage one, the warm start: random expansion masks of every context are rewarded, a chunk's importance is
 estimated from these, and the policy learns it as soft labels. Stage two: masks are sampled from the policy
-itself, and PPO with a group baseline raises the rewarded ones. What a step computes depends on the config and the
+itself, and PPO with a group baseline raises the rewarded ones. In both, a share of the steps may be on questions, whose
+answers say which chunks to choose. What a step computes depends on the config and the
 step's number alone (besides the clock, where the config limits seconds), bit for bit on a CPU.
 """
 
@@ -30,15 +31,19 @@ import torch
 from torch import Tensor
 
 from refrag_core.checkpoint import Checkpoint, PolicyConfig, load_checkpoint
+from refrag_core.decoder import own_eos_ids
 from refrag_core.devices import resolve_device
 from refrag_core.errors import ConfigError, RefragError, UsageError
 from refrag_core.models import load_tokenizer, resolve_model
 from refrag_core.policy import PointerPolicy, draw_picks, initialise_policy, num_expanded, pick_log_probs
 from refrag_core.retriever import load_retriever
+from refrag_core.training.instruct_data import InstructionSet
 from refrag_core.training.loop import autocast_of, check_chunk_sizes
 from refrag_core.training.model import compile_layers
+from refrag_core.training.policy_answers import AnsweredQuestions
 from refrag_core.training.policy_config import PolicyTrainingConfig, load_policy_config
 from refrag_core.training.policy_data import (
+    EmbedQueries,
     EncodedContexts,
     ExpansionScorer,
     Ids,
@@ -48,7 +53,7 @@ from refrag_core.training.policy_data import (
     make_example,
     picks_to_masks,
 )
-from refrag_core.training.policy_evaluate import evaluate_policy
+from refrag_core.training.policy_evaluate import evaluate_answers, evaluate_policy
 from refrag_core.training.policy_losses import (
     chunk_importance,
     clipped_loss,
@@ -96,7 +101,9 @@ class PolicyTrainer:
         length = config.context_tokens + config.output_tokens
         self.windows = Windows(self.shards.split("train"), length=length, seed=config.seed)
         self.scorer = self._load_scorer()
-        self.make_queries, query_dim = self._load_queries()
+        self.embed_queries, query_dim = self._load_queries()
+        self.make_queries = None if self.embed_queries is None else self._queries_of_tokens(self.embed_queries)
+        self.questions = self._load_questions(config.instructions)
         self.policy = self._initial_policy(query_dim).to(self.device).train().requires_grad_(True)
         self.reference: PointerPolicy | None = None
         """The policy after the warm start, once that is over."""
@@ -129,17 +136,34 @@ class PolicyTrainer:
         autocast = autocast_of(self.device, self.config.precision)
         return ExpansionScorer(model, autocast, first=self.config.first_scored)
 
-    def _load_queries(self) -> tuple[MakeQueries | None, int]:
+    def _load_queries(self) -> tuple[EmbedQueries | None, int]:
         """What makes query vectors, and their width; none for a policy that reads none."""
         if not self.config.query_conditioned:
             return None, 0
         retriever = load_retriever(resolve_model(self.config.retriever), str(self.device))
+        return retriever.embed_queries, retriever.dim
+
+    def _queries_of_tokens(self, embed: EmbedQueries) -> MakeQueries:
         tokenizer = load_tokenizer(self.base.decoder_folder())
 
         def make_queries(token_ids: Ids) -> Queries:
-            return retriever.embed_queries(tokenizer.decode_batch(token_ids.tolist(), skip_special_tokens=False))
+            return embed(tokenizer.decode_batch(token_ids.tolist(), skip_special_tokens=False))
 
-        return make_queries, retriever.dim
+        return make_queries
+
+    def _load_questions(self, path: str | None) -> AnsweredQuestions | None:
+        if path is None:
+            return None
+        tokenizer = load_tokenizer(self.base.decoder_folder())
+        instructions = InstructionSet.open(
+            Path(path),
+            template=self.base.config.template,
+            tokenizer=tokenizer,
+            eos_ids=own_eos_ids(self.scorer.decoder),
+            expansion_fractions=(self.config.evaluation_fraction,),
+            context_tokens=self.config.context_tokens,
+        )
+        return AnsweredQuestions(instructions, tokenizer, seed=self.config.seed)
 
     def _initial_policy(self, query_dim: int) -> PointerPolicy:
         """The base's where it is trained and of this shape, to go on from; else a new one."""
@@ -203,18 +227,36 @@ class PolicyTrainer:
     def _train_step(self) -> dict[str, Tensor]:
         """One step of the stage that the progress is in; what it returns still is on the device."""
         share, progress = self.config.warm_start_share, self.progress
-        example = self._example()
-        contexts = self.scorer.encode(example)
-        if progress < share:
+        warming = progress < share
+        if warming:
             self._set_learning_rate(self.config.warm_start_learning_rate, progress / share)
-            metrics = self._warm_start(example, contexts)
         else:
             if self.reference is None:
                 self.reference = deepcopy(self.policy).eval().requires_grad_(False)
             self._set_learning_rate(self.config.learning_rate, (progress - share) / (1.0 - share))
-            metrics = self._policy_gradient(self.reference, example, contexts)
+        if self.questions is not None and self._random(2).random() < self.config.instruction_share:
+            metrics = self._answers(self.questions)
+        else:
+            example = self._example()
+            contexts = self.scorer.encode(example)
+            if self.reference is None:
+                metrics = self._warm_start(example, contexts)
+            else:
+                metrics = self._policy_gradient(self.reference, example, contexts)
         self.step += 1
         return metrics
+
+    def _answers(self, questions: AnsweredQuestions) -> dict[str, Tensor]:
+        """A step on questions: the chunks that hold the answer are the labels."""
+        assert self.embed_queries is not None
+        size = int(self._random(3).choice(self.config.chunk_sizes))
+        contexts = questions.batch(self.step, self.config.batch_windows, chunk_size=size)
+        queries = self.embed_queries(contexts.questions)
+        embeddings, present, vectors, targets = self.scorer.encode_questions(contexts, queries)
+        logits = self.policy(embeddings, present, vectors)
+        loss = warm_start_loss(logits, targets)
+        self._update(loss)
+        return {"answer_loss": loss.detach(), "answer_entropy": first_pick_entropy(logits.detach())}
 
     def _example(self) -> PolicyExample:
         """This step's contexts; several steps' are made at once, since their queries wait for the device."""
@@ -284,13 +326,16 @@ class PolicyTrainer:
 
     def _generator(self) -> torch.Generator:
         """The step's own, on the device."""
-        seed = int(np.random.default_rng([self.config.seed, self.step, 1]).integers(1 << 62))
+        seed = int(self._random(1).integers(1 << 62))
         return torch.Generator(self.device).manual_seed(seed)
 
+    def _random(self, purpose: int) -> np.random.Generator:
+        return np.random.default_rng([self.config.seed, self.step, purpose])
+
     def _log(self, metrics: Sequence[dict[str, Tensor]]) -> None:
-        """Means since the last logged step, of the stage that the last one was in. Waits for the device."""
-        stage = [step for step in metrics if step.keys() == metrics[-1].keys()]
-        report = {name: float(torch.stack([step[name] for step in stage]).mean()) for name in stage[-1]}
+        """Means since the last logged step, of what steps report. Waits for the device."""
+        names = list(dict.fromkeys(name for step in metrics for name in step))
+        report = {name: float(torch.stack([step[name] for step in metrics if name in step]).mean()) for name in names}
         bad = sorted(name for name, value in report.items() if not math.isfinite(value))
         if bad:
             raise diverged(self.folder, f"{', '.join(bad)} of the policy's training is", self.step)
@@ -318,10 +363,20 @@ class PolicyTrainer:
         policy = _as_stored(self.policy)
         return evaluate_policy(policy, self.scorer, split, self.config, make_queries=self.make_queries, windows=windows)
 
+    def _evaluate_questions(self) -> dict[str, Any]:
+        """`evaluate_answers` on the held-out questions; empty without any."""
+        questions = self._load_questions(self.config.held_out_instructions)
+        if questions is None or self.embed_queries is None:
+            return {}
+        policy = _as_stored(self.policy)
+        found = evaluate_answers(policy, self.scorer, questions, self.config, embed_queries=self.embed_queries)
+        self.say(f"held-out questions: {found}")
+        return {"held_out_questions": found}
+
     def _finish(self) -> None:
         self.say("writing the checkpoint")
         self.save_checkpoint({})
-        result: dict[str, Any] = {}
+        result: dict[str, Any] = self._evaluate_questions()
         for name in ("held_out", "reported"):
             if int(self.shards.index["splits"][name]["tokens"]) == 0:
                 continue
@@ -358,6 +413,7 @@ class PolicyTrainer:
             "config": self.config.to_json(),
             "base": self.base.fingerprint,
             "data_fingerprint": self.shards.fingerprint,
+            "instructions_fingerprint": None if self.questions is None else self.questions.fingerprint,
             "step": self.step,
             "seconds": self.elapsed,
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
@@ -374,6 +430,8 @@ class PolicyTrainer:
             "data": ("token shards", self.shards.fingerprint),
             "base": ("checkpoint", self.base.fingerprint),
         }
+        if self.questions is not None:
+            fingerprints["instructions"] = ("instruction file", self.questions.fingerprint)
         return Bindings(self.config.resume_settings, fingerprints)
 
     def save(self) -> None:

@@ -95,6 +95,23 @@ def test_the_file_is_read(file: Path) -> None:
     assert third.passages == ("The quick brown fox jumps.",)
 
 
+def test_tokens_that_spell_the_answer_are_marked_as_whole_words_in_gold_passages(
+    tmp_path: Path, models: tuple[Path, Path]
+) -> None:
+    record = {
+        "id": "a",
+        "question": "How many?",
+        "answer": "The fox",
+        "passages": ["The fox runs.", "See the foxes. The quick brown the FOX jumps."],
+        "gold": [1],
+    }
+    (made,) = opened(written(tmp_path / "one.jsonl", [record]), models).examples
+    outside, inside = made.spells_answer
+    assert not outside.any()
+    tokenizer = load_tokenizer(models[1])
+    assert tokenizer.decode(list(made.passages[1][inside])).strip() == "the FOX"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -130,7 +147,10 @@ def example() -> TokenizedExample:
     """Passages of 5 and 3 tokens: at k = 2 chunks of 2, 2, 1 and 2, 1."""
     passages = (np.arange(10, 15, dtype=np.int32), np.arange(20, 23, dtype=np.int32))
     answer, question = np.asarray([7, 8, 1], dtype=np.int32), np.asarray([30, 31], dtype=np.int32)
-    return TokenizedExample(question=question, answer=answer, passages=passages, gold=(False, True))
+    spells = (np.zeros(5, dtype=np.bool_), np.asarray([False, True, True]))
+    return TokenizedExample(
+        question=question, answer=answer, passages=passages, gold=(False, True), spells_answer=spells
+    )
 
 
 def test_a_batch_by_hand() -> None:

@@ -28,7 +28,7 @@ from refrag_core.training.policy_data import (
 from refrag_core.training.policy_evaluate import learned_masks
 from refrag_core.training.policy_loop import PolicyTrainer
 from refrag_core.training.token_shards import TokenShards, Windows
-from tests.refrag_core.training.conftest import settings
+from tests.refrag_core.training.conftest import WORDS, settings
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +205,75 @@ def test_a_policy_with_queries_is_trained_and_goes_on(
     assert example.queries.shape == (8, 48)
 
 
+def questions_file(path: Path) -> Path:
+    """Questions about the same passage, each with an answer in another place."""
+    passage = " ".join(WORDS[:14])
+    records = [
+        {"id": word, "question": word * 3, "answer": word, "passages": [passage], "gold": [0]} for word in WORDS[:14:4]
+    ]
+    path.write_text("".join(f"{json.dumps(record)}\n" for record in records), encoding="utf-8")
+    return path
+
+
+def test_a_policy_learns_which_chunks_answer_a_question(
+    tmp_path: Path, data: Path, trained: Path, models: tuple[Path, Path]
+) -> None:
+    file = str(questions_file(tmp_path / "questions.jsonl"))
+    changes = {
+        "query_conditioned": True,
+        "query_tokens": 3,
+        "retriever": str(models[0]),
+        "instructions": file,
+        "held_out_instructions": file,
+        "instruction_share": 1.0,
+        "warm_start_share": 1.0,
+        "context_tokens": 128,
+        "evaluation_fraction": 0.1,
+        "steps": 150,
+        "width": 32,
+        "warm_start_learning_rate": 5e-3,
+    }
+    trainer = PolicyTrainer(policy_settings(data, trained, tmp_path / "run", **changes))
+    before = trainer._evaluate_questions()["held_out_questions"]
+    assert trainer.run()
+    after = json.loads((tmp_path / "run" / "evaluation.json").read_text())["held_out_questions"]
+    assert before["questions"] == after["questions"] == 4
+    assert after["chunk_size_4"]["learned"] == 1.0
+    assert before["chunk_size_4"]["random"] < 0.2
+    assert before["chunk_size_4"]["learned"] < 1.0
+
+
+def test_steps_on_questions_and_on_text_alternate_and_resume(
+    tmp_path: Path, data: Path, trained: Path, models: tuple[Path, Path]
+) -> None:
+    changes = {
+        "query_conditioned": True,
+        "query_tokens": 3,
+        "retriever": str(models[0]),
+        "instructions": str(questions_file(tmp_path / "questions.jsonl")),
+        "instruction_share": 0.5,
+        "steps": 12,
+        "save_every": 5,
+    }
+    whole = PolicyTrainer(policy_settings(data, trained, tmp_path / "whole", **changes))
+    assert whole.run()
+    kinds = [
+        next(key for key in line if key.endswith("_loss"))
+        for line in lines(tmp_path / "whole")
+        if "reward" in line or "answer_loss" in line
+    ]
+    assert set(kinds) == {"answer_loss", "warm_start_loss", "policy_loss"}
+    interrupted = PolicyTrainer(policy_settings(data, trained, tmp_path / "parts", **changes))
+    for _ in range(7):
+        interrupted._train_step()
+    interrupted.save()
+    resumed = PolicyTrainer(policy_settings(data, trained, tmp_path / "parts", **changes))
+    assert resumed.step == 7
+    assert resumed.run()
+    for name, weight in whole.policy.state_dict().items():
+        assert torch.equal(resumed.policy.state_dict()[name], weight)
+
+
 def test_rewards_are_those_of_the_training_batches(tmp_path: Path, data: Path, trained: Path) -> None:
     trainer = PolicyTrainer(policy_settings(data, trained, tmp_path))
     config = trainer.config
@@ -279,6 +348,8 @@ def test_values_that_are_no_numbers_are_one_error(tmp_path: Path, data: Path, tr
         ({"expansion_fractions": [0.0, 0.1]}, "expected numbers between 0 and 1"),
         ({"shuffled_share": 1.5}, "expected a share"),
         ({"query_conditioned": True, "query_tokens": 8}, "are not scored"),
+        ({"instructions": "questions.jsonl"}, "does not see the question"),
+        ({"instruction_share": 1.5}, "expected a share"),
         ({"context_tokens": 24}, "no multiple of 4 passages"),
         ({"group_size": 1}, "2 or more"),
         ({"width": 18}, "divisible by num_heads"),
