@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from refrag_core.answer_queue import AnswerQueue
-from refrag_core.decoder import Decoder, Sampler
+from refrag_core.decoder import Decoder, Sampler, lowest
 from refrag_core.decoder_engine import Sampling, TokenStream, check_prompt
 from refrag_core.errors import EngineError
 
@@ -246,8 +246,7 @@ def embedded_engine(decoder: Decoder, *, slots: int, max_positions: int, reuse: 
     """
     from refrag_core.slot_decoder import SlotDecoder
 
-    limit = decoder.max_positions
-    positions = max_positions if limit is None else min(max_positions, limit)
+    positions = lowest(max_positions, decoder.max_positions)
     rows = SlotDecoder(decoder, slots=slots, max_positions=positions)
     return EmbeddedEngine(
         rows,
