@@ -315,7 +315,7 @@ class _PastTurns:
         return ids
 
     def raw(self, turn: Turn) -> Ids:
-        """The turn as the decoder's chat template renders it."""
+        """The turn as the decoder's chat template renders it; without one as plain text."""
         if turn not in self._raw:
             self._raw[turn] = self.template.turn(self.ids(turn.question), self.ids(turn.answer))
         return self._raw[turn]
