@@ -12,6 +12,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from refrag_core.decoder import lowest
 from refrag_core.errors import ConfigError
 from refrag_core.history import HistoryOptions, HistoryUse, Window, last_first_raw, query_vector, windows
 from refrag_core.index_reader import FetchedPassage, PassageRef
@@ -25,7 +26,6 @@ from refrag_core.runtime import (
     Runtime,
     Selection,
     context_slots,
-    lowest,
 )
 from refrag_core.scoring import ChunkScorer
 from refrag_core.session import Session, Turn, new_session
@@ -315,7 +315,7 @@ class _PastTurns:
         return ids
 
     def raw(self, turn: Turn) -> Ids:
-        """The turn as the decoder's chat template renders it."""
+        """The turn as the decoder's chat template renders it; without one as plain text."""
         if turn not in self._raw:
             self._raw[turn] = self.template.turn(self.ids(turn.question), self.ids(turn.answer))
         return self._raw[turn]

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -257,6 +257,19 @@ class Decoder:
             mask = None if mask is None else torch.cat([mask, mask.new_ones(len(chosen), 1)], dim=1)
             position = position + 1
             chosen = sampler.choose(self.step(chosen, prefilled.cache, mask, position))
+
+
+@overload
+def lowest(limit: int, /, *more: int | None) -> int: ...
+
+
+@overload
+def lowest(*limits: int | None) -> int | None: ...
+
+
+def lowest(*limits: int | None) -> int | None:
+    """Of the limits on positions that there are, as `max_positions` gives them; None for no limit."""
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 @torch.no_grad()

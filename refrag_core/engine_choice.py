@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from refrag_core.decoder import Decoder
+from refrag_core.decoder import Decoder, lowest
 from refrag_core.decoder_engine import DecoderEngine
 from refrag_core.errors import UsageError
 from refrag_core.runtime import Runtime
@@ -94,7 +94,7 @@ def _vllm(runtime: Runtime, options: EngineOptions, slots: int, max_positions: i
         dim=decoder.dim,
         eos_ids=decoder.eos_ids,
         slots=slots,
-        max_positions=min(max_positions, decoder.max_positions or max_positions),
+        max_positions=lowest(max_positions, decoder.max_positions),
         dtype=decoder.dtype,
         settings=options.settings,
     )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from refrag_core.captured import CapturedCalls, bucket
 from refrag_core.composition import pad_batch
-from refrag_core.decoder import Decoder, Sampler, check_sampling
+from refrag_core.decoder import Decoder, Sampler, check_sampling, lowest
 from refrag_core.devices import upload_rows
 from refrag_core.embedding_storage import StoredRows, concatenate_rows
 from refrag_core.policy import PointerPolicy
@@ -97,7 +97,7 @@ class FastPath:
         max_positions: int = MAX_POSITIONS,
         padded: bool | None = None,
     ) -> None:
-        self.max_positions = min(max_positions, decoder.max_positions or max_positions)
+        self.max_positions = lowest(max_positions, decoder.max_positions)
         self.decoder = SlotDecoder(decoder, slots=1, max_positions=self.max_positions, padded=padded)
         self._generating = threading.Lock()
         self._projected = CapturedCalls(projection, decoder.device)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from refrag_core.decoder import Decoder, Sampler, check_sampling
+from refrag_core.decoder import Decoder, Sampler, check_sampling, lowest
 from refrag_core.runtime import AskOptions
 from refrag_core.slot_decoder import SlotDecoder
 
@@ -51,9 +51,8 @@ class PrefixReuse:
         """The slot, made anew where it is too short."""
         if self._slot is None or self._slot.max_positions < positions:
             room = max(SMALLEST_ROOM, 1 << (positions - 1).bit_length())
-            limit = self.decoder.max_positions
             self._slot, self._prompt = None, None  # before the new one takes memory
-            self._slot = SlotDecoder(self.decoder, slots=1, max_positions=room if limit is None else min(room, limit))
+            self._slot = SlotDecoder(self.decoder, slots=1, max_positions=lowest(room, self.decoder.max_positions))
         return self._slot
 
     def _common(self, inputs_embeds: Tensor) -> int:

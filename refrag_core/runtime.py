@@ -25,7 +25,7 @@ from refrag_core.checkpoint import Checkpoint, load_checkpoint
 from refrag_core.chunk_cache import CachedChunkEncoder, ChunkCache, DiskChunkCache, MemoryChunkCache
 from refrag_core.chunking import ChunkingOptions, chunk_rows, cut_passages, passage_id, tokenize_documents
 from refrag_core.composition import Composed, ContextPassage, compose, pad_batch
-from refrag_core.decoder import FINISHED, Adapter, Decoder
+from refrag_core.decoder import FINISHED, Adapter, Decoder, lowest
 from refrag_core.devices import resolve_device
 from refrag_core.embedding_storage import concatenate_rows, store_rows
 from refrag_core.encoder import ChunkEncoder
@@ -939,11 +939,6 @@ class Clock:
         self.laps[step] = self.laps.get(step, 0.0) + 1000 * (now - self._last)
         self.ends[step] = 1000 * (now - self.started)
         self._last = now
-
-
-def lowest(*limits: int | None) -> int | None:
-    """Of those limits that there are; None for no limit."""
-    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _used_chunks(

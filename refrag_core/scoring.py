@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from refrag_core.batching import SafeBatchSize, cache_dir, map_batches
-from refrag_core.decoder import Decoder
+from refrag_core.decoder import Decoder, lowest
 from refrag_core.errors import ConfigError
 
 BUCKET_TOKENS = 32
@@ -125,7 +125,7 @@ class ChunkScorer:
     def _padded_length(self, num_tokens: int) -> int:
         needed = num_tokens + len(self._bos)
         padded = -(-needed // BUCKET_TOKENS) * BUCKET_TOKENS
-        return min(padded, self._decoder.max_positions or padded)
+        return lowest(padded, self._decoder.max_positions)
 
     def _batch_size(self, length: int) -> SafeBatchSize:
         name = torch.cuda.get_device_name(self._decoder.device) if self._kind == "cuda" else "cpu"

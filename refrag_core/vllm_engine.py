@@ -6,17 +6,17 @@ prompts that mix both out of the keys of its prefix cache, and would take one pr
 
 import logging
 import os
-import threading
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from refrag_core.decoder_engine import Sampling, TokenStream, check_prompt, closed_error
+from refrag_core.answer_queue import AnswerQueue
+from refrag_core.decoder_engine import Sampling, TokenStream, check_prompt
 from refrag_core.errors import ConfigError, EngineError, MissingExtraError
 
 _OWN_SETTINGS = ("model", "enable_prompt_embeds", "skip_tokenizer_init", "max_num_seqs", "max_model_len", "dtype")
@@ -52,14 +52,10 @@ class VllmEngine:
         self._engine = engine
         self._dim = dim
         self._eos_ids = sorted(eos_ids)
-        self._count = 0
+        self._numbers = count(1)
         self._running: dict[str, _Asked] = {}
-        self._waiting: deque[_Asked] = deque()
-        self._changed = threading.Condition()
-        self._closed = False
-        self._failure: EngineError | None = None
-        self._thread = threading.Thread(target=self._run, name="vllm", daemon=True)
-        self._thread.start()
+        self._queue: AnswerQueue[_Asked] = AnswerQueue()
+        self._queue.start("vllm", self._run)
 
     @classmethod
     def load(
@@ -120,34 +116,19 @@ class VllmEngine:
     def submit(self, inputs_embeds: Tensor, sampling: Sampling) -> TokenStream:
         """See DecoderEngine. Raises ConfigError for a prompt that is too long or of another width."""
         check_prompt(inputs_embeds, sampling, dim=self._dim, max_positions=self.max_positions)
-        stream = TokenStream()
-        stream.on_cancel(self._wake)
-        with self._changed:
-            if self._failure is not None:
-                raise EngineError(str(self._failure))  # one object for all would keep every caller's frames
-            if self._closed:
-                raise closed_error()
-            self._count += 1
-            self._waiting.append(_Asked(str(self._count), inputs_embeds.detach().cpu(), sampling, stream))
-            self._changed.notify_all()
-        return stream
+        asked = _Asked(str(next(self._numbers)), inputs_embeds.detach().cpu(), sampling, TokenStream())
+        self._queue.put(asked)
+        return asked.stream
 
     def close(self) -> None:
         """See DecoderEngine."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        self._thread.join()
-
-    def _wake(self) -> None:
-        with self._changed:
-            self._changed.notify_all()
+        self._queue.close()
 
     # --- vLLM's thread
 
     def _run(self) -> None:
         try:
-            while self._wait():
+            while self._queue.wait(busy=bool(self._running)):
                 self._round()
         except Exception as error:
             _log.exception("vLLM failed")
@@ -155,16 +136,10 @@ class VllmEngine:
         finally:
             self._engine.engine_core.shutdown()
 
-    def _wait(self) -> bool:
-        """Until there is work; False when there will never be any."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._waiting or self._running)
-            return bool(self._waiting or self._running)
-
     def _round(self) -> None:
         self._drop_cancelled()
-        for asked in self._entering():
-            self._enter(asked)
+        while self._queue.first() is not None and len(self._running) < self.slots:
+            self._enter(self._queue.take())
         if self._running:
             for output in self._engine.step():
                 self._take(output)
@@ -175,20 +150,8 @@ class VllmEngine:
             del self._running[asked.number]
             asked.stream.end()
 
-    def _entering(self) -> list[_Asked]:
-        """Answers that may begin now, first come, first served; cancelled ones leave the queue."""
-        entering: list[_Asked] = []
-        with self._changed:
-            while self._waiting and (self._waiting[0].stream.cancelled or len(self._running) < self.slots):
-                first = self._waiting.popleft()
-                if first.stream.cancelled:
-                    first.stream.end()
-                    continue
-                self._running[first.number] = first
-                entering.append(first)
-        return entering
-
     def _enter(self, asked: _Asked) -> None:
+        self._running[asked.number] = asked
         asked.stream.begin()
         try:
             prompt = {"type": "embeds", "prompt_embeds": asked.inputs_embeds}
@@ -211,13 +174,11 @@ class VllmEngine:
 
     def _fail(self, error: Exception) -> None:
         """End all answers: vLLM's process is gone or in an unknown state."""
-        with self._changed:
-            self._failure = EngineError(f"vLLM failed ({type(error).__name__}): start it again")
-            ended = [*self._running.values(), *self._waiting]
-            self._running.clear()
-            self._waiting.clear()
+        failure = EngineError(f"vLLM failed ({type(error).__name__}): start it again")
+        ended = [*self._running.values(), *self._queue.fail(failure)]
+        self._running.clear()
         for asked in ended:
-            asked.stream.end(EngineError(str(self._failure)))
+            asked.stream.end(EngineError(str(failure)))
 
 
 def sampling_params(sampling: Sampling, eos_ids: list[int]) -> Any:

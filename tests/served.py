@@ -1,5 +1,6 @@
 """A server in this process: real sockets, a real event loop in a thread of its own, tiny models."""
 
+import math
 import socket
 import threading
 import time
@@ -70,24 +71,33 @@ def served(runtime: Runtime, *, make_engine: EngineMaker | None = None, **settin
 
 
 class Brake:
-    """Rows of a decoder whose steps wait while it is on."""
+    """Rows of a decoder whose steps wait while it is on, all of them or those of few answers."""
 
     def __init__(self, rows: Any) -> None:
         self._rows = rows
-        self._free = threading.Event()
-        self._free.set()
+        self._changed = threading.Condition()
+        self._fewest = 0.0
+        self._passing = 0
         self.steps = 0
         self.released: list[int] = []
         self.largest_batch = 0
         self.keeps_prefixes = rows.keeps_prefixes
 
-    def on(self) -> None:
-        """No step begins from now on."""
-        self._free.clear()
+    def on(self, *, below: float = math.inf) -> None:
+        """No step of fewer than `below` answers begins from now on."""
+        with self._changed:
+            self._fewest = below
+            self._changed.notify_all()
 
     def off(self) -> None:
         """Steps go on."""
-        self._free.set()
+        self.on(below=0)
+
+    def let_one_pass(self) -> None:
+        """One step begins nevertheless."""
+        with self._changed:
+            self._passing += 1
+            self._changed.notify_all()
 
     def prefill(self, slots: Any, inputs_embeds: Any, *, start: Any = None) -> Any:
         """See Slots."""
@@ -95,7 +105,9 @@ class Brake:
 
     def step(self, slots: Any, token_ids: Any) -> Any:
         """See Slots."""
-        assert self._free.wait(60)
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(slots) >= self._fewest or self._passing, 60)
+            self._passing -= len(slots) < self._fewest
         self.steps += 1
         self.largest_batch = max(self.largest_batch, len(slots))
         return self._rows.step(slots, token_ids)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from refrag_core.decoder import lowest
 from refrag_core.engine_choice import EngineOptions, open_engine
 from refrag_core.errors import MissingExtraError, UsageError
 from refrag_core.history import HistoryOptions
@@ -60,9 +61,7 @@ class ServeCommand:
 
 def _within(settings: ServeSettings, max_positions: int | None) -> ServeSettings:
     """The settings with no more positions than the engine has, so that prompts are composed to fit it."""
-    if max_positions is None or max_positions >= settings.max_positions:
-        return settings
-    return replace(settings, max_positions=max_positions)
+    return replace(settings, max_positions=lowest(settings.max_positions, max_positions))
 
 
 def read_key(path: Path | None) -> str | None:

@@ -9,8 +9,6 @@ are compared by their input embeddings, bit by bit, so that nothing but an equal
 """
 
 import logging
-import threading
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,8 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from refrag_core.decoder import Decoder, Sampler
-from refrag_core.decoder_engine import Sampling, TokenStream, check_prompt, closed_error
+from refrag_core.answer_queue import AnswerQueue
+from refrag_core.decoder import Decoder, Sampler, lowest
+from refrag_core.decoder_engine import Sampling, TokenStream, check_prompt
 from refrag_core.errors import EngineError
 
 PREFILL_POSITIONS = 4096
@@ -108,11 +107,8 @@ class EmbeddedEngine:
         self._free = list(range(slots))
         """The one that has been free for longest first."""
         self._running: dict[int, _Running] = {}
-        self._waiting: deque[_Running] = deque()
-        self._changed = threading.Condition()
-        self._closed = False
-        self._thread = threading.Thread(target=self._run, name="decoder", daemon=True)
-        self._thread.start()
+        self._queue: AnswerQueue[_Running] = AnswerQueue()
+        self._queue.start("decoder", self._run)
 
     @property
     def active(self) -> int:
@@ -124,32 +120,19 @@ class EmbeddedEngine:
         check_prompt(inputs_embeds, sampling, dim=inputs_embeds.shape[-1], max_positions=self.max_positions)
         sampler = Sampler(sampling.temperature, sampling.top_p, sampling.seed, self._device)
         running = _Running(inputs_embeds, sampling, sampler, TokenStream())
-        with self._changed:
-            if self._closed:
-                raise closed_error()
-            self._waiting.append(running)
-            self._changed.notify_all()
+        self._queue.put(running)
         return running.stream
 
     def close(self) -> None:
         """See DecoderEngine."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        self._thread.join()
+        self._queue.close()
 
     # --- the decoder's thread
 
     @torch.inference_mode()
     def _run(self) -> None:
-        while self._wait():
+        while self._queue.wait(busy=bool(self._running)):
             self._round()
-
-    def _wait(self) -> bool:
-        """Until there is work; False when there will never be any."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._waiting or self._running)
-            return bool(self._waiting or self._running)
 
     def _round(self) -> None:
         self._drop_cancelled()
@@ -166,19 +149,14 @@ class EmbeddedEngine:
         """Waiting answers that get a slot now, first come, first served; cancelled ones leave the queue."""
         entered: dict[int, _Running] = {}
         positions = 0
-        with self._changed:
-            while self._waiting and (self._free or self._waiting[0].stream.cancelled):
-                first = self._waiting[0]
-                assert first.inputs_embeds is not None
-                if first.stream.cancelled:
-                    self._waiting.popleft().stream.end()
-                    continue
-                slot, first.reused = self._place(first.inputs_embeds)
-                positions += len(first.inputs_embeds) - first.reused
-                if entered and positions > self._prefill_positions:
-                    break
-                self._free.remove(slot)
-                entered[slot] = self._waiting.popleft()
+        while (first := self._queue.first()) is not None and self._free:
+            assert first.inputs_embeds is not None
+            slot, first.reused = self._place(first.inputs_embeds)
+            positions += len(first.inputs_embeds) - first.reused
+            if entered and positions > self._prefill_positions:
+                break
+            self._free.remove(slot)
+            entered[slot] = self._queue.take()
         self._running |= entered
         return entered
 
@@ -268,8 +246,7 @@ def embedded_engine(decoder: Decoder, *, slots: int, max_positions: int, reuse: 
     """
     from refrag_core.slot_decoder import SlotDecoder
 
-    limit = decoder.max_positions
-    positions = max_positions if limit is None else min(max_positions, limit)
+    positions = lowest(max_positions, decoder.max_positions)
     rows = SlotDecoder(decoder, slots=slots, max_positions=positions)
     return EmbeddedEngine(
         rows,

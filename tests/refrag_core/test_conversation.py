@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import httpx2 as httpx
 import numpy as np
 import pytest
 import torch
@@ -24,7 +25,8 @@ from refrag_core.scoring import ChunkScorer
 from refrag_core.session import SessionFile, Turn, new_session
 from refrag_core.template import INSTRUCTION
 from tests import tiny_models
-from tests.small_index import SmallIndex
+from tests.served import served
+from tests.small_index import SmallIndex, documents
 
 QUESTIONS = [
     "Which river is the capital of the northern island?",
@@ -111,6 +113,32 @@ def test_raw_history_is_the_conversation_that_the_chat_template_renders(
     assert answers[2].answer == runtime.decoder.tokenizer.decode([i for i in generated if i != 1]).strip()
     assert len(set(generated)) > 2
     assert use(answers[2]) == (0, 0, 2)
+
+
+def test_without_a_chat_template_it_is_a_transcript(tmp_path: Path, prompts: list[Composed]) -> None:
+    """Questions and answers as plain text, by `refrag chat` and over HTTP."""
+    tiny_models.checkpoint(tmp_path, chat=False).save(tmp_path / "checkpoint")
+    small = SmallIndex(tmp_path, documents(8))
+    small.build(models=small.with_models(checkpoint=str(tmp_path / "checkpoint")).models)
+    runtime = Runtime.open(small.path, device="cpu")
+    first, second = ask_all(chat(runtime, options(top_k=1)), QUESTIONS[:2])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "decoder", local_files_only=True)
+    assert tokenizer.decode(prompts[1].arrangement.ids) == (
+        f"{INSTRUCTION}\n\n"
+        f"Question:\n{QUESTIONS[0]}\n\nAnswer: {first.answer}\n\n"
+        f"Passages:\n{second.passages[0].text}\n\nQuestion:\n{QUESTIONS[1]}\n\nAnswer:"
+    )
+    said = [("user", QUESTIONS[0]), ("assistant", first.answer), ("user", QUESTIONS[1])]
+    body = {
+        "messages": [{"role": role, "content": text} for role, text in said],
+        "max_tokens": NEW_TOKENS,
+        "top_k": 1,
+        "policy": "all",
+    }
+    with served(runtime) as running:
+        found = httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=60).json()
+    assert found["choices"][0]["message"]["content"].strip() == second.answer
+    assert found["refrag"]["history"]["raw"] == 1
 
 
 def plain_ids(runtime: Runtime, earlier: list[Answer], last: Answer) -> list[int]:

@@ -13,6 +13,7 @@ from refrag_core.decoder import (
     TextStream,
     generated_ids,
     input_embedding_size,
+    lowest,
     nucleus,
     refuse_unsupported,
 )
@@ -43,6 +44,11 @@ def test_load_reads_what_a_prompt_needs(tmp_path: Path) -> None:
     assert loaded.dtype == torch.float32
     table = decoder().get_input_embeddings().weight
     assert loaded.embedding_rms() == pytest.approx(table.square().mean().sqrt().item())
+
+
+def test_the_lowest_of_the_limits_that_there_are() -> None:
+    assert lowest(512, 77) == lowest(77, None, 512) == lowest(None, 77) == 77
+    assert lowest(None, None) is None
 
 
 @pytest.mark.parametrize(("family", "dim"), [("llama", 32), ("gpt2", 32), ("opt", 16), ("gpt_neox", 32)])

@@ -141,8 +141,8 @@ def test_another_decoder_brings_an_engine_and_the_old_one_ends_with_its_last_req
     closing = [thread for thread in threading.enumerate() if thread.name == "close-decoder"]
     for thread in closing:
         thread.join(30)
-    assert held.engine._closed  # type: ignore[attr-defined]
-    assert not generations.current.engine._closed  # type: ignore[attr-defined]
+    assert held.engine._queue.closed  # type: ignore[attr-defined]
+    assert not generations.current.engine._queue.closed  # type: ignore[attr-defined]
     answering.close()
 
 

@@ -146,7 +146,7 @@ def test_closing_finishes_what_was_submitted_and_takes_nothing_more(decoder: Dec
     streams = [engine.submit(prompt, Sampling(max_new_tokens=3)) for prompt in prompts(decoder, 3)]
     closing = threading.Thread(target=engine.close)
     closing.start()
-    while not engine._closed:
+    while not engine._queue.closed:
         pass
     with pytest.raises(EngineError, match="takes no more prompts"):
         engine.submit(prompts(decoder, 1)[0], Sampling(max_new_tokens=3))

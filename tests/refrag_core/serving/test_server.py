@@ -352,24 +352,48 @@ def test_no_answer_differs_from_the_one_given_alone(
 
 
 def test_a_client_that_leaves_frees_its_slot(
-    server: Running, client: openai.OpenAI, brake: Brake, runtime: Runtime
+    server: Running, client: openai.OpenAI, brake: Brake, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    brake.on()
+    """Three of four that are being answered, one that waits, and at last the fourth, which the brake holds."""
+    queued = calls(server.engine, "submit", monkeypatch)
     counted = server.answering.metrics.cancelled._value
     before = counted.get()
+    brake.on()
     streams = [ask(client, stream=True, max_tokens=100) for _ in range(4)]
-    for stream in streams:
-        next(iter(stream))
+    server.until(lambda: len(queued) == 4)
+    brake.let_one_pass()  # it may have begun before all four were there
+    server.until(lambda: server.engine.active == 4)
     waiting = ask(client, stream=True)
-    next(iter(waiting))
-    waiting.response.close()
-    for stream in streams[:3]:
+    server.until(lambda: len(queued) == 5)
+    for stream in (waiting, *streams[:3]):
         stream.response.close()
     server.until(lambda: server.answering.in_flight == 1 and counted.get() == before + 4)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask, client)
+        server.until(lambda: len(queued) == 6)
+        brake.on(below=2)  # steps go on until the fourth stream is alone
+        assert asked.result().choices[0].message.content.strip() == expected(runtime).answer
+    assert server.answering.in_flight == 1
+    steps = brake.steps
+    streams[3].response.close()
+    server.until(lambda: server.answering.in_flight == 0 and counted.get() == before + 5)
     brake.off()
-    assert ask(client).choices[0].message.content.strip() == expected(runtime).answer
-    streams[3].response.close()  # it may have come to its end by now
-    server.until(lambda: server.answering.in_flight == 0 and server.engine.active == 0)
+    server.until(lambda: server.engine.active == 0)
+    assert brake.steps <= steps + 1
+
+
+def calls(thing: Any, method: str, monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """One more item whenever a call of the method has returned."""
+    returned: list[None] = []
+    call = getattr(thing, method)
+
+    def told(*arguments: Any) -> Any:
+        made = call(*arguments)
+        returned.append(None)
+        return made
+
+    monkeypatch.setattr(thing, method, told)
+    return returned
 
 
 def test_clients_that_leave_leave_nothing_behind(server: Running, client: openai.OpenAI) -> None:
