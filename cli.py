@@ -2281,13 +2281,16 @@ def checkpoint_pack(
         ),
     ] = None,
     adapter_rank: Annotated[int | None, typer.Option(help="Cut the decoder's update to this rank.", min=1)] = None,
+    chunk_size: Annotated[
+        int | None, typer.Option(help="Tokens a chunk of an index that is built without saying.", min=1)
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Write a trained checkpoint in fewer bytes, each part in the form asked for, and say what that lost."""
     from refrag_core.checkpoint import load_checkpoint
     from refrag_core.packing import pack_checkpoint, pack_options
 
-    options = pack_options(dtype, part or (), adapter_rank)
+    options = pack_options(dtype, part or (), adapter_rank, chunk_size)
     report = pack_checkpoint(load_checkpoint(checkpoint), output, options)
     for note in report.notes:
         _warn(f"note: {note}")

@@ -27,7 +27,7 @@ _MODEL_CARD = "README.md"
 _ORTHOGONAL = 1e-2
 """Of columns stored in float16."""
 _INSIDE = "./"
-_PATHS = ("data", "output", "instructions", "checkpoint", "encoder", "decoder")
+_PATHS = ("data", "output", "instructions", "held_out_instructions", "checkpoint", "encoder", "decoder")
 """Settings of a training config that may name places of the machine that trained."""
 
 
@@ -41,6 +41,8 @@ class PackOptions:
     policy: FloatDtype = "float16"
     adapter_rank: int | None = None
     """Cut the decoder's update to this rank; None leaves it."""
+    chunk_size: int | None = None
+    """Chunk size of an index that is built without saying; None leaves it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,9 @@ class PackReport:
     """What a reader elsewhere may stumble over."""
 
 
-def pack_options(dtype: str, parts: Sequence[str] = (), adapter_rank: int | None = None) -> PackOptions:
+def pack_options(
+    dtype: str, parts: Sequence[str] = (), adapter_rank: int | None = None, chunk_size: int | None = None
+) -> PackOptions:
     """The options of a command line: `dtype` for all parts that can have it, and `PART=DTYPE` for single ones.
 
     Projection and policy take the nearest form that they have, float16 for int8. Raises UsageError.
@@ -86,12 +90,12 @@ def pack_options(dtype: str, parts: Sequence[str] = (), adapter_rank: int | None
             known = "; ".join(f"{name}={'|'.join(forms)}" for name, forms in choices.items())
             raise UsageError(f"--part is {given!r}; expected one of {known}")
         forms[part] = form
-    return PackOptions(**cast(dict[str, Any], forms), adapter_rank=adapter_rank)
+    return PackOptions(**cast(dict[str, Any], forms), adapter_rank=adapter_rank, chunk_size=chunk_size)
 
 
 def _choices() -> dict[str, tuple[str, ...]]:
     """Forms by part."""
-    names = [field.name for field in fields(PackOptions) if field.name != "adapter_rank"]
+    names = [field.name for field in fields(PackOptions) if field.name not in ("adapter_rank", "chunk_size")]
     return {name: get_args(StoredDtype if name in ("encoder", "adapter") else FloatDtype) for name in names}
 
 
@@ -101,11 +105,14 @@ def pack_checkpoint(checkpoint: Checkpoint, output: Path, options: PackOptions |
     A checkpoint that is there is replaced; a model card beside it stays. Names of models are made ones that mean the
     same on any machine, where `refrag_core.models.SHORT_NAMES` has one.
 
-    Raises ConfigError for a checkpoint without trained weights, UsageError for an output that is something else, and
-    what loading the checkpoint's weights raises.
+    Raises ConfigError for a checkpoint without trained weights or not trained for the chunk size, UsageError for an
+    output that is something else, and what loading the checkpoint's weights raises.
     """
     options = options or PackOptions()
     source = _source(checkpoint, output)
+    if options.chunk_size is not None and options.chunk_size not in checkpoint.config.chunk_sizes:
+        known = ", ".join(map(str, checkpoint.config.chunk_sizes))
+        raise ConfigError(f"checkpoint {source} is trained for chunk sizes {known}, not {options.chunk_size}")
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
         notes = _write(checkpoint, Path(folder), options)
@@ -162,6 +169,7 @@ def _write(checkpoint: Checkpoint, folder: Path, options: PackOptions) -> list[s
         decoder=replace(decoder, reference=_portable(decoder.reference, decoder.fingerprint)),
         policy=replace(config.policy, dtype=options.policy),
         projection_dtype=options.projection,
+        chunk_size=options.chunk_size or config.chunk_size,
     )
     replace(checkpoint, config=config, folder=folder).save(folder)
     return [

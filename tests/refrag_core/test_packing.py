@@ -64,6 +64,15 @@ def test_the_decoders_update_is_nearly_the_same(trained: Checkpoint, tmp_path: P
     assert 0 < report.parts["adapter"].relative_error < 0.01
 
 
+def test_another_of_its_chunk_sizes_can_be_the_default(trained: Checkpoint, tmp_path: Path) -> None:
+    other = next(size for size in trained.config.chunk_sizes if size != trained.config.chunk_size)
+    pack_checkpoint(trained, tmp_path / "packed", pack_options("int8", chunk_size=other))
+    assert Checkpoint.load(tmp_path / "packed").config.chunk_size == other
+    with pytest.raises(ConfigError, match="trained for chunk sizes .*, not 7"):
+        pack_checkpoint(trained, tmp_path / "no", pack_options("int8", chunk_size=7))
+    assert not (tmp_path / "no").exists()
+
+
 def test_the_report_says_what_each_part_takes(trained: Checkpoint, tmp_path: Path) -> None:
     report = pack_checkpoint(trained, tmp_path / "packed")
     assert list(report.parts) == ["encoder", "adapter", "projection", "policy"]
