@@ -68,7 +68,7 @@ def test_another_of_its_chunk_sizes_can_be_the_default(trained: Checkpoint, tmp_
     other = next(size for size in trained.config.chunk_sizes if size != trained.config.chunk_size)
     pack_checkpoint(trained, tmp_path / "packed", pack_options("int8", chunk_size=other))
     assert Checkpoint.load(tmp_path / "packed").config.chunk_size == other
-    with pytest.raises(ConfigError, match="trained for chunk sizes .*, not 7"):
+    with pytest.raises(ConfigError, match=r"trained for chunk sizes .*, not 7"):
         pack_checkpoint(trained, tmp_path / "no", pack_options("int8", chunk_size=7))
     assert not (tmp_path / "no").exists()
 
