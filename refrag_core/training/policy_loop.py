@@ -104,6 +104,7 @@ class PolicyTrainer:
         self.embed_queries, query_dim = self._load_queries()
         self.make_queries = None if self.embed_queries is None else self._queries_of_tokens(self.embed_queries)
         self.questions = self._load_questions(config.instructions)
+        self.held_out_questions = self._load_questions(config.held_out_instructions)
         self.policy = self._initial_policy(query_dim).to(self.device).train().requires_grad_(True)
         self.reference: PointerPolicy | None = None
         """The policy after the warm start, once that is over."""
@@ -365,11 +366,10 @@ class PolicyTrainer:
 
     def _evaluate_questions(self) -> dict[str, Any]:
         """`evaluate_answers` on the held-out questions; empty without any."""
-        questions = self._load_questions(self.config.held_out_instructions)
-        if questions is None or self.embed_queries is None:
+        questions, embed = self.held_out_questions, self.embed_queries
+        if questions is None or embed is None:
             return {}
-        policy = _as_stored(self.policy)
-        found = evaluate_answers(policy, self.scorer, questions, self.config, embed_queries=self.embed_queries)
+        found = evaluate_answers(_as_stored(self.policy), self.scorer, questions, self.config, embed_queries=embed)
         self.say(f"held-out questions: {found}")
         return {"held_out_questions": found}
 
