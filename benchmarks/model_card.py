@@ -157,7 +157,7 @@ def _training(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     if not runs:
         return
     yield from _heading("Training")
-    rows = [row for number, run in enumerate(runs, start=1) for row in _run_rows(number, run)]
+    rows = list(_all_rows(runs))
     yield from _table(("run", "steps", "seconds", "epochs begun", "k", "hardware", "tasks"), rows)
     data = runs[-1].get("data")
     if data:
@@ -172,6 +172,17 @@ def _training(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         splits = (f"{name} {split['tokens']:,}" for name, split in data.get("splits", {}).items() if "tokens" in split)
         yield from ("", f"Tokens by split: {', '.join(splits)}.")
     yield from _gap_to_training(runs[-1].get("evaluation") or {})
+
+
+def _all_rows(runs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[object, ...]]:
+    """Rows of all runs; a run whose policy was trained twice has two records and one row of its own."""
+    number, before = 0, None
+    for run in runs:
+        same = {key: run.get(key) for key in ("config", "step", "seconds")}
+        number += same != before
+        rows = list(_run_rows(number, run))
+        yield from rows[same == before :]
+        before = same
 
 
 def _run_rows(number: int, run: Mapping[str, Any]) -> Iterator[tuple[object, ...]]:

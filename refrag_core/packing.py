@@ -27,7 +27,7 @@ _MODEL_CARD = "README.md"
 _ORTHOGONAL = 1e-2
 """Of columns stored in float16."""
 _INSIDE = "./"
-_PATHS = ("data", "output", "instructions", "held_out_instructions", "checkpoint", "encoder", "decoder")
+_PATHS = ("data", "output", "instructions", "held_out_instructions", "checkpoint", "encoder", "decoder", "retriever")
 """Settings of a training config that may name places of the machine that trained."""
 
 

@@ -4,12 +4,13 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import typer
 
 from refrag import cli
+from refrag_core.training.runs import Stage, shipped_configs
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
@@ -31,6 +32,15 @@ def parsed(line: str) -> tuple[Any, list[str]]:
 def test_the_readme_shows_training() -> None:
     names = {parsed(line)[0].name for line in shown_commands()}
     assert {"build", "ask", "prepare", "reconstruct", "next-paragraph", "policy", "instruct", "plot", "config"} <= names
+
+
+def test_training_configs_that_are_named_come_along() -> None:
+    words = [line.split() for line in shown_commands() if line.startswith("refrag train ")]
+    named = {
+        config for _, _, stage, config, *_ in (line for line in words if len(line) > 3) if stage in get_args(Stage)
+    }
+    assert {name for name in named if not name.endswith(".toml")} <= shipped_configs().keys()
+    assert len(named) > 4
 
 
 @pytest.mark.parametrize("line", sorted(set(shown_commands())))

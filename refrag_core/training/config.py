@@ -367,9 +367,9 @@ def _check_interleaved(config: TrainingConfig, task: TaskConfig) -> None:
     window = config.context_tokens + config.output_tokens
     for size in config.chunk_sizes:
         expanded = [num_expanded(window // size, fraction) for fraction in task.expansion_fractions]
-        if window % size or min(expanded) == 0:
+        if window % size or min(expanded) == 0 or max(expanded) == window // size:
             raise ConfigError(
                 f"interleaved has windows of {window} tokens (context_tokens and output_tokens), chunk size {size} and "
                 f"expansion_fractions {', '.join(f'{fraction:g}' for fraction in task.expansion_fractions)}; expected "
-                f"whole chunks, and fractions that expand at least one of them, since those are what is predicted"
+                f"whole chunks, and fractions that expand at least one of them, which are predicted, and leave one"
             )

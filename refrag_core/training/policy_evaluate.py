@@ -1,5 +1,6 @@
 """The learned policy beside chance and the last chunks: the same masks' size, the same tokens, paired by window."""
 
+import math
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -97,23 +98,28 @@ def evaluate_answers(
 ) -> dict[str, Any]:
     """Of how many questions the policy chooses a chunk that holds the answer, for each chunk size, as JSON.
 
-    As many chunks are chosen as a host does at the evaluation's p. `random` is what equally many drawn at random hold
-    on average: the share of the chunks that are chosen, since most answers stand in one chunk.
+    As many chunks are chosen as a host does at the evaluation's p. `random` is what equally many drawn at random would
+    find on average.
     """
     count = len(questions.examples)
     result: dict[str, Any] = {"questions": count, "expansion_fraction": config.evaluation_fraction}
     for size in config.chunk_sizes:
-        found, shares = [], []
+        found, chances = [], []
         for start in range(0, count, _BATCH_ROWS):
             contexts = questions.contexts(range(start, min(start + _BATCH_ROWS, count)), chunk_size=size)
             embeddings, present, queries, _ = scorer.encode_questions(contexts, embed_queries(contexts.questions))
             ranks = policy(embeddings, present, queries).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
             for row, length in enumerate(contexts.present.sum(axis=1).tolist()):
-                chosen = ranks[row].cpu().numpy() < num_expanded(length, config.evaluation_fraction)
-                found.append(bool((chosen & contexts.holds_answer[row]).any()))
-                shares.append(chosen.sum() / length)
-        result[f"chunk_size_{size}"] = {"learned": float(np.mean(found)), "random": float(np.mean(shares))}
+                holds, picks = contexts.holds_answer[row], num_expanded(length, config.evaluation_fraction)
+                found.append(bool((holds & (ranks[row].cpu().numpy() < picks)).any()))
+                chances.append(chance_of_a_hit(length, int(holds.sum()), picks))
+        result[f"chunk_size_{size}"] = {"learned": float(np.mean(found)), "random": float(np.mean(chances))}
     return result
+
+
+def chance_of_a_hit(num_chunks: int, wanted: int, picks: int) -> float:
+    """That `picks` of `num_chunks` chunks, drawn without replacement, have one of `wanted` among them."""
+    return 1.0 - math.comb(num_chunks - wanted, picks) / math.comb(num_chunks, picks)
 
 
 @torch.no_grad()

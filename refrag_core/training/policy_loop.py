@@ -173,6 +173,8 @@ class PolicyTrainer:
         if own == shape:
             self.say("goes on from the checkpoint's trained policy")
             return self.base.load_policy()
+        if own.trained:
+            self.say("begins a new policy: the checkpoint's trained one has another shape or reads no query")
         return initialise_policy(
             self.base.config.d_enc,
             query_dim=query_dim,
@@ -235,7 +237,7 @@ class PolicyTrainer:
             if self.reference is None:
                 self.reference = deepcopy(self.policy).eval().requires_grad_(False)
             self._set_learning_rate(self.config.learning_rate, (progress - share) / (1.0 - share))
-        if self.questions is not None and self._random(2).random() < self.config.instruction_share:
+        if self.questions is not None and self._random(4).random() < self.config.instruction_share:
             metrics = self._answers(self.questions)
         else:
             example = self._example()
@@ -429,9 +431,8 @@ class PolicyTrainer:
         fingerprints = {
             "data": ("token shards", self.shards.fingerprint),
             "base": ("checkpoint", self.base.fingerprint),
+            "instructions": ("instructions", None if self.questions is None else self.questions.fingerprint),
         }
-        if self.questions is not None:
-            fingerprints["instructions"] = ("instruction file", self.questions.fingerprint)
         return Bindings(self.config.resume_settings, fingerprints)
 
     def save(self) -> None:

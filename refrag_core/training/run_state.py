@@ -40,8 +40,8 @@ class Bindings:
 
     settings: Mapping[str, JSON]
     """All settings that decide what a step computes."""
-    fingerprints: Mapping[str, tuple[str, str]]
-    """Of whatever else does, by its key in the JSON: (what it is called, fingerprint)."""
+    fingerprints: Mapping[str, tuple[str, str | None]]
+    """Of whatever else does, by its key in the JSON: (what it is called, fingerprint or None for none of it)."""
 
 
 @dataclass(frozen=True, slots=True)

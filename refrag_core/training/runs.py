@@ -187,6 +187,11 @@ def _evaluation_rows(split: str, found: dict[str, Any]) -> Iterator[tuple[str, o
             gain = row["gains"]["over_last"]
             yield f"{split} {layout} k={key[11:]}", f"gains {gain['nats']:+.4f} nats a token over the last chunks"
     for key, row in found.items():
-        if key.startswith("chunk_size_"):
+        if not key.startswith("chunk_size_"):
+            continue
+        if "gap_closed" in row:
             gaps = ", ".join(f"{by['random']:.3f} at p={p}" for p, by in row["gap_closed"].items())
             yield f"{split} k={key[11:]}", f"gap closed {gaps}"
+        else:
+            chosen = f"{row['learned']:.3f} of {found['questions']}, by chance {row['random']:.3f}"
+            yield f"{split} k={key[11:]}", f"answers among the chosen chunks {chosen}"

@@ -155,3 +155,10 @@ def test_figures_of_another_checkpoint_are_refused(
 def test_a_file_that_is_no_result(made: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert model_card.main([str(made.folder), "--qa", str(tmp_path / "none.json")]) == 2
     assert "expected the JSON of a command's --json" in capsys.readouterr().err
+
+
+def test_a_policy_that_was_trained_twice_is_two_rows_of_one_run() -> None:
+    again = RUN | {"policy": {"step": 200, "seconds": 700.0, "device": "cpu"}}
+    rows = list(model_card._all_rows([RUN, again, RUN | {"step": 5}]))
+    assert [row[0] for row in rows] == [1, "1, policy", "1, policy", 2, "2, policy"]
+    assert [row[5] for row in rows] == ["NVIDIA H100", "NVIDIA H100", "cpu", "NVIDIA H100", "NVIDIA H100"]

@@ -38,6 +38,7 @@ def test_overrides_reach_fields_and_tasks(tmp_path: Path) -> None:
         ("tasks.0.kind=sing", "one of reconstruct"),
         ("tasks.0.expansion_fractions=[1.5]", "out of range"),
         ("tasks=[{kind='interleaved', expansion_fractions=[0.0, 0.25]}]", "fractions that expand at least one"),
+        ("tasks=[{kind='interleaved', expansion_fractions=[0.995]}]", "and leave one"),
         ("tasks=[{kind='recall', span_tokens=48}]", "divisor of output_tokens"),
         ("tasks=[{kind='recall', given_tokens=32}]", "fewer given than a span has"),
         ("tasks=[{kind='text', distillation=0.5}]", "teacher"),
