@@ -233,7 +233,7 @@ def test_a_run_whose_time_is_up_exits_4_and_goes_on(workshop: Workshop, tmp_path
 def test_the_shipped_configs_are_of_their_stages() -> None:
     assert set(STAGES) < set(shipped_configs())
     for name in shipped_configs():
-        stage: Any = "reconstruct" if name.startswith("reconstruct") else name
+        stage: Any = next(stage for stage in STAGES if name.startswith(stage))
         assert load_stage(stage, name).output == f"runs/{name}"
     joint = str(command_line.REPOSITORY / "benchmarks" / "training" / "joint.toml")
     for mixed in ("reconstruct", "next-paragraph", "instruct"):
