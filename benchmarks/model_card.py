@@ -231,7 +231,8 @@ def _perplexity(report: Mapping[str, Any]) -> Iterator[str]:
             f"\n**{Path(corpus['source']).name}{split}: {kind}**, context {table['context_tokens']}, output "
             f"{table['output_tokens']}, k = {table['chunk_size']}; {corpus['windows']} windows of "
             f"{corpus['documents']} documents; embeddings {table['embedding_storage']['dtype']}; {settings['device']}, "
-            f"{settings['decoder_dtype']}.\n"
+            f"{settings['decoder_dtype']}; scored from the output's token "
+            f"{settings.get('first_scored_output_token', 2)} on.\n"
         )
         yield from _table(("context", "positions", "nats", "G", "beside last tokens"), list(_conditions(table)))
         yield from _storage(table["embedding_storage"])
