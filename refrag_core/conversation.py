@@ -17,16 +17,7 @@ from refrag_core.errors import ConfigError
 from refrag_core.history import HistoryOptions, HistoryUse, Window, last_first_raw, query_vector, windows
 from refrag_core.index_reader import FetchedPassage, PassageRef
 from refrag_core.prefix_reuse import PrefixReuse
-from refrag_core.runtime import (
-    Answer,
-    AskOptions,
-    Clock,
-    GivenPassage,
-    Prepared,
-    Runtime,
-    Selection,
-    context_slots,
-)
+from refrag_core.runtime import Answer, AskOptions, Clock, GivenPassage, Prepared, Runtime, Selection, context_slots
 from refrag_core.scoring import ChunkScorer
 from refrag_core.session import Session, Turn, new_session
 from refrag_core.template import PromptTemplate, with_turns

@@ -95,8 +95,9 @@ def pack_options(
 
 def _choices() -> dict[str, tuple[str, ...]]:
     """Forms by part."""
-    names = [field.name for field in fields(PackOptions) if field.name not in ("adapter_rank", "chunk_size")]
-    return {name: get_args(StoredDtype if name in ("encoder", "adapter") else FloatDtype) for name in names}
+    return {
+        field.name: get_args(field.type) for field in fields(PackOptions) if field.type in (StoredDtype, FloatDtype)
+    }
 
 
 def pack_checkpoint(checkpoint: Checkpoint, output: Path, options: PackOptions | None = None) -> PackReport:

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from refrag_core.chunking import ChunkingOptions, cut_passages, num_chunks, tokenize_documents
+from refrag_core.chunking import ChunkingOptions, TokenizedText, cut_passages, num_chunks, tokenize_documents
 from refrag_core.composition import COMPRESSED, Arrangement, ContextPassage, arrange
 from refrag_core.digests import digest_json
 from refrag_core.errors import ConfigError, CorpusError
@@ -300,9 +300,9 @@ def _tokenized(
     examples = []
     for made, question, answer in zip(instructions, questions, answers, strict=True):
         pieces = [
-            (piece.ids, number in made.gold, _spelling(piece, made.answer if number in made.gold else ""))
+            (tokens.ids, number in made.gold, _spelling(text, tokens, made.answer if number in made.gold else ""))
             for number, text in enumerate(made.passages)
-            for piece in passages[text]
+            for tokens in passages[text]
         ]
         examples.append(
             TokenizedExample(
@@ -316,33 +316,23 @@ def _tokenized(
     return examples
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """A passage's tokens, with their places in its text."""
-
-    text: str
-    ids: TokenIds
-    starts: npt.NDArray[np.int64]
-    ends: npt.NDArray[np.int64]
-
-
-def _cut_once(texts: Sequence[str], tokenizer: Tokenizer, options: ChunkingOptions) -> dict[str, list[_Piece]]:
-    """Of each text its passages, usually one."""
+def _cut_once(texts: Sequence[str], tokenizer: Tokenizer, options: ChunkingOptions) -> dict[str, list[TokenizedText]]:
+    """Of each text the tokens of its passages, usually one."""
     pieces = {}
     for start in range(0, len(texts), _TOKENIZED_TEXTS):
         part = texts[start : start + _TOKENIZED_TEXTS]
         for text, tokens in zip(part, tokenize_documents(part, tokenizer), strict=True):
             own = [slice(passage.token_start, passage.token_end) for passage in cut_passages(text, tokens, options)]
-            pieces[text] = [_Piece(text, tokens.ids[at], tokens.starts[at], tokens.ends[at]) for at in own]
+            pieces[text] = [TokenizedText(tokens.ids[at], tokens.starts[at], tokens.ends[at]) for at in own]
     return pieces
 
 
-def _spelling(piece: _Piece, answer: str) -> Mask:
-    """Bool, one a token: whether it overlaps a place where `answer` stands as whole words, in either case."""
-    mask = np.zeros(len(piece.ids), dtype=np.bool_)
+def _spelling(text: str, tokens: TokenizedText, answer: str) -> Mask:
+    """Bool, one a token: whether it overlaps a place in `text` where `answer` stands as whole words, in either case."""
+    mask = np.zeros(len(tokens.ids), dtype=np.bool_)
     if answer:
-        for found in re.finditer(rf"(?<!\w){re.escape(answer)}(?!\w)", piece.text, re.IGNORECASE):
-            mask |= (piece.starts < found.end()) & (piece.ends > found.start())
+        for found in re.finditer(rf"(?<!\w){re.escape(answer)}(?!\w)", text, re.IGNORECASE):
+            mask |= (tokens.starts < found.end()) & (tokens.ends > found.start())
     return mask
 
 

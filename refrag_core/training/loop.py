@@ -391,14 +391,25 @@ def load_instructions(config: TrainingConfig, base: Checkpoint, model: TrainingM
     """The examples of the config's instruction file, None where it names none."""
     if config.instructions is None:
         return None
-    return InstructionSet.open(
-        Path(config.instructions),
-        template=base.config.template,
-        tokenizer=load_tokenizer(base.decoder_folder()),
-        eos_ids=own_eos_ids(model.decoder),
-        expansion_fractions=[p for task in config.tasks if task.kind == "instruct" for p in task.expansion_fractions],
+    fractions = [p for task in config.tasks if task.kind == "instruct" for p in task.expansion_fractions]
+    return open_instructions(
+        config.instructions,
+        base,
+        model.decoder,
+        expansion_fractions=fractions,
         context_tokens=config.context_tokens,
         seed=config.seed,
+    )
+
+
+def open_instructions(path: str, base: Checkpoint, decoder: Any, **settings: Any) -> InstructionSet:
+    """The examples of a file for a checkpoint and its decoder; `settings` as for `InstructionSet`."""
+    return InstructionSet.open(
+        Path(path),
+        template=base.config.template,
+        tokenizer=load_tokenizer(base.decoder_folder()),
+        eos_ids=own_eos_ids(decoder),
+        **settings,
     )
 
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from refrag_core.policy import PointerPolicy, num_expanded
+from refrag_core.policy import PointerPolicy, select
 from refrag_core.training.evaluate import bootstrap, expansion_masks
 from refrag_core.training.policy_answers import AnsweredQuestions
 from refrag_core.training.policy_config import PolicyTrainingConfig
@@ -108,11 +108,16 @@ def evaluate_answers(
         for start in range(0, count, _BATCH_ROWS):
             contexts = questions.contexts(range(start, min(start + _BATCH_ROWS, count)), chunk_size=size)
             embeddings, present, queries, _ = scorer.encode_questions(contexts, embed_queries(contexts.questions))
-            ranks = policy(embeddings, present, queries).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+            logits = policy(embeddings, present, queries).cpu().numpy()
             for row, length in enumerate(contexts.present.sum(axis=1).tolist()):
-                holds, picks = contexts.holds_answer[row], num_expanded(length, config.evaluation_fraction)
-                found.append(bool((holds & (ranks[row].cpu().numpy() < picks)).any()))
-                chances.append(chance_of_a_hit(length, int(holds.sum()), picks))
+                holds, own, fraction = (
+                    contexts.holds_answer[row, :length],
+                    logits[row, :length],
+                    config.evaluation_fraction,
+                )
+                chosen = select("learned", num_chunks=length, expansion_fraction=fraction, logits=own)
+                found.append(bool((holds & chosen).any()))
+                chances.append(chance_of_a_hit(length, int(holds.sum()), int(chosen.sum())))
         result[f"chunk_size_{size}"] = {"learned": float(np.mean(found)), "random": float(np.mean(chances))}
     return result
 

@@ -31,14 +31,12 @@ import torch
 from torch import Tensor
 
 from refrag_core.checkpoint import Checkpoint, PolicyConfig, load_checkpoint
-from refrag_core.decoder import own_eos_ids
 from refrag_core.devices import resolve_device
 from refrag_core.errors import ConfigError, RefragError, UsageError
 from refrag_core.models import load_tokenizer, resolve_model
 from refrag_core.policy import PointerPolicy, draw_picks, initialise_policy, num_expanded, pick_log_probs
 from refrag_core.retriever import load_retriever
-from refrag_core.training.instruct_data import InstructionSet
-from refrag_core.training.loop import autocast_of, check_chunk_sizes
+from refrag_core.training.loop import autocast_of, check_chunk_sizes, open_instructions
 from refrag_core.training.model import compile_layers
 from refrag_core.training.policy_answers import AnsweredQuestions
 from refrag_core.training.policy_config import PolicyTrainingConfig, load_policy_config
@@ -155,16 +153,15 @@ class PolicyTrainer:
     def _load_questions(self, path: str | None) -> AnsweredQuestions | None:
         if path is None:
             return None
-        tokenizer = load_tokenizer(self.base.decoder_folder())
-        instructions = InstructionSet.open(
-            Path(path),
-            template=self.base.config.template,
-            tokenizer=tokenizer,
-            eos_ids=own_eos_ids(self.scorer.decoder),
-            expansion_fractions=(self.config.evaluation_fraction,),
-            context_tokens=self.config.context_tokens,
+        config = self.config
+        instructions = open_instructions(
+            path,
+            self.base,
+            self.scorer.decoder,
+            expansion_fractions=(config.evaluation_fraction,),
+            context_tokens=config.context_tokens,
         )
-        return AnsweredQuestions(instructions, tokenizer, seed=self.config.seed)
+        return AnsweredQuestions(instructions, load_tokenizer(self.base.decoder_folder()), seed=config.seed)
 
     def _initial_policy(self, query_dim: int) -> PointerPolicy:
         """The base's where it is trained and of this shape, to go on from; else a new one."""
@@ -230,8 +227,7 @@ class PolicyTrainer:
     def _train_step(self) -> dict[str, Tensor]:
         """One step of the stage that the progress is in; what it returns still is on the device."""
         share, progress = self.config.warm_start_share, self.progress
-        warming = progress < share
-        if warming:
+        if progress < share:
             self._set_learning_rate(self.config.warm_start_learning_rate, progress / share)
         else:
             if self.reference is None:

@@ -13,11 +13,11 @@ from refrag_core.training.policy_answers import AnsweredQuestions, answer_chunks
 
 def example(*spells: list[bool]) -> TokenizedExample:
     """Passages of as many tokens as `spells` has entries, numbered through all of them."""
-    starts = np.cumsum([10, *(len(mask) for mask in spells)])
+    starts = np.cumsum([10, *(len(mask) for mask in spells[:-1])])
     return TokenizedExample(
         question=np.asarray([5, 6], dtype=np.int32),
         answer=np.asarray([7], dtype=np.int32),
-        passages=tuple(np.arange(a, a + len(mask), dtype=np.int32) for a, mask in zip(starts, spells, strict=False)),
+        passages=tuple(np.arange(a, a + len(mask), dtype=np.int32) for a, mask in zip(starts, spells, strict=True)),
         gold=tuple(any(mask) for mask in spells),
         spells_answer=tuple(np.asarray(mask) for mask in spells),
     )
