@@ -176,6 +176,17 @@ def random_masks(rows: int, num_chunks: int, count: int, random: np.random.Gener
     return mask
 
 
+def last_or_random_masks(
+    rows: int, num_chunks: int, count: int, last_share: float, random: np.random.Generator
+) -> Mask:
+    """Bool `[rows, num_chunks]` with `count` True in every row: the last ones in a share of the rows, else random."""
+    masks = random_masks(rows, num_chunks, count, random)
+    # Nothing is drawn where no row needs it, so that a config without the share gives the batches that it gave before.
+    if last_share and count:
+        masks[random.random(rows) < last_share] = np.arange(num_chunks) >= num_chunks - count
+    return masks
+
+
 def run_masks(rows: int, num_chunks: int, count: int, runs: int, random: np.random.Generator) -> Mask:
     """Bool `[rows, num_chunks]` with `count` True in every row, in `runs` runs, each behind a run of False.
 

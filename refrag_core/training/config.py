@@ -51,6 +51,7 @@ _MAY_BE_ZERO = (
     "readout",
     "weight",
     "final_weight",
+    "last_share",
     "shuffled_share",
     "warm_start_share",
     "entropy_weight",
@@ -91,6 +92,8 @@ class TaskConfig:
     random; of the whole windows of interleaved, where they stand in runs and are what is predicted."""
     gold_expansion_weight: float = 1.0
     """How many times as readily chunks of passages that hold the answer are drawn, in instruct."""
+    last_share: float = 0.0
+    """Share of the contexts of recall and next-paragraph whose last chunks are expanded, and not random ones."""
     span_tokens: int = 32
     """Tokens of a piece of the context that recall continues, and output_tokens is a multiple; of a run of expanded
     chunks in interleaved, on average."""
@@ -348,6 +351,8 @@ def _check_fit(config: TrainingConfig) -> None:
             )
     if any(task.distillation > 1.0 for task in config.tasks):
         raise ConfigError("distillation must be 0 to 1, the divergence's share of the loss")
+    if any(task.last_share > 1.0 for task in config.tasks):
+        raise ConfigError("last_share must be 0 to 1, a share of the rows")
     if config.decoder_training == "frozen" and any(task.kind == "text" for task in config.tasks):
         raise ConfigError(
             "a text task trains nothing but the decoder, which is frozen; leave the task out, or use lora or full"

@@ -11,8 +11,8 @@ from refrag_core.training.batches import (
     Mask,
     TrainingBatch,
     interleaved_batch,
+    last_or_random_masks,
     next_paragraph_batch,
-    random_masks,
     recall_batch,
     reconstruction_batch,
     run_masks,
@@ -96,7 +96,7 @@ def make_example(
     if task.kind == "interleaved":
         return _interleaved(planned, tokens)
     fraction, chunks = planned.expansion_fraction, config.context_tokens // size
-    masks = random_masks(len(context), chunks, num_expanded(chunks, fraction), random)
+    masks = last_or_random_masks(len(context), chunks, num_expanded(chunks, fraction), task.last_share, random)
     if task.kind == "recall":
         return Example(f"recall/k{size}/p{fraction:g}", task, _recall(config, planned, context, masks), None)
     batch = next_paragraph_batch(context, output, chunk_size=size, expansion_mask=masks)

@@ -4,6 +4,7 @@ import pytest
 from refrag_core.errors import ConfigError
 from refrag_core.training.batches import (
     interleaved_batch,
+    last_or_random_masks,
     next_paragraph_batch,
     random_masks,
     recall_batch,
@@ -70,6 +71,18 @@ def test_random_masks_have_as_many_in_every_row() -> None:
     masks = random_masks(50, 8, 3, np.random.default_rng(0))
     assert masks.sum(axis=1).tolist() == [3] * 50
     assert (masks.sum(axis=0) > 0).all()
+
+
+def test_some_rows_expand_the_last_chunks_and_the_rest_random_ones() -> None:
+    last = np.arange(8) >= 5
+    alone = random_masks(400, 8, 3, np.random.default_rng(0))
+    mixed = last_or_random_masks(400, 8, 3, 0.5, np.random.default_rng(0))
+    is_last = (mixed == last).all(axis=1)
+    assert mixed.sum(axis=1).tolist() == [3] * 400
+    assert 0.4 < is_last.mean() < 0.6
+    assert (mixed[~is_last] == alone[~is_last]).all()
+    assert (last_or_random_masks(400, 8, 3, 0.0, np.random.default_rng(0)) == alone).all()
+    assert not last_or_random_masks(4, 8, 0, 1.0, np.random.default_rng(0)).any()
 
 
 def test_recall_continues_pieces_of_its_own_context() -> None:
