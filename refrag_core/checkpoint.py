@@ -94,6 +94,8 @@ class PolicyConfig:
     """False: its weights are random, and it chooses by chance."""
     dtype: FloatDtype | None = None
     """How its weights are stored; None for float16 where it is trained, else float32."""
+    match_dim: int = 0
+    """Width in which queries and chunks are compared; 0 for a policy without that term, and where none is stored."""
 
     @property
     def stored_dtype(self) -> FloatDtype:
@@ -177,6 +179,8 @@ class CheckpointConfig:
             del values["policy"]["trained"]
         if self.policy.stored_dtype == replace(self.policy, dtype=None).stored_dtype:
             del values["policy"]["dtype"]
+        if not self.policy.match_dim:
+            del values["policy"]["match_dim"]
         return {"format": FORMAT, "format_version": FORMAT_VERSION, **values}
 
     @classmethod
@@ -243,6 +247,7 @@ def _check_values(config: CheckpointConfig) -> None:
     widths = (config.encoder.dim, config.decoder.dim, config.policy.width, config.policy.num_heads)
     if not all(type(width) is int and width > 0 for width in widths) or type(config.trained) is not bool:
         raise ConfigError("checkpoint config has a width that is no positive number, or a 'trained' that is no boolean")
+    _check_queries(config.policy)
     if {config.projection_dtype, config.policy.stored_dtype} - set(get_args(FloatDtype)):
         raise ConfigError(
             f"checkpoint's projection is stored as {config.projection_dtype!r} and its policy as "
@@ -253,6 +258,15 @@ def _check_values(config: CheckpointConfig) -> None:
             f"checkpoint's encoder has embedding {config.encoder.embedding!r} and pooling {config.encoder.pooling!r}; "
             f"this refrag has {', '.join(get_args(EmbeddingForm))} and {', '.join(get_args(Pooling))}: use the refrag "
             f"that wrote it"
+        )
+
+
+def _check_queries(policy: PolicyConfig) -> None:
+    widths = (policy.query_dim, policy.match_dim)
+    if not all(type(width) is int and width >= 0 for width in widths) or (policy.match_dim and not policy.query_dim):
+        raise ConfigError(
+            f"checkpoint's policy has query_dim {policy.query_dim!r} and match_dim {policy.match_dim!r}; expected "
+            f"whole numbers from 0, and the second only beside the first: get the checkpoint again"
         )
 
 
@@ -408,6 +422,7 @@ class Checkpoint:
         policy = PointerPolicy(
             config.encoder.dim,
             query_dim=shape.query_dim,
+            match_dim=shape.match_dim,
             width=shape.width,
             num_heads=shape.num_heads,
             num_layers=shape.num_layers,

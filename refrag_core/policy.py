@@ -32,21 +32,34 @@ class PointerPolicy(nn.Module):
     Args:
         d_enc: width of a chunk embedding.
         query_dim: width of the retriever's query vector, an extra input to every chunk; 0 for none.
+        match_dim: m, width in which the query is compared with every chunk embedding, which adds to its logit; 0 for
+            no such term. Only with a `query_dim`.
         width, num_heads, num_layers: of the transformer; `width` is even and divisible by `num_heads`.
     """
 
     def __init__(
-        self, d_enc: int, *, query_dim: int = 0, width: int = 256, num_heads: int = 4, num_layers: int = 2
+        self,
+        d_enc: int,
+        *,
+        query_dim: int = 0,
+        match_dim: int = 0,
+        width: int = 256,
+        num_heads: int = 4,
+        num_layers: int = 2,
     ) -> None:
         super().__init__()
         if width % 2 or width % num_heads:
             raise ConfigError(f"policy width {width} must be even and divisible by its {num_heads} heads")
+        if match_dim and not query_dim:
+            raise ConfigError(f"policy has match_dim {match_dim} and no query to compare with; expected a query_dim")
         self.query_dim = query_dim
+        self.match_dim = match_dim
         self.chunk_input = nn.Linear(d_enc, width)
         self.query_input = nn.Linear(query_dim, width, bias=False) if query_dim else None
         self.blocks = nn.ModuleList(_Block(width, num_heads) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
         self.logit = nn.Linear(width, 1)
+        self.match = _Match(d_enc, query_dim, match_dim) if match_dim else None
 
     def forward(self, chunk_embeddings: Tensor, present: Tensor, query: Tensor | None = None) -> Tensor:
         """Logits `[b, L]`, -inf where no chunk is.
@@ -58,10 +71,13 @@ class PointerPolicy(nn.Module):
 
         Raises ConfigError when a query is missing, or given and not asked for.
         """
-        hidden = self._inputs(chunk_embeddings.to(self.logit.weight.dtype), query)
+        chunks = chunk_embeddings.to(self.logit.weight.dtype)
+        hidden = self._inputs(chunks, query)
         for block in self.blocks:
             hidden = block(hidden, present)
         logits: Tensor = self.logit(self.norm(hidden)).squeeze(-1)
+        if self.match is not None and query is not None:
+            logits = logits + self.match(chunks, query.to(chunks.dtype))
         return logits.masked_fill(~present, -math.inf)
 
     def _inputs(self, chunk_embeddings: Tensor, query: Tensor | None) -> Tensor:
@@ -74,6 +90,31 @@ class PointerPolicy(nn.Module):
         if self.query_input is not None and query is not None:
             inputs = inputs + self.query_input(query.to(inputs.dtype))[:, None]
         return inputs + _positions(inputs.shape[1], inputs.shape[2], inputs.device).to(inputs.dtype)
+
+
+class _Match(nn.Module):
+    """The bilinear term of the logits, chunk · query / √m, both normed and projected; none for a query of zeros.
+
+    Blocks that read the sum of both would have to learn such a product. Without the norms the term learns slowly: a
+    query has length 1, whatever its width.
+    """
+
+    def __init__(self, d_enc: int, query_dim: int, match_dim: int) -> None:
+        super().__init__()
+        self.chunk = nn.Linear(d_enc, match_dim, bias=False)
+        self.query = nn.Linear(query_dim, match_dim, bias=False)
+
+    def forward(self, chunk_embeddings: Tensor, query: Tensor) -> Tensor:
+        """`[b, L]` of chunk embeddings `[b, L, d_enc]` and queries `[b, query_dim]`."""
+        asked = self.query(_normed(query)) / math.sqrt(self.query.out_features)
+        # Through the chunks' matrix goes the query, which is one, and not the chunks, which are L.
+        wanted = asked @ self.chunk.weight
+        term: Tensor = (_normed(chunk_embeddings) @ wanted[:, :, None]).squeeze(-1)
+        return term
+
+
+def _normed(vectors: Tensor) -> Tensor:
+    return nn.functional.layer_norm(vectors, vectors.shape[-1:])
 
 
 class _Block(nn.Module):
@@ -113,18 +154,50 @@ def _positions(length: int, width: int, device: torch.device) -> Tensor:
 
 
 def initialise_policy(
-    d_enc: int, *, query_dim: int = 0, width: int = 256, num_heads: int = 4, num_layers: int = 2, seed: int
+    d_enc: int,
+    *,
+    query_dim: int = 0,
+    match_dim: int = 0,
+    width: int = 256,
+    num_heads: int = 4,
+    num_layers: int = 2,
+    seed: int,
 ) -> PointerPolicy:
-    """An untrained policy, equal for equal seeds."""
-    generator = torch.Generator().manual_seed(seed)
+    """An untrained policy, equal for equal seeds; its match term begins at 0."""
     policy = PointerPolicy(d_enc, query_dim=query_dim, width=width, num_heads=num_heads, num_layers=num_layers)
-    with torch.no_grad():
-        for module in policy.modules():
-            if isinstance(module, nn.Linear):
-                module.weight.normal_(0.0, 1.0 / math.sqrt(module.in_features), generator=generator)
-                if module.bias is not None:
-                    module.bias.zero_()
-    return policy.eval()
+    _initialise(policy, torch.Generator().manual_seed(seed))
+    return with_match(policy.eval(), match_dim, seed=seed) if match_dim else policy.eval()
+
+
+def with_match(policy: PointerPolicy, match_dim: int, *, seed: int) -> PointerPolicy:
+    """The policy, changed in place, with a match term that has yet to learn: its logits are what they were.
+
+    Args:
+        policy: with a query and without such a term.
+        seed: of the term's weights.
+
+    Raises ConfigError for any other policy.
+    """
+    if policy.match is not None or not policy.query_dim:
+        raise ConfigError(
+            f"policy has query_dim {policy.query_dim} and match_dim {policy.match_dim}; expected one with a query and "
+            f"without a match term to give it one"
+        )
+    match = _Match(policy.chunk_input.in_features, policy.query_dim, match_dim)
+    _initialise(match, torch.Generator().manual_seed(seed))
+    # One factor of a product of zeros still has a gradient; with both at 0 neither had.
+    nn.init.zeros_(match.chunk.weight)
+    policy.match, policy.match_dim = match.to(policy.logit.weight).train(policy.training), match_dim
+    return policy
+
+
+@torch.no_grad()
+def _initialise(module: nn.Module, generator: torch.Generator) -> None:
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            part.weight.normal_(0.0, 1.0 / math.sqrt(part.in_features), generator=generator)
+            if part.bias is not None:
+                part.bias.zero_()
 
 
 @torch.inference_mode()

@@ -57,6 +57,7 @@ _MAY_BE_ZERO = (
     "entropy_weight",
     "divergence_weight",
     "query_dropout",
+    "match_dim",
 )
 
 _NOT_RESUMED = (

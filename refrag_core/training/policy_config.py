@@ -55,6 +55,9 @@ class PolicyTrainingConfig:
     """How many."""
     query_conditioned: bool = False
     """Whether the policy reads the retriever's query vector; in training that of the first output tokens."""
+    match_dim: int = 0
+    """Width in which that policy compares the query with every chunk, a term of its logits; 0 for none. A trained
+    policy without the term goes on with it, at first with the logits that it had."""
     query_tokens: int = 32
     """Those tokens, which a policy with a query is not rewarded for."""
     query_dropout: float = 0.1
@@ -203,6 +206,11 @@ def _check_shares(config: PolicyTrainingConfig) -> None:
         raise ConfigError(
             "instructions teach which chunks answer a question, and a policy that is not query_conditioned does not "
             "see the question; expected query_conditioned = true, or no instructions"
+        )
+    if config.match_dim and not config.query_conditioned:
+        raise ConfigError(
+            f"match_dim is {config.match_dim}, and a policy that is not query_conditioned has no query to compare "
+            f"with; expected query_conditioned = true, or match_dim = 0"
         )
     for name in ("shuffled_share", "query_dropout", "warm_start_share", "instruction_share"):
         if getattr(config, name) > 1.0:

@@ -34,7 +34,14 @@ from refrag_core.checkpoint import Checkpoint, PolicyConfig, load_checkpoint
 from refrag_core.devices import resolve_device
 from refrag_core.errors import ConfigError, RefragError, UsageError
 from refrag_core.models import load_tokenizer, resolve_model
-from refrag_core.policy import PointerPolicy, draw_picks, initialise_policy, num_expanded, pick_log_probs
+from refrag_core.policy import (
+    PointerPolicy,
+    draw_picks,
+    initialise_policy,
+    num_expanded,
+    pick_log_probs,
+    with_match,
+)
 from refrag_core.retriever import load_retriever
 from refrag_core.training.loop import autocast_of, check_chunk_sizes, open_instructions
 from refrag_core.training.model import compile_layers
@@ -164,21 +171,31 @@ class PolicyTrainer:
         return AnsweredQuestions(instructions, load_tokenizer(self.base.decoder_folder()), seed=config.seed)
 
     def _initial_policy(self, query_dim: int) -> PointerPolicy:
-        """The base's where it is trained and of this shape, to go on from; else a new one."""
+        """The base's where it is trained and of this shape, or of it but for a term to add; else a new one."""
         config, own = self.config, self.base.config.policy
-        shape = PolicyConfig(query_dim, config.width, config.num_heads, config.num_layers, trained=True)
+        shape = self._policy_shape(query_dim)
         if own == shape:
             self.say("goes on from the checkpoint's trained policy")
             return self.base.load_policy()
+        if own == replace(shape, match_dim=0):
+            self.say(f"goes on from the checkpoint's trained policy, with a new term of match_dim {config.match_dim}")
+            return with_match(self.base.load_policy(), config.match_dim, seed=config.seed + 1)
         if own.trained:
             self.say("begins a new policy: the checkpoint's trained one has another shape or reads no query")
         return initialise_policy(
             self.base.config.d_enc,
             query_dim=query_dim,
+            match_dim=config.match_dim,
             width=config.width,
             num_heads=config.num_heads,
             num_layers=config.num_layers,
             seed=config.seed + 1,
+        )
+
+    def _policy_shape(self, query_dim: int) -> PolicyConfig:
+        config = self.config
+        return PolicyConfig(
+            query_dim, config.width, config.num_heads, config.num_layers, trained=True, match_dim=config.match_dim
         )
 
     # --- training
@@ -393,11 +410,9 @@ class PolicyTrainer:
         temporary = final.with_name(f"{final.name}.{os.getpid()}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.copytree(self.base.folder or Path(), temporary)
-        config = self.config
-        shape = PolicyConfig(self.policy.query_dim, config.width, config.num_heads, config.num_layers, trained=True)
         made = replace(
             self.base,
-            config=replace(self.base.config, policy=shape),
+            config=replace(self.base.config, policy=self._policy_shape(self.policy.query_dim)),
             policy=_as_stored(self.policy).cpu(),
         )
         made.save(temporary)

@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from safetensors.torch import save_file
 
 from refrag_core.checkpoint import Checkpoint, initialise_checkpoint, load_checkpoint
 from refrag_core.errors import ConfigError, FingerprintMismatchError, ModelNotFoundError
+from refrag_core.policy import with_match
 from tests.tiny_models import D_DEC, D_ENC, cache_for, checkpoint, checkpoint_folder, decoder_folder, encoder_folder
 
 
@@ -45,6 +47,41 @@ def test_save_and_load_round_trip(tmp_path: Path) -> None:
         "policy.safetensors",
         "projection.safetensors",
     ]
+
+
+def test_a_match_term_is_stored_and_a_config_without_it_has_none(tmp_path: Path) -> None:
+    plain = checkpoint(tmp_path, query_dim=6)
+    plain.save(tmp_path / "plain")
+    assert "match_dim" not in json.loads((tmp_path / "plain" / "config.json").read_text())["policy"]
+    assert Checkpoint.load(tmp_path / "plain").policy.match is None
+
+    policy = with_match(plain.load_policy(), 3, seed=0)
+    assert policy.match is not None
+    torch.nn.init.normal_(policy.match.chunk.weight)
+    shape = replace(plain.config.policy, match_dim=3)
+    made = replace(plain, config=replace(plain.config, policy=shape), policy=policy)
+    loaded = Checkpoint.load(made.save(tmp_path / "made").folder or Path())
+    assert loaded.config.policy.match_dim == loaded.policy.match_dim == 3
+    assert loaded.fingerprint == made.fingerprint != plain.fingerprint
+    for name, weight in policy.state_dict().items():
+        assert torch.equal(loaded.policy.state_dict()[name], weight)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"match_dim": 4}, "does not fit the checkpoint's config"),
+        ({"match_dim": -1}, "query_dim 6 and match_dim -1; expected whole numbers"),
+        ({"match_dim": True}, "match_dim True; expected whole numbers"),
+        ({"match_dim": 4, "query_dim": 0}, "query_dim 0 and match_dim 4; expected .* the second only beside the first"),
+    ],
+)
+def test_a_match_term_of_another_shape_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    folder = checkpoint_folder(tmp_path, query_dim=6)
+    config = json.loads((folder / "config.json").read_text())
+    edit_config(folder, policy=config["policy"] | changes)
+    with pytest.raises(ConfigError, match=message):
+        Checkpoint.load(folder)
 
 
 def test_equal_checkpoints_are_equal_files(tmp_path: Path) -> None:

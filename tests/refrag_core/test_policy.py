@@ -15,6 +15,7 @@ from refrag_core.policy import (
     sample_without_replacement,
     select,
     top_mask,
+    with_match,
 )
 
 
@@ -154,3 +155,52 @@ def test_equal_seeds_give_equal_policies() -> None:
 def test_a_width_that_heads_do_not_divide_is_refused() -> None:
     with pytest.raises(ConfigError, match="divisible by its 4 heads"):
         PointerPolicy(8, width=10)
+
+
+def match_policy(*, seed: int = 0) -> PointerPolicy:
+    return initialise_policy(4, query_dim=2, match_dim=4, width=8, num_heads=1, num_layers=1, seed=seed)
+
+
+def test_the_match_term_by_hand() -> None:
+    policy = match_policy()
+    chunks = torch.tensor([[[1.0, 1.0, -1.0, -1.0], [3.0, -3.0, 3.0, -3.0], [0.0, 0.0, 0.0, 0.0]]])
+    query, present = torch.tensor([[5.0, 1.0]]), torch.tensor([[True, True, True]])
+    before = policy(chunks, present, query)
+    assert policy.match is not None
+    with torch.no_grad():
+        policy.match.query.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0]]))
+        policy.match.chunk.weight.copy_(torch.diag(torch.tensor([2.0, 3.0, 4.0, 5.0])))
+    # Normed, the query is (1, -1), projected (1, -1, 0, 0); the chunks (1, 1, -1, -1), (1, -1, 1, -1) and 0, projected
+    # (2, 3, -4, -5), (2, -3, 4, -5) and 0. Their products over 2, the root of m:
+    term = policy(chunks, present, query) - before
+    torch.testing.assert_close(term, torch.tensor([[-0.5, 2.5, 0.0]]), atol=1e-4, rtol=0)
+    nothing = torch.zeros_like(query)
+    plain = initialise_policy(4, query_dim=2, width=8, num_heads=1, num_layers=1, seed=0)
+    assert torch.equal(policy(chunks, present, nothing), plain(chunks, present, nothing))
+
+
+def test_a_match_term_begins_without_effect_and_with_a_gradient() -> None:
+    plain = initialise_policy(8, query_dim=4, width=8, num_heads=1, seed=0)
+    added = with_match(initialise_policy(8, query_dim=4, width=8, num_heads=1, seed=0), 3, seed=5)
+    made = initialise_policy(8, query_dim=4, match_dim=3, width=8, num_heads=1, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    chunks, query = torch.randn((2, 5, 8), generator=generator), torch.randn((2, 4), generator=generator)
+    present = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    expected = plain(chunks, present, query)
+    assert torch.equal(added(chunks, present, query), expected)
+    assert torch.equal(made(chunks, present, query), expected)
+    added(chunks, present, query)[:, 0].sum().backward()
+    assert added.match is not None
+    gradient = added.match.chunk.weight.grad
+    assert gradient is not None
+    assert float(gradient.abs().max()) > 0
+    assert added.match_dim == made.match_dim == 3
+
+
+def test_a_match_term_needs_a_query_and_is_added_once() -> None:
+    with pytest.raises(ConfigError, match="match_dim 4 and no query to compare with"):
+        PointerPolicy(8, match_dim=4)
+    with pytest.raises(ConfigError, match="query_dim 0 and match_dim 0; expected one with a query"):
+        with_match(initialise_policy(8, seed=0), 4, seed=0)
+    with pytest.raises(ConfigError, match="query_dim 2 and match_dim 4; expected one with a query"):
+        with_match(match_policy(), 4, seed=0)

@@ -205,6 +205,31 @@ def test_a_policy_with_queries_is_trained_and_goes_on(
     assert example.queries.shape == (8, 48)
 
 
+def test_a_trained_policy_goes_on_with_a_match_term(
+    tmp_path: Path, data: Path, trained: Path, models: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"query_conditioned": True, "query_tokens": 3, "retriever": str(models[0]), "steps": 3}
+    assert PolicyTrainer(policy_settings(data, trained, tmp_path / "one", **changes)).run()
+    base = Checkpoint.load(tmp_path / "one" / "checkpoint")
+    changes["match_dim"] = 5
+    trainer = PolicyTrainer(policy_settings(data, tmp_path / "one" / "checkpoint", tmp_path / "two", **changes))
+    assert "goes on from the checkpoint's trained policy, with a new term of match_dim 5" in capsys.readouterr().err
+    start = trainer.policy.state_dict()
+    assert all(torch.equal(start[name], weight) for name, weight in base.policy.state_dict().items())
+    assert not start["match.chunk.weight"].any()
+    assert trainer.run()
+    made = Checkpoint.load(tmp_path / "two" / "checkpoint")
+    assert made.config.policy == replace(base.config.policy, match_dim=5)
+    assert made.policy.state_dict()["match.chunk.weight"].any()
+
+    # It goes on as it is, and a policy without the term is another.
+    again = PolicyTrainer(policy_settings(data, tmp_path / "two" / "checkpoint", tmp_path / "three", **changes))
+    assert torch.equal(again.policy.state_dict()["match.chunk.weight"], made.policy.state_dict()["match.chunk.weight"])
+    without = policy_settings(data, tmp_path / "two" / "checkpoint", tmp_path / "four", **changes | {"match_dim": 0})
+    assert PolicyTrainer(without).policy.match is None
+    assert "begins a new policy" in capsys.readouterr().err
+
+
 def questions_file(path: Path) -> Path:
     """Questions about the same passage, each with an answer in another place."""
     passage = " ".join(WORDS[:14])
@@ -357,6 +382,7 @@ def test_values_that_are_no_numbers_are_one_error(tmp_path: Path, data: Path, tr
         ({"shuffled_share": 1.5}, "expected a share"),
         ({"query_conditioned": True, "query_tokens": 8}, "are not scored"),
         ({"instructions": "questions.jsonl"}, "does not see the question"),
+        ({"match_dim": 4}, "has no query to compare with"),
         ({"instruction_share": 1.5}, "expected a share"),
         ({"context_tokens": 24}, "no multiple of 4 passages"),
         ({"group_size": 1}, "2 or more"),
