@@ -146,6 +146,7 @@ def _rank(checkpoint: Checkpoint) -> int:
 def _policy_name(checkpoint: Checkpoint) -> str:
     shape = checkpoint.config.policy
     reads = "reads the retriever's query" if shape.query_dim else "reads no query"
+    reads += f", compares it with chunks in {shape.match_dim} dimensions" if shape.match_dim else ""
     state = "" if shape.trained else "; not trained, chooses by chance"
     return f"policy, {shape.num_layers} layers of {shape.width}, {reads}{state}"
 

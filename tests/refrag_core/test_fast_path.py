@@ -12,7 +12,7 @@ from refrag_core.decoder import Decoder
 from refrag_core.embedding_storage import quantise_rows
 from refrag_core.errors import ConfigError
 from refrag_core.fast_path import FastPath, HotPassages
-from refrag_core.policy import initialise_policy, policy_logits
+from refrag_core.policy import PointerPolicy, initialise_policy, policy_logits
 from refrag_core.projection import initialise_projection
 from refrag_core.runtime import AskOptions, Runtime
 from tests.small_index import SmallIndex
@@ -26,12 +26,19 @@ def _cache(own_cache: Path) -> None:
     """Opening remembers the models' fingerprints."""
 
 
+def query_policy() -> PointerPolicy:
+    """With a match term that has learned something."""
+    policy = initialise_policy(D_ENC, query_dim=6, match_dim=4, width=32, seed=0)
+    assert policy.match is not None
+    torch.nn.init.normal_(policy.match.chunk.weight, generator=torch.Generator().manual_seed(1))
+    return policy
+
+
 @pytest.fixture(scope="module")
 def path() -> FastPath:
     plain = Decoder(decoder("llama"), decoder_tokenizer(), eos_ids=())
     projection = initialise_projection(D_ENC, D_DEC, output_rms=0.3, seed=0).requires_grad_(False)
-    policy = initialise_policy(D_ENC, query_dim=6, width=32, seed=0).requires_grad_(False)
-    return FastPath(plain, projection, policy, max_positions=96, padded=True)
+    return FastPath(plain, projection, query_policy().requires_grad_(False), max_positions=96, padded=True)
 
 
 def prompt(path: FastPath, length: int) -> torch.Tensor:
@@ -131,7 +138,7 @@ def test_padding_changes_neither_projection_nor_policy(path: FastPath, count: in
     plain = initialise_projection(D_ENC, D_DEC, output_rms=0.3, seed=0)
     torch.testing.assert_close(path.project(chunks), plain(chunks).detach(), rtol=1e-5, atol=1e-6)
     query = np.random.default_rng(0).standard_normal(6).astype(np.float32)
-    expected = policy_logits(initialise_policy(D_ENC, query_dim=6, width=32, seed=0), rows(count), query)
+    expected = policy_logits(query_policy(), rows(count), query)
     np.testing.assert_allclose(path.policy_logits(chunks, query), expected, rtol=1e-4, atol=1e-5)
 
 
