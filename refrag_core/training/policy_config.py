@@ -126,7 +126,8 @@ class PolicyTrainingConfig:
     save_every: int = 500
     """Steps between two saves of the state."""
     evaluate_every: int = 0
-    """Steps between two short evaluations on held-out documents; 0 for none but the last."""
+    """Steps between two evaluations, short on held-out documents and whole on held-out questions; 0 for none but the
+    last."""
     evaluation_windows: int = 256
     """Windows of held-out documents that the last evaluation reads."""
     evaluation_fraction: float = 0.1

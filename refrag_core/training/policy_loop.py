@@ -367,7 +367,8 @@ class PolicyTrainer:
         if every and self.step % every == 0 and self.progress < 1.0:
             split = self.shards.split("held_out")
             result = self.evaluate(split, windows=_SHORT_EVALUATION_WINDOWS)
-            self.log.write({"step": self.step, "seconds": self.elapsed, "held_out": result})
+            line = {"step": self.step, "seconds": self.elapsed, "held_out": result}
+            self.log.write(line | self._evaluate_questions())
             self.say(summary(result))
         if self.step % self.config.save_every == 0:
             self.save()

@@ -255,6 +255,7 @@ def test_a_policy_learns_which_chunks_answer_a_question(
         "context_tokens": 128,
         "evaluation_fraction": 0.1,
         "steps": 150,
+        "evaluate_every": 100,
         "width": 32,
         "warm_start_learning_rate": 5e-3,
     }
@@ -264,6 +265,8 @@ def test_a_policy_learns_which_chunks_answer_a_question(
     after = json.loads((tmp_path / "run" / "evaluation.json").read_text())["held_out_questions"]
     assert before["questions"] == after["questions"] == 4
     assert after["chunk_size_4"]["learned"] == 1.0
+    meanwhile = [line["held_out_questions"] for line in lines(tmp_path / "run") if "held_out" in line]
+    assert [found["questions"] for found in meanwhile] == [4]
     assert before["chunk_size_4"]["random"] < 0.3
     assert before["chunk_size_4"]["learned"] < 1.0
 
