@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from refrag_core.batching import SafeBatchSize, cache_dir, equal_runs, map_spans
 from refrag_core.captured import CapturedCalls
 from refrag_core.decoder import input_embeddings
+from refrag_core.devices import turn_on
 from refrag_core.digests import digest_json
 from refrag_core.errors import ConfigError, ModelNotFoundError
 from refrag_core.models import fingerprint_model, fingerprint_tokenizer, load_tokenizer, without_progress_bars
 from refrag_core.packed_body import AttentionForm, PackedBody, is_packable
+from refrag_core.parts import part
 
 EmbeddingForm = Literal["subtoken-mean-1", "subtoken-mean-decoder-map-1"]
 Pooling = Literal["mean", "gated-mean-1"]
@@ -401,8 +403,11 @@ class ChunkEncoder:
         Raises ConfigError for rows, counts or ids out of range.
         """
         self._check(token_ids, num_tokens)
-        if self._packed is not None:
-            return self._encode_packed(token_ids, num_tokens)
+        with turn_on(self.device), part("model"):
+            made = self._encode_packed if self._packed is not None else self._encode_plain
+            return made(token_ids, num_tokens)
+
+    def _encode_plain(self, token_ids: Ids, num_tokens: npt.NDArray[np.integer[Any]]) -> Embeddings:
         order = np.argsort(num_tokens, kind="stable")
         staged = torch.empty((len(order), self.dim), dtype=torch.float16, pin_memory=self._on_cuda)
         ids = self._upload(np.ascontiguousarray(token_ids[order]))

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from refrag_core.batching import SafeBatchSize, Span, cache_dir, equal_runs, map_spans
 from refrag_core.captured import CapturedCalls
+from refrag_core.devices import turn_on
 from refrag_core.digests import digest_json
 from refrag_core.encoder import load_body
 from refrag_core.errors import ConfigError
 from refrag_core.models import fingerprint_model, load_tokenizer
 from refrag_core.packed_body import PackedBody, is_packable
+from refrag_core.parts import part
 
 MAX_POSITIONS = 512
 """Tokens of a text that are read, special tokens included, where the body has as many positions."""
@@ -105,23 +107,26 @@ class Retriever:
         truncated = np.zeros(len(texts), dtype=np.bool_)
         for start in range(0, len(texts), _EMBEDDED_AT_ONCE):
             rows = slice(start, start + _EMBEDDED_AT_ONCE)
-            ids, truncated[rows] = self._tokenize(texts[rows])
+            with part("tokenize"):
+                ids, truncated[rows] = self._tokenize(texts[rows])
             vectors[rows] = self.embed_ids(ids)
         return vectors, truncated
 
     def embed_ids(self, ids: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.float32]:
         """Float32 `[n, d_ret]`, unit length, of texts given as the retriever's own token ids, special ones included."""
         if self._on_device and ids:
-            return self._embed_on_device(ids)
+            with turn_on(self.device), part("model"):
+                return self._embed_on_device(ids)
         vectors = np.empty((len(ids), self.dim), dtype=np.float32)
-        self._embed_ids(ids, vectors)
+        with part("model"):
+            self._embed_ids(ids, vectors)
         return vectors
 
     def _tokenize(self, texts: Sequence[str]) -> tuple[list[npt.NDArray[np.int32]], list[bool]]:
         """Token ids of each text, special tokens included, and which texts were truncated."""
         ids, truncated = [], []
         for start in range(0, len(texts), _TOKENIZED_AT_ONCE):
-            encodings = self._tokenizer.encode_batch(list(texts[start : start + _TOKENIZED_AT_ONCE]))
+            encodings = self._tokenizer.encode_batch_fast(list(texts[start : start + _TOKENIZED_AT_ONCE]))
             ids += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
             truncated += [bool(encoding.overflowing) for encoding in encodings]
         return ids, truncated
