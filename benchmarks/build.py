@@ -130,8 +130,11 @@ def _summary(
     for stage, seconds in made.steps.items():
         side_by_side = seconds / workers if stage == "tokenize" else seconds
         row: dict[str, Any] = {"stage": stage, "seconds": round(side_by_side, 3)}
-        rows.append(row | {"own_mb_per_s": round(options.megabytes / side_by_side, 2) if side_by_side > 0 else None})
-        say(f"{stage}: {side_by_side:.2f} s")
+        row["own_mb_per_s"] = round(options.megabytes / side_by_side, 2) if side_by_side > 0 else None
+        if stage in made.parts:
+            row["parts"] = {name: round(value, 3) for name, value in made.parts[stage].items()}
+        rows.append(row)
+        say(f"{stage}: {side_by_side:.2f} s {row.get('parts', '')}")
     slowest = max(rows, key=lambda row: row["seconds"])
     say(f"{made.seconds:.1f} s in all; slowest by itself: {slowest['stage']}, {slowest['seconds']:.1f} s")
     return {

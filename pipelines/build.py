@@ -111,6 +111,9 @@ class BuildReport:
     seconds: float
     steps: Mapping[str, float]
     """Seconds of work in each step; tokenizing runs beside the others."""
+    parts: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Of a step's seconds, those of its parts where they are counted: `read`, `load` and `capture` (models and graphs,
+    once a run), `tokenize`, `wait` (for the device), `model`, `check`, `write`. Shards may be at work side by side."""
 
 
 @dataclass(slots=True)
@@ -511,7 +514,18 @@ class _Build:
             recall_at_10=manifest.vector_index.recall_at_10,
             seconds=round(seconds, 3),
             steps={step: round(value, 3) for step, value in self.steps.items()},
+            parts=_parts(outcome.receipts),
         )
+
+
+def _parts(receipts: Sequence[Receipt]) -> dict[str, dict[str, float]]:
+    """Seconds by stage and part of the work that was done in this run."""
+    found: dict[str, dict[str, float]] = {}
+    for receipt in receipts:
+        for name, seconds in ({} if receipt.reused else receipt.parts).items():
+            parts = found.setdefault(receipt.stage, {})
+            parts[name] = round(parts.get(name, 0.0) + seconds, 6)
+    return found
 
 
 def _base(store: Store, latest: Manifest | None, models: Models, *, rebuild: bool) -> Manifest | None:

@@ -38,6 +38,8 @@ class Receipt:
     rejected: tuple[Rejected, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Whatever else the stage has to say: first and last document id, truncated passages."""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """Of `seconds`, what went where (see refrag_core.parts)."""
     reused: bool = False
     """True when the output was there already."""
 

@@ -38,6 +38,7 @@ from refrag_core.digests import JSON, canonical_json, digest_json
 from refrag_core.embedding_storage import EmbeddingDtype, Int8Rows, store_rows
 from refrag_core.errors import RefragError, StageError
 from refrag_core.manifest import Shard
+from refrag_core.parts import collected, part
 from refrag_core.storage import FileRecord, Store, open_store
 from refrag_core.tables import PASSAGE_ROWS_A_GROUP, MappedColumn, fixed_binary, open_table, write_table
 
@@ -45,6 +46,8 @@ CHECKPOINTS = "checkpoints"
 """Folder of an index with the checkpoints of its generations."""
 
 _DOCUMENTS_A_BATCH = 256
+_CHECKED_ROWS = 4096
+_EXPONENT = 0x7C00  # of a float16
 
 _LOADING = threading.Lock()
 """Two threads that want a model at once load it once."""
@@ -74,6 +77,10 @@ class DeviceStage(Protocol):
     @property
     def fingerprint(self) -> str:
         """Digest of all that decides its output but the shard."""
+
+    @property
+    def device(self) -> str:
+        """Where it runs; `auto` is for each worker to say."""
 
     def load(self) -> Any:
         """The model, loaded once a process."""
@@ -378,11 +385,13 @@ def _make_table(
     if (receipt := find_receipt(store, table, key)) is not None:
         return receipt
     started = time.perf_counter()
-    made, rejected, facts = make()
     files: dict[str, FileRecord] = {}
-    if made is not None:
-        name = table_name(shard.name, table, fingerprint)
-        files[table] = store.publish(name, lambda path: write_table(path, made))
+    with collected() as parts:
+        made, rejected, facts = make()
+        if made is not None:
+            name = table_name(shard.name, table, fingerprint)
+            with part("write"):
+                files[table] = store.publish(name, lambda path: write_table(path, made))
     receipt = Receipt(
         stage=table,
         key=key,
@@ -392,6 +401,7 @@ def _make_table(
         seconds=time.perf_counter() - started,
         rejected=tuple(rejected),
         facts=facts,
+        parts={name: round(seconds, 6) for name, seconds in parts.items()},
     )
     if made is not None:  # rejected documents leave the shard, and their shard gets another name
         write_receipt(store, receipt)
@@ -448,7 +458,8 @@ def _by_document(
     num_rows: int,
 ) -> tuple[npt.NDArray[Any] | None, dict[str, Exception]]:
     """Compute all rows of a shard at once; on a failure or non-finite rows, name the documents at fault."""
-    ranges = _document_ranges(store, shard, column)
+    with part("read"):
+        ranges = _document_ranges(store, shard, column)
     ids = list(ranges)
 
     def run(documents: Sequence[str]) -> npt.NDArray[Any]:
@@ -459,9 +470,10 @@ def _by_document(
     made, failures = isolate(run, ids)
     if made is None:
         return None, {ids[i]: error for i, error in failures.items()}
+    with part("check"):
+        if _all_finite(made):
+            return made, {}
     broken = ~np.isfinite(made.reshape(len(made), -1)).all(axis=1)
-    if not broken.any():
-        return made, {}
     at_fault = {d: ValueError("the model's output is not finite") for d, rows in ranges.items() if broken[rows].any()}
     if len(at_fault) == len(ids) > 1:
         raise StageError(
@@ -469,6 +481,15 @@ def _by_document(
             "finite numbers: check the checkpoint, or run with --device cpu"
         )
     return None, dict(at_fault)
+
+
+def _all_finite(made: npt.NDArray[Any]) -> bool:
+    """Whether no number is NaN or infinite: in float16 one whose exponent has all bits set, which a CPU finds some
+    twenty times as fast as by converting it."""
+    blocks = (made[start : start + _CHECKED_ROWS] for start in range(0, len(made), _CHECKED_ROWS))
+    if made.dtype != np.float16:
+        return all(bool(np.isfinite(rows).all()) for rows in blocks)
+    return all(int((rows.view(np.uint16) & _EXPONENT).max(initial=0)) < _EXPONENT for rows in blocks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -505,10 +526,12 @@ class EncodeStage:
 
         def make() -> tuple[pa.Table | None, Sequence[Rejected], dict[str, Any]]:
             path = store.path(shard.tables["chunks"])
-            tokens = MappedColumn(path, "tokens", "<i4", shard.chunk_size).slice(0, shard.chunks)
-            with open_table(path) as file:
-                num_tokens = file.read(columns=["num_tokens"]).column(0).to_numpy()
-            encoder = self.load()
+            with part("read"):
+                tokens = MappedColumn(path, "tokens", "<i4", shard.chunk_size).slice(0, shard.chunks)
+                with open_table(path) as file:
+                    num_tokens = file.read(columns=["num_tokens"]).column(0).to_numpy()
+            with part("load"):
+                encoder = self.load()
             rows, failures = _by_document(
                 store, shard, "num_chunks", lambda s: encoder.encode(tokens[s], num_tokens[s]), shard.chunks
             )
@@ -561,9 +584,10 @@ class EmbedStage:
         """Write the embeddings of one shard's passages."""
 
         def make() -> tuple[pa.Table | None, Sequence[Rejected], dict[str, Any]]:
-            with open_table(store.path(shard.tables["passages"])) as file:
+            with part("read"), open_table(store.path(shard.tables["passages"])) as file:
                 texts = file.read(columns=["text"]).column(0).to_pylist()
-            retriever = self.load()
+            with part("load"):
+                retriever = self.load()
             truncated = np.zeros(len(texts), bool)
 
             def compute(rows: slice) -> npt.NDArray[Any]:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from refrag_core.parts import part
+
 _WARM_UP_CALLS = 2
 _COMPILED_VARIANTS = 64
 _CAPTURING = threading.RLock()
@@ -62,7 +64,8 @@ class CapturedCalls:
         key = (*((tensor.shape, tensor.dtype) for tensor in tensors), *constants)
         captured = self._graphs.get(key)
         if captured is None:
-            captured = self._graphs[key] = self._capture(tensors, constants)
+            with part("capture"):
+                captured = self._graphs[key] = self._capture(tensors, constants)
         for kept, given in zip(captured.inputs, tensors, strict=True):
             kept.copy_(given, non_blocking=True)
         captured.graph.replay()

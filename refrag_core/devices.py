@@ -1,13 +1,19 @@
 """Devices: where a model runs when nobody says, and how chunk embeddings get there."""
 
+import contextlib
 import os
+import threading
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from refrag_core.embedding_storage import Int8Rows, StoredRows
 from refrag_core.errors import ConfigError
+from refrag_core.parts import part
 
 if TYPE_CHECKING:
     import torch
+
+_TURN = threading.Lock()
 
 
 def available_cores() -> int:
@@ -36,6 +42,23 @@ def resolve_device(device: str) -> str:
             f"device is {device!r}, and PyTorch finds no CUDA device; expected cpu or auto on this machine"
         )
     return device
+
+
+@contextlib.contextmanager
+def turn_on(device: "torch.device") -> Iterator[None]:
+    """The GPU to oneself among the threads that encode and embed; nothing to wait for on a CPU.
+
+    Two at a time would not be faster, take twice the device's memory, and one could disturb what the other captures.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    with part("wait"):
+        _TURN.acquire()
+    try:
+        yield
+    finally:
+        _TURN.release()
 
 
 def upload_rows(rows: StoredRows, device: "torch.device | str") -> "torch.Tensor":

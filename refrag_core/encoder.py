@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from refrag_core.batching import SafeBatchSize, cache_dir, equal_runs, map_spans
 from refrag_core.captured import CapturedCalls
 from refrag_core.decoder import input_embeddings
+from refrag_core.devices import turn_on
 from refrag_core.digests import digest_json
 from refrag_core.errors import ConfigError, ModelNotFoundError
 from refrag_core.models import fingerprint_model, fingerprint_tokenizer, load_tokenizer, without_progress_bars
 from refrag_core.packed_body import AttentionForm, PackedBody, is_packable
+from refrag_core.parts import part
 
 EmbeddingForm = Literal["subtoken-mean-1", "subtoken-mean-decoder-map-1"]
 Pooling = Literal["mean", "gated-mean-1"]
@@ -209,8 +211,7 @@ class EncoderModule(nn.Module):
             return self.pooled(self.body(inputs_embeds=embeds).last_hidden_state)
         first = torch.arange(token_ids.shape[1], device=token_ids.device) == 0
         hidden = self.body(inputs_embeds=embeds, attention_mask=(present | first).long()).last_hidden_state
-        total = self._gated(hidden).float().masked_fill(~present[:, :, None], 0.0).sum(dim=1)
-        return total / present.sum(dim=1, keepdim=True).clamp_min(1)
+        return self.pooled(hidden, present)
 
     def inputs(self, token_ids: Tensor) -> Tensor:
         """The body's input embeddings `[b, t, d_enc]` of ids `[b, t]`."""
@@ -219,9 +220,13 @@ class EncoderModule(nn.Module):
             embeds = embeds + self.token_map(self.decoder_table[token_ids].to(self.token_map.weight.dtype))
         return embeds
 
-    def pooled(self, hidden: Tensor) -> Tensor:
-        """Chunk embeddings float32 `[b, d_enc]` of full chunks' vectors `[b, t, d_enc]`."""
-        return self._gated(hidden).mean(dim=1, dtype=torch.float32)
+    def pooled(self, hidden: Tensor, present: Tensor | None = None) -> Tensor:
+        """Chunk embeddings float32 `[b, d_enc]` of the vectors `[b, t, d_enc]` of tokens, `present` as in `forward`."""
+        gated = self._gated(hidden)
+        if present is None:
+            return gated.mean(dim=1, dtype=torch.float32)
+        total = gated.float().masked_fill(~present[:, :, None], 0.0).sum(dim=1)
+        return total / present.sum(dim=1, keepdim=True).clamp_min(1)
 
     def _gated(self, hidden: Tensor) -> Tensor:
         return hidden if self.gates is None else hidden * self.gates[: hidden.shape[1]].to(hidden.dtype)
@@ -398,8 +403,11 @@ class ChunkEncoder:
         Raises ConfigError for rows, counts or ids out of range.
         """
         self._check(token_ids, num_tokens)
-        if self._packed is not None:
-            return self._encode_packed(token_ids, num_tokens)
+        with turn_on(self.device), part("model"):
+            made = self._encode_packed if self._packed is not None else self._encode_plain
+            return made(token_ids, num_tokens)
+
+    def _encode_plain(self, token_ids: Ids, num_tokens: npt.NDArray[np.integer[Any]]) -> Embeddings:
         order = np.argsort(num_tokens, kind="stable")
         staged = torch.empty((len(order), self.dim), dtype=torch.float16, pin_memory=self._on_cuda)
         ids = self._upload(np.ascontiguousarray(token_ids[order]))
@@ -461,33 +469,41 @@ class ChunkEncoder:
 
     @torch.inference_mode()
     def _piece(self, token_ids: Ids, num_tokens: npt.NDArray[np.integer[Any]], size: SafeBatchSize) -> Tensor:
-        """Embeddings float16 `[n, d_enc]` on the device, in input order; on CUDA they are only queued."""
-        order = np.argsort(num_tokens, kind="stable")
-        lengths, ids = num_tokens[order], self._upload(np.ascontiguousarray(token_ids[order]))
-        places = self._upload(order)
+        """Embeddings float16 `[n, d_enc]` on the device, in input order; on CUDA they are only queued.
+
+        Short chunks come first, whatever their lengths: batches by length would be many and tiny.
+        """
+        full = num_tokens == token_ids.shape[1]
+        order = np.argsort(full, kind="stable")
+        num_short = len(full) - int(full.sum())
+        ids, places = self._upload(np.ascontiguousarray(token_ids[order])), self._upload(order)
+        lengths = self._upload(num_tokens[order[:num_short]].astype(np.int32))
         made = torch.empty((len(order), self.dim), dtype=torch.float16, device=self.device)
 
         def run(start: int, stop: int) -> Tensor:
-            batch = ids[start:stop, : int(lengths[start])]
-            return self._packed_batch(batch, size.rows, full=int(lengths[start]) == token_ids.shape[1])
+            return self._packed_batch(ids[start:stop], lengths[start:stop] if start < num_short else None, size.rows)
 
-        spans = ((start, stop, size) for start, stop in equal_runs(lengths))
+        spans = ((start, stop, size) for start, stop in ((0, num_short), (num_short, len(order))) if start < stop)
         for start, stop, embeddings in map_spans(self.device.type, run, spans):
             made.index_copy_(0, places[start:stop], embeddings)
         return made
 
-    def _packed_batch(self, ids: Tensor, batch_rows: int, *, full: bool) -> Tensor:
-        """Full chunks in captured batches of few sizes, short ones as they come: they have too many shapes."""
-        if not full:
-            return self._embed_packed(ids)
+    def _packed_batch(self, ids: Tensor, lengths: Tensor | None, batch_rows: int) -> Tensor:
+        """One captured batch of few sizes; `lengths` `[b]` of short chunks, None for full ones."""
         rows = min(batch_rows, max(_SMALLEST_BATCH, 1 << (len(ids) - 1).bit_length()))
         missing = max(0, rows - len(ids))
-        return self._calls((nn.functional.pad(ids, (0, 0, 0, missing)),))[: len(ids)]
+        tensors = [nn.functional.pad(ids, (0, 0, 0, missing))]
+        if lengths is not None:
+            tensors.append(nn.functional.pad(lengths, (0, missing), value=1))
+        return self._calls(tensors)[: len(ids)]
 
     @torch.inference_mode()
-    def _embed_packed(self, ids: Tensor) -> Tensor:
+    def _embed_packed(self, ids: Tensor, lengths: Tensor | None = None) -> Tensor:
         assert self._packed is not None
-        return self._module.pooled(self._packed(self._module.inputs(ids))).to(torch.float16)
+        present = None
+        if lengths is not None:
+            present = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+        return self._module.pooled(self._packed(self._module.inputs(ids), present), present).to(torch.float16)
 
     def _encode_sorted(
         self, ids: Tensor, lengths: npt.NDArray[np.integer[Any]], staged: Tensor, size: SafeBatchSize

@@ -1,8 +1,9 @@
-"""An encoder body over full chunks, for a GPU: all chunks of a batch as one run of tokens, none padded, none masked.
+"""An encoder body over texts of one length, for a GPU: full chunks as one run of tokens, none padded, none masked.
 
 BERT and RoBERTa bodies alone. Weights for queries, keys and values are merged, what lies between the matrix products is
 compiled into one kernel each, and attention, whose 8 to 32 tokens a chunk would leave most of a tensor core's tile
-empty, takes several chunks a tile. Results are those of the transformers model within rounding.
+empty, takes several chunks a tile. Shorter texts may be among them, padded, if it is told where they end. Results are
+those of the transformers model within rounding.
 Notation: n chunks, t tokens of each, d_enc width, h heads, d_head their width.
 """
 
@@ -87,7 +88,7 @@ def default_form(device: torch.device, chunk_size: int, head_dim: int) -> Attent
 
 
 class PackedBody:
-    """The last layer's vectors of full chunks, from their input embeddings.
+    """The last layer's vectors of chunks or other texts, from their input embeddings.
 
     Args:
         body: a transformers encoder for which `is_packable` holds, on its device and in its dtype; its weights are
@@ -113,15 +114,21 @@ class PackedBody:
         self._form = form
         self._add_norm, self._gelu = _pointwise(offsets.device.type == "cuda")
 
-    def __call__(self, embeds: Tensor) -> Tensor:
-        """`[n, t, d_enc]` of input embeddings `[n, t, d_enc]`."""
+    def __call__(self, embeds: Tensor, present: Tensor | None = None) -> Tensor:
+        """`[n, t, d_enc]` of input embeddings `[n, t, d_enc]`.
+
+        Args:
+            present: bool `[n, t]`, False behind the end of short ones, whose vectors there mean nothing; None where all
+                are t tokens long.
+        """
         chunks, length, width = embeds.shape
         form = self._form or default_form(embeds.device, length, self._head_dim)
         norm = self._norm
         hidden = self._add_norm(embeds, self._offsets[:length], norm.weight, norm.bias, norm.epsilon).view(-1, width)
         for layer in self._layers:
             merged = layer.query_key_value(hidden).view(chunks, length, 3, self._heads, self._head_dim)
-            mixed = layer.attention_output(_attend(merged, form).view(-1, width))
+            attended = _attend(merged, form) if present is None else _attend_present(merged, present)
+            mixed = layer.attention_output(attended.view(-1, width))
             hidden = self._normed(hidden, mixed, layer.attention_norm)
             inner = self._gelu(layer.feed_forward_input(hidden))
             hidden = self._normed(hidden, layer.feed_forward_output(inner), layer.feed_forward_norm)
@@ -143,6 +150,13 @@ def _attend(merged: Tensor, form: AttentionForm) -> Tensor:
         mixed = torch.matmul(scores.softmax(dim=-1), values)
     else:
         mixed = nn.functional.scaled_dot_product_attention(queries, keys, values)
+    return mixed.transpose(1, 2).flatten(2)
+
+
+def _attend_present(merged: Tensor, present: Tensor) -> Tensor:
+    """As `_attend`, to the tokens that are present alone."""
+    queries, keys, values = merged.permute(2, 0, 3, 1, 4)
+    mixed = nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=present[:, None, None, :])
     return mixed.transpose(1, 2).flatten(2)
 
 

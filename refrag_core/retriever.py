@@ -19,10 +19,13 @@ from torch import Tensor, nn
 
 from refrag_core.batching import SafeBatchSize, Span, cache_dir, equal_runs, map_spans
 from refrag_core.captured import CapturedCalls
+from refrag_core.devices import turn_on
 from refrag_core.digests import digest_json
 from refrag_core.encoder import load_body
 from refrag_core.errors import ConfigError
 from refrag_core.models import fingerprint_model, load_tokenizer
+from refrag_core.packed_body import PackedBody, is_packable
+from refrag_core.parts import part
 
 MAX_POSITIONS = 512
 """Tokens of a text that are read, special tokens included, where the body has as many positions."""
@@ -57,7 +60,7 @@ class Retriever:
         fingerprint: see `retriever_fingerprint`.
         batch_tokens: padded tokens of a first batch; None takes the device's default.
         on_device: let texts travel once, packed, pad and pool them on the device, a few at a time by captured calls;
-            the body is float16 on CUDA then. None does on CUDA alone.
+            BERT and RoBERTa bodies run as `PackedBody`, and in float16 on CUDA. None does on CUDA alone.
         remember: keep the batch sizes that fitted for the next process, in refrag's cache folder.
     """
 
@@ -81,6 +84,7 @@ class Retriever:
         self._on_device = self._on_cuda if on_device is None else on_device
         dtype = torch.float16 if self._on_cuda and self._on_device else torch.float32
         self._body = body.to(self.device, dtype).eval().requires_grad_(False)
+        self._packed = PackedBody(self._body, form="plain") if self._on_device and is_packable(body) else None
         self._calls = CapturedCalls(self._embed_padded, self.device)
         self.dim = int(self._body.config.hidden_size)
         self._tokenizer = tokenizer
@@ -103,23 +107,26 @@ class Retriever:
         truncated = np.zeros(len(texts), dtype=np.bool_)
         for start in range(0, len(texts), _EMBEDDED_AT_ONCE):
             rows = slice(start, start + _EMBEDDED_AT_ONCE)
-            ids, truncated[rows] = self._tokenize(texts[rows])
+            with part("tokenize"):
+                ids, truncated[rows] = self._tokenize(texts[rows])
             vectors[rows] = self.embed_ids(ids)
         return vectors, truncated
 
     def embed_ids(self, ids: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.float32]:
         """Float32 `[n, d_ret]`, unit length, of texts given as the retriever's own token ids, special ones included."""
         if self._on_device and ids:
-            return self._embed_on_device(ids)
+            with turn_on(self.device), part("model"):
+                return self._embed_on_device(ids)
         vectors = np.empty((len(ids), self.dim), dtype=np.float32)
-        self._embed_ids(ids, vectors)
+        with part("model"):
+            self._embed_ids(ids, vectors)
         return vectors
 
     def _tokenize(self, texts: Sequence[str]) -> tuple[list[npt.NDArray[np.int32]], list[bool]]:
         """Token ids of each text, special tokens included, and which texts were truncated."""
         ids, truncated = [], []
         for start in range(0, len(texts), _TOKENIZED_AT_ONCE):
-            encodings = self._tokenizer.encode_batch(list(texts[start : start + _TOKENIZED_AT_ONCE]))
+            encodings = self._tokenizer.encode_batch_fast(list(texts[start : start + _TOKENIZED_AT_ONCE]))
             ids += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
             truncated += [bool(encoding.overflowing) for encoding in encodings]
         return ids, truncated
@@ -162,7 +169,10 @@ class Retriever:
 
     def _embed_padded(self, token_ids: Tensor, mask: Tensor) -> Tensor:
         """Float32 `[b, d_ret]` of ids int64 and mask bool `[b, t]`."""
-        hidden = self._body(input_ids=token_ids, attention_mask=mask.long()).last_hidden_state
+        if self._packed is None:
+            hidden = self._body(input_ids=token_ids, attention_mask=mask.long()).last_hidden_state
+        else:
+            hidden = self._packed(self._body.get_input_embeddings()(token_ids), mask)
         return nn.functional.normalize(mean_pool(hidden, mask), dim=1)
 
     def _longest_first(self, ids: Sequence[npt.NDArray[np.int32]]) -> tuple[npt.NDArray[np.int64], ...]:

@@ -646,7 +646,8 @@ def exact_search(
 
     Args:
         segments: for each segment its vectors as blocks `[n, d]` in order (memory maps will do: 8,192
-            rows are converted at a time); the blocks need not be those that the index was built from.
+            rows are converted and compared at a time, whatever the blocks); the blocks need not be those that the
+            index was built from.
         live: one bool mask a segment over the rows of all its blocks, or None for all.
 
     Equal vectors get equal scores, so ties fall in the order of (segment, row) here as in the index.
@@ -676,18 +677,16 @@ def _exact_segment(
     blocks: Iterable[Vectors], number: int, queries: Floats, mask: RowMask | None, best: SearchResult
 ) -> SearchResult:
     start = 0
-    for block in blocks:
-        for offset in range(0, len(block), _TILE_ROWS):
-            tile = block[offset : offset + _TILE_ROWS]
-            rows = np.arange(start, start + len(tile), dtype=np.int64)
-            start += len(tile)
-            if mask is not None:
-                if start > len(mask):
-                    raise UsageError(f"mask of segment {number} has {len(mask)} rows; expected one for every vector")
-                kept = mask[rows]
-                tile, rows = tile[kept], rows[kept]
-            if len(rows):
-                best = _with_tile(best, number, rows, np.asarray(tile, dtype=np.float32), queries)
+    for tile in _regrouped(blocks, queries.shape[1], _TILE_ROWS):
+        rows = np.arange(start, start + len(tile), dtype=np.int64)
+        start += len(tile)
+        if mask is not None:
+            if start > len(mask):
+                raise UsageError(f"mask of segment {number} has {len(mask)} rows; expected one for every vector")
+            kept = mask[rows]
+            tile, rows = tile[kept], rows[kept]
+        if len(rows):
+            best = _with_tile(best, number, rows, tile, queries)
     if mask is not None and start != len(mask):
         raise UsageError(f"mask of segment {number} has {len(mask)} rows; expected {start}, one a vector")
     return best

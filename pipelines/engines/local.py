@@ -25,6 +25,7 @@ Made = TypeVar("Made")
 
 _ATTEMPTS = 3
 _CLOSING_SECONDS = 5.0
+_GPU_THREADS = 3
 
 
 def default_workers() -> int:
@@ -56,13 +57,15 @@ class LocalEngine:
     Args:
         shard_timeout: seconds that this process waits for one piece of work before the workers are killed and it is
             given to new ones; None waits for ever. What runs in this process itself is not bounded.
-        device_threads: that take shards through the device stages; with 2, one is written while the device works on
-            the next.
+        device_threads: that take shards through the device stages: shards are read, tokenized for the retriever and
+            written while the device works on another. None is 3 where the stages have a GPU, else 1.
     """
 
     spans_machines = False
 
-    def __init__(self, workers: int | None = None, shard_timeout: float | None = None, device_threads: int = 1) -> None:
+    def __init__(
+        self, workers: int | None = None, shard_timeout: float | None = None, device_threads: int | None = None
+    ) -> None:
         self.workers = default_workers() if workers is None else workers
         self.shard_timeout = shard_timeout
         self._device_threads = device_threads
@@ -174,8 +177,13 @@ class LocalEngine:
 
         work = ((order.popleft(), done) for done in self.map(partial(stages.tokenize, store), noted()))
         run = partial(_run_each, store, stages.device)
-        threads = self._device_threads
+        threads = self._device_threads or _threads_for(stages.device)
         yield from map(run, work) if threads == 1 else run_by_turns(run, work, threads=threads)
+
+
+def _threads_for(stages: Sequence[DeviceStage]) -> int:
+    """On a CPU the models take all cores themselves."""
+    return _GPU_THREADS if any(stage.device.startswith("cuda") for stage in stages) else 1
 
 
 def _run_each(store: Store, stages: Sequence[DeviceStage], work: tuple[ShardSpec, Receipt]) -> ShardResult:

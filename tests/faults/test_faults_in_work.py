@@ -157,7 +157,9 @@ def run_shard(store: Store, work: Stages, spec: ShardSpec, meet: Any, said: Any)
     meet.wait()
     (result,) = LocalEngine(0).run(store, work, [spec])
     said.put(
-        json.dumps([{k: v for k, v in asdict(r).items() if k not in ("seconds", "reused")} for r in result.receipts])
+        json.dumps(
+            [{k: v for k, v in asdict(r).items() if k not in ("seconds", "parts", "reused")} for r in result.receipts]
+        )
     )
 
 
