@@ -36,6 +36,7 @@ from refrag_core.manifest import (
     latest_manifest,
     refuse_bundle,
 )
+from refrag_core.parts import collected
 from refrag_core.processes import process_name
 from refrag_core.run_record import RunRecord, StageRecord, write_run_record
 from refrag_core.storage import RUNS, IndexLocation, Store, absolute, open_store
@@ -110,10 +111,12 @@ class BuildReport:
     recall_at_10: float
     seconds: float
     steps: Mapping[str, float]
-    """Seconds of work in each step; tokenizing runs beside the others."""
+    """Seconds of work in each step, waiting for the device left out; tokenizing runs beside the others, and on a GPU
+    the device stages of several shards beside each other."""
     parts: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Of a step's seconds, those of its parts where they are counted: `read`, `load` and `capture` (models and graphs,
-    once a run), `tokenize`, `wait` (for the device), `model`, `check`, `write`. Shards may be at work side by side."""
+    once a run), `tokenize`, `wait` (for the device), `model`, `check`, `write`. Of the index: `queries`, `train`,
+    `segments` and `recall`; there `model` and the like are of the queries' embedding."""
 
 
 @dataclass(slots=True)
@@ -217,6 +220,7 @@ class _Build:
         self.progress = progress
         self.store = store
         self.steps: defaultdict[str, float] = defaultdict(float)
+        self.index_parts: Mapping[str, float] = {}
         # Intermediate files of this execution alone; receipts lie with the index and outlive it.
         self.work = run_work(options, engine, store)
 
@@ -339,7 +343,7 @@ class _Build:
         """Book one shard; yield it again without the documents that a device stage rejected, if any."""
         for receipt in result.receipts:
             outcome.receipts.append(receipt)
-            self.steps[receipt.stage] += 0 if receipt.reused else receipt.seconds
+            self.steps[receipt.stage] += 0 if receipt.reused else receipt.seconds - receipt.parts.get("wait", 0.0)
         late = [entry for receipt in result.receipts[1:] for entry in receipt.rejected]
         outcome.rejected += late or result.receipts[0].rejected
         if late:
@@ -389,20 +393,21 @@ class _Build:
     ) -> BuiltIndex:
         self.progress.start("index", None, "passages")
         started = time.perf_counter()
-        index = build_vector_index(
-            self.store,
-            self.engine,
-            shards,
-            dim=models.parameters.vector_dim,
-            live=live_passages(shards, removed, rows_by_shard(hidden)),
-            dead=[shard.name for shard in shards if len(removed.get(shard.name, ())) == shard.documents],
-            retriever=replace(models.embed_stage(), device=self._own_device(models)).load(),
-            parent=parent,
-            min_recall=self.options.min_recall,
-            memory_budget_bytes=self.options.index_memory_bytes,
-            progress=self.progress,
-            work=self.work.below("index"),
-        )
+        with collected() as self.index_parts:
+            index = build_vector_index(
+                self.store,
+                self.engine,
+                shards,
+                dim=models.parameters.vector_dim,
+                live=live_passages(shards, removed, rows_by_shard(hidden)),
+                dead=[shard.name for shard in shards if len(removed.get(shard.name, ())) == shard.documents],
+                retriever=replace(models.embed_stage(), device=self._own_device(models)).load(),
+                parent=parent,
+                min_recall=self.options.min_recall,
+                memory_budget_bytes=self.options.index_memory_bytes,
+                progress=self.progress,
+                work=self.work.below("index"),
+            )
         self.progress.finish()
         self.steps["index"] += time.perf_counter() - started
         return index
@@ -514,7 +519,7 @@ class _Build:
             recall_at_10=manifest.vector_index.recall_at_10,
             seconds=round(seconds, 3),
             steps={step: round(value, 3) for step, value in self.steps.items()},
-            parts=_parts(outcome.receipts),
+            parts=_parts(outcome.receipts) | {"index": _rounded(self.index_parts)},
         )
 
 
@@ -524,8 +529,12 @@ def _parts(receipts: Sequence[Receipt]) -> dict[str, dict[str, float]]:
     for receipt in receipts:
         for name, seconds in ({} if receipt.reused else receipt.parts).items():
             parts = found.setdefault(receipt.stage, {})
-            parts[name] = round(parts.get(name, 0.0) + seconds, 6)
-    return found
+            parts[name] = parts.get(name, 0.0) + seconds
+    return {stage: _rounded(parts) for stage, parts in found.items()}
+
+
+def _rounded(parts: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(seconds, 3) for name, seconds in parts.items()}
 
 
 def _base(store: Store, latest: Manifest | None, models: Models, *, rebuild: bool) -> Manifest | None:

@@ -17,6 +17,7 @@ from refrag_core.corpus.filesystem import open_binary
 from refrag_core.digests import digest_json
 from refrag_core.errors import RecallGateError
 from refrag_core.manifest import Manifest, Segment, Shard, VectorIndexInfo
+from refrag_core.parts import part
 from refrag_core.storage import FileRecord, Store
 from refrag_core.tables import MappedColumn, open_table
 from refrag_core.vector_index import (
@@ -197,7 +198,8 @@ def build_vector_index(
         return BuiltIndex(parent.segments, parent.vector_index, [parent.files[name] for name in names])
     spec = choose_index(sum(shard.passages for shard in shards), dim, memory_budget_bytes)
     kept = _kept(parent, spec, shards)
-    queries = _held_out_queries(engine, store, shards, live, retriever)
+    with part("queries"):
+        queries = _held_out_queries(engine, store, shards, live, retriever)
     if kept and parent is not None:
         built = _extend(store, engine, shards, kept, parent, dim=dim, live=live, queries=queries)
         if built.info.recall_at_10 >= min_recall:
@@ -223,8 +225,10 @@ def _train(
     queries: npt.NDArray[np.float32],
     work: WorkFolder,
 ) -> BuiltIndex:
-    quantizer = _quantizer(engine, store, shards, spec, work)
-    made = list(engine.map(partial(_segment, store, quantizer.name, spec.dim), _groups(shards)))
+    with part("train"):
+        quantizer = _quantizer(engine, store, shards, spec, work)
+    with part("segments"):
+        made = list(engine.map(partial(_segment, store, quantizer.name, spec.dim), _groups(shards)))
     segments, files = [segment for segment, _ in made], [quantizer, *(record for _, record in made)]
     return _measured(engine, store, shards, segments, files, spec.kind, spec.nlist, spec.dim, live, queries)
 
@@ -243,7 +247,8 @@ def _extend(
     info = parent.vector_index
     covered = {name for segment in kept for name in segment.shards}
     added = [shard for shard in shards if shard.name not in covered]
-    made = list(engine.map(partial(_segment, store, info.quantizer, dim), _groups(added)))
+    with part("segments"):
+        made = list(engine.map(partial(_segment, store, info.quantizer, dim), _groups(added)))
     segments = [*kept, *(segment for segment, _ in made)]
     old = [parent.files[name] for name in (info.quantizer, *(segment.file for segment in kept))]
     files = [*old, *(record for _, record in made)]
@@ -269,7 +274,8 @@ def _measured(
         SearchedSegment(segment.file, tuple(by_name[name] for name in segment.shards), dim, mask)
         for segment, mask in zip(segments, masks, strict=True)
     ]
-    nprobe, recall = _tune(engine, store, searched, queries, nlist)
+    with part("recall"):
+        nprobe, recall = _tune(engine, store, searched, queries, nlist)
     info = VectorIndexInfo(
         kind=kind,
         nlist=nlist,

@@ -25,7 +25,8 @@ Made = TypeVar("Made")
 
 _ATTEMPTS = 3
 _CLOSING_SECONDS = 5.0
-_GPU_THREADS = 3
+GPU_THREADS = 3
+"""That take shards through the device stages where these have a GPU."""
 
 
 def default_workers() -> int:
@@ -183,7 +184,7 @@ class LocalEngine:
 
 def _threads_for(stages: Sequence[DeviceStage]) -> int:
     """On a CPU the models take all cores themselves."""
-    return _GPU_THREADS if any(stage.device.startswith("cuda") for stage in stages) else 1
+    return GPU_THREADS if any(stage.device.startswith("cuda") for stage in stages) else 1
 
 
 def _run_each(store: Store, stages: Sequence[DeviceStage], work: tuple[ShardSpec, Receipt]) -> ShardResult:

@@ -10,6 +10,8 @@ import pytest
 
 from refrag.pipelines import stages
 from refrag.pipelines.assembly import check_accounts
+from refrag.pipelines.build import build_index
+from refrag.pipelines.engines.local import LocalEngine
 from refrag_core.checkpoint import load_checkpoint
 from refrag_core.errors import (
     AccountingError,
@@ -111,6 +113,17 @@ def test_worker_counts_give_equal_indexes(tmp_path: Path, own_cache: Path, worke
     alone = SmallIndex(tmp_path / "a").build(workers=0)
     many = SmallIndex(tmp_path / "b").build(workers=workers)
     assert (many.content_id, many.build_id) == (alone.content_id, alone.build_id)
+
+
+def test_shards_side_by_side_on_the_device_give_an_equal_index(tmp_path: Path, own_cache: Path) -> None:
+    one, three = SmallIndex(tmp_path / "1"), SmallIndex(tmp_path / "3")
+    report = one.build(shard_bytes=2_000)
+    with LocalEngine(0, device_threads=3) as engine:
+        again = build_index(replace(three.options, shard_bytes=2_000), engine)
+    assert (again.content_id, again.build_id) == (report.content_id, report.build_id)
+    for stage in ("embeddings", "vectors"):
+        assert {"read", "load", "model", "check", "write"} <= set(again.parts[stage])
+        assert sum(again.parts[stage].values()) <= again.steps[stage] + 0.01
 
 
 def test_the_content_id_does_not_depend_on_files_or_shards(tmp_path: Path, own_cache: Path) -> None:
@@ -241,6 +254,18 @@ def test_a_fault_that_is_nobodys_fails_the_run_and_keeps_what_is_done(
     report = small.build()
     assert report.indexed == 60
     assert report.encoded_chunks < report.chunks  # the first shard's embeddings were there already
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+def test_numbers_that_are_not_finite_are_seen(dtype: type, bad: float) -> None:
+    rows = np.full((5_000, 3), np.finfo(np.float16).max, dtype)
+    rows[::2] = np.finfo(np.float16).min
+    rows[1] = 0.0, -0.0, np.finfo(np.float16).smallest_subnormal
+    assert stages._all_finite(rows)
+    assert stages._all_finite(rows[:0])
+    rows[4_999, 1] = bad
+    assert not stages._all_finite(rows)
 
 
 def test_non_finite_output_everywhere_is_not_a_documents_fault(

@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from refrag.pipelines.engines.local import LocalEngine, default_workers, run_by_turns
+from refrag.pipelines.engines.local import LocalEngine, _threads_for, default_workers, run_by_turns
+from refrag.pipelines.stages import EmbedStage
 from refrag_core.errors import StageError
 
 WORKERS = 2
@@ -235,3 +236,8 @@ def test_turns_keep_the_order_and_an_error_stops_them() -> None:
     with pytest.raises(ValueError, match="seven"):
         list(run_by_turns(slowly, range(20), threads=2))
     assert max(begun) < 12
+
+
+@pytest.mark.parametrize(("device", "threads"), [("cpu", 1), ("cuda", 3), ("cuda:1", 3)])
+def test_threads_of_the_device_stages(device: str, threads: int) -> None:
+    assert _threads_for([EmbedStage("folder", "fingerprint", device)]) == threads

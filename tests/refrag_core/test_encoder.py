@@ -122,6 +122,15 @@ def test_the_packed_body_gives_the_plain_one_s_embeddings(
     np.testing.assert_allclose(packed.encode(ids, lengths), expected, rtol=2e-3, atol=2e-3)
 
 
+def test_short_chunks_share_a_batch() -> None:
+    ids, lengths = make_chunks(200, 16)
+    encoder, sizes = make_encoder(form="plain"), []
+    call = encoder._calls
+    encoder._calls = lambda tensors: sizes.append([len(tensor) for tensor in tensors]) or call(tensors)  # type: ignore[assignment]
+    encoder.encode(ids, lengths)
+    assert sizes == [[64, 64], [256]]
+
+
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton comes with PyTorch for CUDA")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs with TRITON_INTERPRET=1 on a CPU")
 @pytest.mark.parametrize("shape", [(37, 16, 3, 32), (5, 8, 2, 64), (11, 12, 2, 16), (3, 64, 2, 32), (4, 1, 2, 16)])
