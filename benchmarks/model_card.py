@@ -29,6 +29,8 @@ LICENCES = {
 """Name and licence of the base models, by reference."""
 
 _MEBI = 1 << 20
+_CORPORA = 12
+"""The largest are named, the others counted."""
 
 
 def card_lines(
@@ -36,13 +38,14 @@ def card_lines(
     *,
     runs: Sequence[Mapping[str, Any]] = (),
     perplexity: Sequence[Mapping[str, Any]] = (),
-    qa: Sequence[Mapping[str, Any]] = (),
+    qa: Mapping[str, Mapping[str, Any]] | None = None,
     notes: str = "",
 ) -> Iterator[str]:
     """The card, line by line.
 
     Args:
         runs: training records, the first run first.
+        qa: by the questions' name.
 
     Raises FingerprintMismatchError for figures of another checkpoint.
     """
@@ -60,9 +63,9 @@ def card_lines(
             yield from _perplexity(report)
     if qa:
         yield from _heading("Answers to questions")
-        for report in qa:
+        for name, report in qa.items():
             _refuse_other(checkpoint, report["checkpoint"], "refrag eval qa")
-            yield from _qa(report)
+            yield from _qa(name, report)
     yield from _limits(checkpoint, runs, perplexity, notes)
 
 
@@ -164,15 +167,23 @@ def _training(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     if data:
         yield from ("", f"Token shards, fingerprint `{runs[-1].get('data_fingerprint', '')[:12]}`:", "")
         yield from _table(
-            ("corpus", "documents", "tokens", "near-duplicates left out"),
-            [
-                (corpus["name"], *(f"{corpus[key]:,}" for key in ("documents", "tokens", "near_duplicates")))
-                for corpus in data.get("corpora", [])
-            ],
+            ("corpus", "documents", "tokens", "near-duplicates left out"), list(_corpora(data.get("corpora", [])))
         )
         splits = (f"{name} {split['tokens']:,}" for name, split in data.get("splits", {}).items() if "tokens" in split)
         yield from ("", f"Tokens by split: {', '.join(splits)}.")
     yield from _gap_to_training(runs[-1].get("evaluation") or {})
+
+
+def _corpora(corpora: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
+    """The largest by tokens, and one row for all others, which training.json has in full."""
+    counts = ("documents", "tokens", "near_duplicates")
+    ranked = sorted(corpora, key=lambda corpus: -int(corpus["tokens"]))
+    for corpus in ranked[:_CORPORA]:
+        yield (str(corpus["name"]), *(f"{corpus[key]:,}" for key in counts))
+    others = ranked[_CORPORA:]
+    if others:
+        name = f"{len(others)} others, named in {TRAINING_FILE}"
+        yield (name, *(f"{sum(corpus[key] for corpus in others):,}" for key in counts))
 
 
 def _all_rows(runs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[object, ...]]:
@@ -191,7 +202,9 @@ def _run_rows(number: int, run: Mapping[str, Any]) -> Iterator[tuple[object, ...
     tasks = ", ".join(f"{task['kind']} {task.get('weight', 1.0):g}" for task in config.get("tasks", []))
     sizes = ", ".join(map(str, config.get("chunk_sizes", [])))
     epochs = run["epoch"] + 1 if "epoch" in run else ""
-    yield (number, *_time(run), epochs, sizes, run.get("device", ""), tasks)
+    processes = run.get("processes", 1)
+    hardware = f"{processes} × {run['device']}" if processes > 1 else run.get("device", "")
+    yield (number, *_time(run), epochs, sizes, hardware, tasks)
     policy = run.get("policy")
     if policy:
         yield (f"{number}, policy", *_time(policy), "", sizes, policy.get("device", ""), "policy")
@@ -276,10 +289,10 @@ def _storage(storage: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _qa(report: Mapping[str, Any]) -> Iterator[str]:
+def _qa(name: str, report: Mapping[str, Any]) -> Iterator[str]:
     yield (
-        f"\n{report['questions']} questions, top {report['top_k']} passages, {report['retriever_mode']} retriever: a "
-        f"right document is among the passages of {report['gold_retrieved']}.\n"
+        f"\n**{name}**: {report['questions']} questions, top {report['top_k']} passages, {report['retriever_mode']} "
+        f"retriever: a right document is among the passages of {report['gold_retrieved']}.\n"
     )
     rows = [(name, *_scores(scores)) for name, scores in report["settings"].items()]
     for p, pair in report["equal_latency"].items():
@@ -342,7 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--runs", type=Path, nargs="*", default=[], help="training.json of the runs before the last")
     parser.add_argument("--perplexity", type=Path, nargs="*", default=[])
-    parser.add_argument("--qa", type=Path, nargs="*", default=[])
+    parser.add_argument("--qa", type=Path, nargs="*", default=[], help="named by their files")
     parser.add_argument("--notes", type=Path, help="Markdown for the end of the limits")
     parser.add_argument("--output", type=Path, help="default: README.md of the checkpoint's folder")
     given = parser.parse_args(arguments)
@@ -352,7 +365,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             Checkpoint.load(given.checkpoint),
             runs=_read([*given.runs, *([own] if own.is_file() else [])]),
             perplexity=_read(given.perplexity),
-            qa=_read(given.qa),
+            qa=dict(zip((path.stem for path in given.qa), _read(given.qa), strict=True)),
             notes=given.notes.read_text(encoding="utf-8") if given.notes else "",
         )
         output = given.output or given.checkpoint / "README.md"

@@ -335,6 +335,7 @@ class Trainer:
             "epoch": self.windows.epoch_of(max(0, self.position - 1)),
             "seconds": self.elapsed,
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
+            "processes": self.processes.count,
             "torch": torch.__version__,
             "metrics": self.last_report,
             "evaluation": evaluation,

@@ -119,6 +119,7 @@ def test_a_card_of_everything(made: Checkpoint, tmp_path: Path) -> None:
     assert "| p = 0.1, learned | 106 | 2.310 | 0.725 [0.400, 0.800] | +0.060 [0.010, 0.110] |" in lines
     assert "| last 106 tokens | 106 | 2.350 | 0.625 |  |" in lines
     assert any(line.endswith("G changes by 0.0012 at most.") for line in lines)
+    assert any(line.startswith("**qa**: 20 questions, top 3 passages, strong retriever") for line in lines)
     assert "| learned p=0 | 12 | 0.250 |  | 123 |" in lines
     assert "| 0.5 passages in full, the positions of p = 0 | 12 | 0.250 |  | 123 |" in lines
     assert "- Not better than the last tokens of the context at equal positions: tokens next tokens k=8 p=0." in lines
@@ -131,6 +132,22 @@ def test_what_was_not_given_is_not_told(made: Checkpoint, tmp_path: Path) -> Non
     bare = card(made, tmp_path, runs={"step": 7})
     assert "| 1 | 7 |  |  |  |  |  |" in bare
     assert "Token shards" not in bare
+
+
+def test_the_largest_corpora_are_named_and_the_others_counted(made: Checkpoint, tmp_path: Path) -> None:
+    corpora = [
+        {"name": f"corpus-{number}", "documents": number, "tokens": 10 * number, "near_duplicates": 1}
+        for number in range(1, 16)
+    ]
+    lines = card(made, tmp_path, runs=RUN | {"data": {"corpora": corpora}}).splitlines()
+    assert "| corpus-15 | 15 | 150 | 1 |" in lines
+    assert "| corpus-4 | 4 | 40 | 1 |" in lines
+    assert "| 3 others, named in training.json | 6 | 60 | 3 |" in lines
+
+
+def test_a_run_on_several_devices_says_so(made: Checkpoint, tmp_path: Path) -> None:
+    text = card(made, tmp_path, runs=RUN | {"processes": 2})
+    assert "| 1 | 11,424 | 410 | 3 | 8, 16 | 2 × NVIDIA H100 | next-paragraph 0.55 |" in text
 
 
 def test_licences_are_those_of_known_base_models(made: Checkpoint) -> None:
