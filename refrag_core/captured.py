@@ -47,6 +47,7 @@ class CapturedCalls:
         self._device = device
         self._graphs: dict[Key, _Captured] = {}
         self._pool: Any = None
+        self._aside: torch.cuda.Stream | None = None
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -85,7 +86,9 @@ class CapturedCalls:
 
     def _warm_up(self, inputs: Sequence[Tensor], constants: Sequence[Any]) -> None:
         """Compile, choose kernels and allocate what stays, before anything is recorded."""
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        if self._aside is None:  # memory stays with the stream that it was first used on: one for all shapes
+            self._aside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream = self._aside
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP_CALLS):
@@ -107,12 +110,18 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def bucket(size: int, *, smallest: int, fine: int = 1024) -> int:
-    """The padded size for `size`: multiples of `smallest` up to `fine`, from there on sixteenths of a power of two.
+def bucket(size: int, *, smallest: int, fine: int = 1024, shares: int = 16) -> int:
+    """The padded size for `size`: multiples of `smallest` up to `fine`, from there on of the largest power of two below
+    it over `shares`, but never of less than `smallest`.
 
-    Padding is less than `smallest` up to `fine` and less than a sixteenth above it, with few different shapes.
+    Padding is less than `smallest` up to `fine` and less than one of the `shares` above it, with few different shapes.
     """
     step = smallest
     if size > fine:
-        step = max(smallest, 1 << ((size - 1).bit_length() - 5))
+        step = max(smallest, (1 << ((size - 1).bit_length() - 1)) // shares)
     return -(-size // step) * step
+
+
+def filled_rows(rows: int, *, smallest: int, largest: int) -> int:
+    """How many rows a batch of `rows` is filled up to: a power of two of at least `smallest`, but at most `largest`."""
+    return min(largest, max(smallest, 1 << (rows - 1).bit_length()))
