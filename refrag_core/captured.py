@@ -110,15 +110,14 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def bucket(size: int, *, smallest: int, fine: int = 1024, shares: int = 16) -> int:
-    """The padded size for `size`: multiples of `smallest` up to `fine`, from there on of the largest power of two below
-    it over `shares`, but never of less than `smallest`.
+def bucket(size: int, *, smallest: int, fine: int = 1024) -> int:
+    """The padded size for `size`: multiples of `smallest` up to `fine`, from there on sixteenths of a power of two.
 
-    Padding is less than `smallest` up to `fine` and less than one of the `shares` above it, with few different shapes.
+    Padding is less than `smallest` up to `fine` and less than a sixteenth above it, with few different shapes.
     """
     step = smallest
     if size > fine:
-        step = max(smallest, (1 << ((size - 1).bit_length() - 1)) // shares)
+        step = max(smallest, 1 << ((size - 1).bit_length() - 5))
     return -(-size // step) * step
 
 

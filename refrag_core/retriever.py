@@ -6,6 +6,7 @@ Sentence-BERT, arXiv:1908.10084). Notation: n texts, t tokens of a padded batch,
 """
 
 import json
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 
 from refrag_core.batching import SafeBatchSize, Span, cache_dir, equal_runs, map_spans
-from refrag_core.captured import CapturedCalls, bucket, filled_rows
+from refrag_core.captured import CapturedCalls, filled_rows
 from refrag_core.devices import turn_on
 from refrag_core.digests import digest_json
 from refrag_core.encoder import load_body
@@ -44,7 +45,7 @@ _EMBEDDED_AT_ONCE = 4_096
 _TOKENIZED_AT_ONCE = 256  # an Encoding takes some hundred bytes a token; its ids, which are kept, take four
 _FEW_TEXTS = 4
 _FEW_TOKENS = 512
-_COARSE_SHARES = 2  # padded lengths of 32, 64, 96, 128, 192, 256, 384, 512
+_COARSE_MULTIPLE = 64
 _SMALLEST_BATCH_TOKENS = 4_096  # what a large GPU embeds in the time that launching a batch takes
 _MODULES = ("Transformer", "Pooling", "Normalize")
 _POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "mpnet")
@@ -159,16 +160,18 @@ class Retriever:
         lengths = _lengths(ids)
         padded, few = self._device_lengths(lengths)
         order = np.argsort(-padded, kind="stable")
-        tokens = self._upload(np.concatenate(ids))
+        padded, tokens = padded[order], self._upload(np.concatenate(ids))
         starts, counts = (self._upload(each[order]) for each in (np.cumsum(lengths) - lengths, lengths))
         made = torch.empty((len(ids), self.dim), dtype=torch.float32, device=self.device)
-        spans = list(self._spans(padded[order]))
-        sizes = {int(padded[order[start]]): size for start, _, size in spans}
+        exactly = few or self._packed is None
+        spans = list(self._spans(padded) if exactly else self._filled_spans(padded))
+        firsts = [start for start, _, _ in spans]
 
         def run(start: int, stop: int) -> Tensor:
-            width = int(padded[order[start]])
-            rows = stop - start if few else self._filled(stop - start, width, sizes[width].rows)
-            return self._batch(tokens, starts[start:stop], counts[start:stop], width, rows)[: stop - start]
+            first, _, size = spans[bisect_right(firsts, start) - 1]
+            width, rows = int(padded[first]), stop - start
+            filled = rows if exactly else _filled(rows, width, size.rows)
+            return self._batch(tokens, starts[start:stop], counts[start:stop], width, filled)[:rows]
 
         for start, stop, embedded in map_spans(self.device.type, run, spans):
             made[start:stop] = embedded
@@ -185,14 +188,20 @@ class Retriever:
         padded = self._padded_lengths(lengths)
         if len(lengths) <= _FEW_TEXTS and padded.sum() <= _FEW_TOKENS:
             return padded, True
-        coarse = [bucket(int(size), smallest=PAD_MULTIPLE, fine=PAD_MULTIPLE, shares=_COARSE_SHARES) for size in padded]
-        return np.minimum(np.array(coarse, dtype=np.int64), self.max_length), False
+        coarse = np.minimum(-(-padded // _COARSE_MULTIPLE) * _COARSE_MULTIPLE, self.max_length)
+        return np.where(padded <= PAD_MULTIPLE, padded, coarse), False
 
-    def _filled(self, rows: int, width: int, largest: int) -> int:
-        """How many rows a batch of texts padded to `width` is filled up to; to none more without captured calls."""
-        if self._packed is None:
-            return rows
-        return filled_rows(rows, smallest=_power_of_two(_SMALLEST_BATCH_TOKENS // width), largest=largest)
+    def _filled_spans(self, padded: npt.NDArray[np.int64]) -> Iterator[Span]:
+        """Runs of `padded` `[n]`, the longest first, whose last batch is filled up with texts that are shorter."""
+        start = 0
+        while start < len(padded):
+            width = int(padded[start])
+            size = self._batch_size(width)
+            rows = int((padded[start:] == width).sum())
+            rest = rows % size.rows
+            stop = min(len(padded), start + rows - rest + (_filled(rest, width, size.rows) if rest else 0))
+            yield start, stop, size
+            start = stop
 
     def _batch(self, tokens: Tensor, starts: Tensor, counts: Tensor, width: int, rows: int) -> Tensor:
         """Float32 `[rows, d_ret]` of the texts at `starts` in `tokens`, `counts` long, and of what fills them up.
@@ -262,6 +271,11 @@ class Retriever:
 
 def _lengths(ids: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.int64]:
     return np.array([len(tokens) for tokens in ids], dtype=np.int64)
+
+
+def _filled(rows: int, width: int, largest: int) -> int:
+    """How many rows a captured batch of texts padded to `width` has."""
+    return filled_rows(rows, smallest=_power_of_two(_SMALLEST_BATCH_TOKENS // width), largest=largest)
 
 
 def _power_of_two(size: int) -> int:

@@ -112,9 +112,9 @@ def test_the_passages_of_many_documents_share_few_shapes():
     for shard in range(100):
         ends, whole = random.integers(2, 513, random.integers(5, 120)), [512] * (7 * shard % 64)
         retriever.embed_ids(token_runs([*ends, *whole], seed=shard))
-    assert len(watched.shapes) <= 10 * 100
+    assert len(watched.shapes) <= 10 * 100  # a batch for every length, and what one batch does not hold
     assert len(set(watched.shapes)) <= 40
-    assert {width for _, width in watched.shapes} <= {32, 64, 96, 128, 192, 256, 384, 512}
+    assert {width for _, width in watched.shapes} <= {32, 64, 128, 192, 256, 320, 384, 448, 512}
     assert all(2_048 <= rows * width <= 32_768 for rows, width in watched.shapes)
 
 

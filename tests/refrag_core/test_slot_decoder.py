@@ -213,13 +213,6 @@ def test_buckets(size: int, padded: int) -> None:
     assert bucket(size, smallest=64) == padded
 
 
-@pytest.mark.parametrize(
-    ("size", "padded"), [(1, 32), (33, 64), (65, 96), (129, 192), (257, 384), (385, 512), (513, 768)]
-)
-def test_coarse_buckets(size: int, padded: int) -> None:
-    assert bucket(size, smallest=32, fine=32, shares=2) == padded
-
-
 @pytest.mark.parametrize(("rows", "filled"), [(1, 8), (8, 8), (9, 16), (65, 100), (100, 100)])
 def test_filled_rows(rows: int, filled: int) -> None:
     assert filled_rows(rows, smallest=8, largest=100) == filled
