@@ -613,11 +613,18 @@ def _resolve_ties(search: Callable[[NDArray[np.int64], int], _Hits], num_queries
     while depth < num_rows and len(asked):
         depth = min(_DEEPER * depth, num_rows)
         deeper = search(asked, depth)
-        order = np.lexsort((deeper[1], -deeper[0]), axis=1)[:, :k]
-        scores[asked, :k], rows[asked, :k] = (np.take_along_axis(each, order, axis=1) for each in deeper)
+        for query, *found in zip(asked, *deeper, strict=True):
+            scores[query, :k], rows[query, :k] = _first_of_ties(*found, k)
         rows[asked, k:] = -1
         asked = asked[_tied(*deeper, k)]
     return scores, rows
+
+
+def _first_of_ties(scores: Floats, rows: NDArray[np.int64], k: int) -> _Hits:
+    """The best `k` of one query's hits, which come best first, in the order of their rows where scores are equal."""
+    equal_or_better = int((scores >= scores[k - 1]).sum())
+    order = np.lexsort((rows[:equal_or_better], -scores[:equal_or_better]))[:k]
+    return scores[order], rows[order]
 
 
 def _tied(scores: Floats, rows: NDArray[np.int64], k: int) -> NDArray[np.int64]:
