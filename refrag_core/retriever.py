@@ -54,9 +54,9 @@ _POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "mpnet")
 class Retriever:
     """Embeds passages and queries with one body. Build it with `load_retriever`.
 
-    Each text is padded to the next multiple of 32 of its own length and batched with texts of that padded
-    length alone: on a CPU (float32) its embedding has the same bits in any batch, order or company. On CUDA
-    (float16 autocast) it is within rounding of that.
+    On a CPU (float32) each text is padded to the next multiple of 32 of its own length and batched with texts of
+    that padded length alone: its embedding has the same bits in any batch, order or company. On CUDA (float16)
+    batches have few shapes, which texts of several lengths share, and it is within rounding of that.
 
     Args:
         body: BERT-like Hugging Face encoder without pooler; moved to `device`.
@@ -196,7 +196,7 @@ class Retriever:
         start = 0
         while start < len(padded):
             width = int(padded[start])
-            size = self._batch_size(width)
+            size = self._batch_size(width, filled=True)
             rows = int((padded[start:] == width).sum())
             rest = rows % size.rows
             stop = min(len(padded), start + rows - rest + (_filled(rest, width, size.rows) if rest else 0))
@@ -261,12 +261,12 @@ class Retriever:
         made: npt.NDArray[np.float32] = nn.functional.normalize(pooled, dim=1).cpu().numpy()
         return made
 
-    def _batch_size(self, length: int) -> SafeBatchSize:
+    def _batch_size(self, length: int, *, filled: bool = False) -> SafeBatchSize:
         name = torch.cuda.get_device_name(self.device) if self._on_cuda else "cpu"
         key, rows = f"embed/{name}/{self.fingerprint}/{length}", max(1, self._batch_tokens // length)
         if self._packed is not None:
             key, rows = f"{key}/packed", _power_of_two(rows)
-        return SafeBatchSize(key, rows, self._memory, filled=self._packed is not None)
+        return SafeBatchSize(key, rows, self._memory, filled=filled)
 
 
 def _lengths(ids: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.int64]:

@@ -613,8 +613,8 @@ def _resolve_ties(search: Callable[[NDArray[np.int64], int], _Hits], num_queries
     while depth < num_rows and len(asked):
         depth = min(_DEEPER * depth, num_rows)
         deeper = search(asked, depth)
-        for query, *found in zip(asked, *deeper, strict=True):
-            scores[query, :k], rows[query, :k] = _first_of_ties(*found, k)
+        for query, its_scores, its_rows in zip(asked, *deeper, strict=True):
+            scores[query, :k], rows[query, :k] = _first_of_ties(its_scores, its_rows, k)
         rows[asked, k:] = -1
         asked = asked[_tied(*deeper, k)]
     return scores, rows
