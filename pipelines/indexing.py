@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ SEGMENT_ROWS = 1 << 20
 GATE_QUERIES = 200
 _RETRAIN_FACTOR = 4
 _NPROBES_A_ROUND = 4
+_COMPARED_ROWS = 1 << 17  # with the queries, one by one, in one worker
 _SENTENCE = re.compile(r"[^.!?。！？\n]{20,400}[.!?。！？]?")
 
 Live = Mapping[str, npt.NDArray[np.bool_]]
@@ -66,10 +67,6 @@ def _blocks(store: Store, shards: Sequence[Shard], dim: int) -> Iterator[npt.NDA
         yield from vectors_of(store, shard, dim).blocks()
 
 
-def _rows_of(column: MappedColumn, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float16]:
-    return np.concatenate([column.slice(int(row), int(row) + 1) for row in rows])
-
-
 Sampled = list[tuple[Shard, npt.NDArray[np.int64]]]
 """Shards with the rows that are wanted of each."""
 
@@ -77,7 +74,7 @@ Sampled = list[tuple[Shard, npt.NDArray[np.int64]]]
 def _sample_part(picked: Sampled, *, store: Store, dim: int, work: WorkFolder) -> str:
     """Write the chosen vectors of some shards to a file of this run, float16 `[n, dim]`; its location."""
     work.check()
-    parts = [_rows_of(vectors_of(store, shard, dim), rows) for shard, rows in picked]
+    parts = [vectors_of(store, shard, dim).take(rows) for shard, rows in picked]
     with work.temporary("sample") as path:
         with path.open("wb") as stream:
             np.save(stream, np.concatenate(parts), allow_pickle=False)
@@ -89,7 +86,7 @@ def _sample(engine: Engine, store: Store, shards: Sequence[Shard], spec: IndexSp
     work.make()
     picked = sample_rows([shard.passages for shard in shards], max(1, training_size(spec)))
     wanted = {shard.name: rows for shard, rows in zip(shards, picked, strict=True) if len(rows)}
-    groups = [[(s, wanted[s.name]) for s in group if s.name in wanted] for group in _groups(shards)]
+    groups = [[(s, wanted[s.name]) for s in group if s.name in wanted] for group in _groups(shards, SEGMENT_ROWS)]
     gather = partial(_sample_part, store=store, dim=spec.dim, work=work)
     return list(engine.map(gather, [group for group in groups if group]))
 
@@ -119,10 +116,11 @@ def _write(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
-def _groups(shards: Sequence[Shard]) -> Iterator[list[Shard]]:
+def _groups(shards: Sequence[Shard], most: int) -> Iterator[list[Shard]]:
+    """Neighbours with up to `most` passages together, or one with more."""
     group: list[Shard] = []
     for shard in shards:
-        if group and sum(s.passages for s in group) + shard.passages > SEGMENT_ROWS:
+        if group and sum(s.passages for s in group) + shard.passages > most:
             yield group
             group = []
         group.append(shard)
@@ -228,7 +226,7 @@ def _train(
     with part("train"):
         quantizer = _quantizer(engine, store, shards, spec, work)
     with part("segments"):
-        made = list(engine.map(partial(_segment, store, quantizer.name, spec.dim), _groups(shards)))
+        made = list(engine.map(partial(_segment, store, quantizer.name, spec.dim), _groups(shards, SEGMENT_ROWS)))
     segments, files = [segment for segment, _ in made], [quantizer, *(record for _, record in made)]
     return _measured(engine, store, shards, segments, files, spec.kind, spec.nlist, spec.dim, live, queries)
 
@@ -248,7 +246,7 @@ def _extend(
     covered = {name for segment in kept for name in segment.shards}
     added = [shard for shard in shards if shard.name not in covered]
     with part("segments"):
-        made = list(engine.map(partial(_segment, store, info.quantizer, dim), _groups(added)))
+        made = list(engine.map(partial(_segment, store, info.quantizer, dim), _groups(added, SEGMENT_ROWS)))
     segments = [*kept, *(segment for segment, _ in made)]
     old = [parent.files[name] for name in (info.quantizer, *(segment.file for segment in kept))]
     files = [*old, *(record for _, record in made)]
@@ -289,7 +287,10 @@ def _measured(
 
 @dataclass(frozen=True, slots=True)
 class SearchedSegment:
-    """One segment for the gate: its file, its shards' embeddings, and which rows are live (None for all)."""
+    """One segment for the gate: its file, its shards' embeddings, and which rows are live (None for all).
+
+    Some of a segment's shards, with their rows, stand for it where nothing but these are read.
+    """
 
     file: str
     shards: tuple[Shard, ...]
@@ -306,9 +307,9 @@ def _tune(
 ) -> tuple[int, float]:
     """The least nprobe whose recall@10 suffices (else the largest), and that recall.
 
-    Workers search a segment each, exactly and with several nprobes at a time; only their best hits come here.
+    Workers search a segment each with several nprobes at a time; only their best hits come here.
     """
-    exact = merge_segments(engine.map(partial(_exact_hits, store=store, queries=queries), segments), RECALL_DEPTH)
+    exact = _true_hits(engine, store, segments, queries)
     nprobe, recall = 1, 0.0
     for nprobes in _batches(nprobe_values(nlist), _NPROBES_A_ROUND):
         found = list(engine.map(partial(_hits, store=store, queries=queries, nprobes=nprobes), segments))
@@ -321,6 +322,31 @@ def _tune(
 
 def _batches(values: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     return (values[at : at + size] for at in range(0, len(values), size))
+
+
+def _true_hits(
+    engine: Engine, store: Store, segments: Sequence[SearchedSegment], queries: npt.NDArray[np.float32]
+) -> SearchResult:
+    """The true best rows of all segments, of which workers compare a piece each."""
+    pieces = [(number, *piece) for number, segment in enumerate(segments) for piece in _pieces(segment)]
+    exact = partial(_exact_hits, store=store, queries=queries)
+    found = merge_segments(engine.map(exact, [piece for _, _, piece in pieces]), RECALL_DEPTH)
+    missing, numbers, firsts = found.segments < 0, *(np.array([piece[at] for piece in pieces]) for at in (0, 1))
+    return SearchResult(
+        scores=found.scores,
+        segments=np.where(missing, -1, numbers[found.segments]).astype(np.int32),
+        rows=np.where(missing, -1, firsts[found.segments] + found.rows),
+    )
+
+
+def _pieces(segment: SearchedSegment) -> Iterator[tuple[int, SearchedSegment]]:
+    """The segment cut between shards, each piece with the number of its first row."""
+    first = 0
+    for shards in _groups(segment.shards, _COMPARED_ROWS):
+        stop = first + sum(shard.passages for shard in shards)
+        live = None if segment.live is None else segment.live[first:stop]
+        yield first, replace(segment, shards=tuple(shards), live=live)
+        first = stop
 
 
 def _exact_hits(segment: SearchedSegment, *, store: Store, queries: npt.NDArray[np.float32]) -> SearchResult:
@@ -425,7 +451,7 @@ def regroup(
     covered = {name for segment in kept for name in segment.shards}
     added = [shard for shard in shards if shard.name not in covered]
     work = partial(_segment, store, parent.vector_index.quantizer, parent.parameters.vector_dim)
-    made = list(engine.map(work, _groups(added)))
+    made = list(engine.map(work, _groups(added, SEGMENT_ROWS)))
     return [*kept, *(segment for segment, _ in made)], [record for _, record in made]
 
 

@@ -40,11 +40,13 @@ class SafeBatchSize:
         key: what the size holds for; sizes are remembered per key across runs.
         initial: rows a batch to start with when nothing is remembered.
         memory: JSON file of remembered sizes; None keeps them in this object only.
+        filled: batches are filled up to a size of few, at most `rows`: a single row may fit once that is less.
     """
 
-    def __init__(self, key: str, initial: int, memory: Path | None = None) -> None:
+    def __init__(self, key: str, initial: int, memory: Path | None = None, *, filled: bool = False) -> None:
         self._key = key
         self._memory = memory
+        self.filled = filled
         self.rows = min(initial, self._remembered().get(key, initial))
 
     def _remembered(self) -> dict[str, int]:
@@ -73,7 +75,7 @@ def map_batches(
     """Yield `(start, stop, run(start, stop))` over `[0, num_rows)`, halving the batch on out-of-memory.
 
     `release` is called after a failure, before the retry (to empty a device's allocator cache).
-    Raises the out-of-memory error itself when a single row does not fit.
+    Raises the out-of-memory error itself when a single row does not fit by itself.
     """
     start = 0
     while start < num_rows:
@@ -81,7 +83,8 @@ def map_batches(
         try:
             result = run(start, stop)
         except Exception as error:
-            if not is_out_of_memory(error) or stop - start <= MIN_BATCH:
+            least = size.rows if size.filled else stop - start
+            if not is_out_of_memory(error) or least <= MIN_BATCH:
                 raise
             size.halve()
             release()

@@ -47,6 +47,7 @@ class CapturedCalls:
         self._device = device
         self._graphs: dict[Key, _Captured] = {}
         self._pool: Any = None
+        self._aside: torch.cuda.Stream | None = None
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -85,7 +86,9 @@ class CapturedCalls:
 
     def _warm_up(self, inputs: Sequence[Tensor], constants: Sequence[Any]) -> None:
         """Compile, choose kernels and allocate what stays, before anything is recorded."""
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        if self._aside is None:  # memory stays with the stream that it was first used on: one for all shapes
+            self._aside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream = self._aside
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP_CALLS):
@@ -116,3 +119,8 @@ def bucket(size: int, *, smallest: int, fine: int = 1024) -> int:
     if size > fine:
         step = max(smallest, 1 << ((size - 1).bit_length() - 5))
     return -(-size // step) * step
+
+
+def filled_rows(rows: int, *, smallest: int, largest: int) -> int:
+    """How many rows a batch of `rows` is filled up to: a power of two of at least `smallest`, but at most `largest`."""
+    return min(largest, max(smallest, 1 << (rows - 1).bit_length()))

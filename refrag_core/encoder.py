@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from refrag_core.batching import SafeBatchSize, cache_dir, equal_runs, map_spans
-from refrag_core.captured import CapturedCalls
+from refrag_core.captured import CapturedCalls, filled_rows
 from refrag_core.decoder import input_embeddings
 from refrag_core.devices import turn_on
 from refrag_core.digests import digest_json
@@ -444,7 +444,7 @@ class ChunkEncoder:
         default = CUDA_BATCH_ROWS if self._on_cuda else CPU_BATCH_ROWS
         if self._packed is not None:
             key, default = f"{key}/packed", max(1, PACKED_BATCH_TOKENS // chunk_size)
-        return SafeBatchSize(key, self._batch_rows or default, self._memory)
+        return SafeBatchSize(key, self._batch_rows or default, self._memory, filled=self._packed is not None)
 
     def _encode_packed(self, token_ids: Ids, num_tokens: npt.NDArray[np.integer[Any]]) -> Embeddings:
         """Piece by piece: one is sent back on a stream of its own while the next is encoded."""
@@ -490,7 +490,7 @@ class ChunkEncoder:
 
     def _packed_batch(self, ids: Tensor, lengths: Tensor | None, batch_rows: int) -> Tensor:
         """One captured batch of few sizes; `lengths` `[b]` of short chunks, None for full ones."""
-        rows = min(batch_rows, max(_SMALLEST_BATCH, 1 << (len(ids) - 1).bit_length()))
+        rows = filled_rows(len(ids), smallest=_SMALLEST_BATCH, largest=batch_rows)
         missing = max(0, rows - len(ids))
         tensors = [nn.functional.pad(ids, (0, 0, 0, missing))]
         if lengths is not None:

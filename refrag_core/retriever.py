@@ -6,6 +6,7 @@ Sentence-BERT, arXiv:1908.10084). Notation: n texts, t tokens of a padded batch,
 """
 
 import json
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 
 from refrag_core.batching import SafeBatchSize, Span, cache_dir, equal_runs, map_spans
-from refrag_core.captured import CapturedCalls
+from refrag_core.captured import CapturedCalls, filled_rows
 from refrag_core.devices import turn_on
 from refrag_core.digests import digest_json
 from refrag_core.encoder import load_body
@@ -33,14 +34,19 @@ MAX_POSITIONS = 512
 PAD_MULTIPLE = 32
 CPU_BATCH_TOKENS = 2_048
 CUDA_BATCH_TOKENS = 262_144
+CAPTURED_BATCH_TOKENS = 32_768
+"""Padded tokens of a captured batch: enough to fill a large GPU, and few enough to bound what a graph holds."""
+
 CPU_MIN_TOKENS = 64
 """Fewer tokens in a CPU batch than this and matrix kernels for thin inputs round differently."""
 
 _RECIPE = "mean-l2-1"
 _EMBEDDED_AT_ONCE = 4_096
 _TOKENIZED_AT_ONCE = 256  # an Encoding takes some hundred bytes a token; its ids, which are kept, take four
-_CAPTURED_TEXTS = 4
-_CAPTURED_TOKENS = 512
+_FEW_TEXTS = 4
+_FEW_TOKENS = 512
+_COARSE_MULTIPLE = 64
+_SMALLEST_BATCH_TOKENS = 4_096  # what a large GPU embeds in the time that launching a batch takes
 _MODULES = ("Transformer", "Pooling", "Normalize")
 _POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "mpnet")
 
@@ -48,9 +54,9 @@ _POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "mpnet")
 class Retriever:
     """Embeds passages and queries with one body. Build it with `load_retriever`.
 
-    Each text is padded to the next multiple of 32 of its own length and batched with texts of that padded
-    length alone: on a CPU (float32) its embedding has the same bits in any batch, order or company. On CUDA
-    (float16 autocast) it is within rounding of that.
+    On a CPU (float32) each text is padded to the next multiple of 32 of its own length and batched with texts of
+    that padded length alone: its embedding has the same bits in any batch, order or company. On CUDA (float16)
+    batches have few shapes, which texts of several lengths share, and it is within rounding of that.
 
     Args:
         body: BERT-like Hugging Face encoder without pooler; moved to `device`.
@@ -59,8 +65,8 @@ class Retriever:
         pad_id: the body's padding token.
         fingerprint: see `retriever_fingerprint`.
         batch_tokens: padded tokens of a first batch; None takes the device's default.
-        on_device: let texts travel once, packed, pad and pool them on the device, a few at a time by captured calls;
-            BERT and RoBERTa bodies run as `PackedBody`, and in float16 on CUDA. None does on CUDA alone.
+        on_device: let texts travel once, packed, pad and pool them on the device; BERT and RoBERTa bodies run as
+            `PackedBody`, by captured calls of few shapes, and in float16 on CUDA. None does on CUDA alone.
         remember: keep the batch sizes that fitted for the next process, in refrag's cache folder.
     """
 
@@ -85,13 +91,18 @@ class Retriever:
         dtype = torch.float16 if self._on_cuda and self._on_device else torch.float32
         self._body = body.to(self.device, dtype).eval().requires_grad_(False)
         self._packed = PackedBody(self._body, form="plain") if self._on_device and is_packable(body) else None
-        self._calls = CapturedCalls(self._embed_padded, self.device)
+        self._calls = CapturedCalls(self._embed_gathered, self.device)
         self.dim = int(self._body.config.hidden_size)
         self._tokenizer = tokenizer
         self._tokenizer.enable_truncation(max_length)
         self._pad_id = pad_id
-        self._batch_tokens = batch_tokens or (CUDA_BATCH_TOKENS if self._on_cuda else CPU_BATCH_TOKENS)
+        self._batch_tokens = batch_tokens or self._default_batch_tokens()
         self._memory = cache_dir() / "batch_sizes.json" if remember else None
+
+    def _default_batch_tokens(self) -> int:
+        if self._packed is not None:
+            return CAPTURED_BATCH_TOKENS
+        return CUDA_BATCH_TOKENS if self._on_cuda else CPU_BATCH_TOKENS
 
     def embed(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.bool_]]:
         """Passage embeddings float16 `[n, d_ret]`, unit length, and bool `[n]`: which texts were truncated."""
@@ -133,7 +144,8 @@ class Retriever:
 
     def _embed_ids(self, ids: Sequence[npt.NDArray[np.int32]], vectors: npt.NDArray[np.float32]) -> None:
         """Fill `vectors` `[n, d_ret]`; texts of one padded length share batches, the longest first."""
-        _, padded, order = self._longest_first(ids)
+        padded = self._padded_lengths(_lengths(ids))
+        order = np.argsort(-padded, kind="stable")
 
         def run(start: int, stop: int) -> npt.NDArray[np.float32]:
             rows = [ids[i] for i in order[start:stop]]
@@ -145,41 +157,80 @@ class Retriever:
     @torch.inference_mode()
     def _embed_on_device(self, ids: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.float32]:
         """All texts travel as one run of tokens; each batch is gathered, padded and pooled where it is embedded."""
-        lengths, padded, order = self._longest_first(ids)
-        tokens = self._upload(np.concatenate(ids))
-        starts, ends = (self._upload(each[order]) for each in (np.cumsum(lengths) - lengths, np.cumsum(lengths)))
+        lengths = _lengths(ids)
+        padded, few = self._device_lengths(lengths)
+        order = np.argsort(-padded, kind="stable")
+        padded, tokens = padded[order], self._upload(np.concatenate(ids))
+        starts, counts = (self._upload(each[order]) for each in (np.cumsum(lengths) - lengths, lengths))
         made = torch.empty((len(ids), self.dim), dtype=torch.float32, device=self.device)
+        exactly = few or self._packed is None
+        spans = list(self._spans(padded) if exactly else self._filled_spans(padded))
+        firsts = [start for start, _, _ in spans]
 
         def run(start: int, stop: int) -> Tensor:
-            places = starts[start:stop, None] + torch.arange(int(padded[order[start]]), device=self.device)
-            mask = places < ends[start:stop, None]
-            batch = tokens[places.clamp_max(len(tokens) - 1)].masked_fill(~mask, self._pad_id).long()
-            few = stop - start <= _CAPTURED_TEXTS and batch.numel() <= _CAPTURED_TOKENS
-            return self._calls((batch, mask)) if few else self._embed_padded(batch, mask)
+            first, _, size = spans[bisect_right(firsts, start) - 1]
+            width, rows = int(padded[first]), stop - start
+            filled = rows if exactly else _filled(rows, width, size.rows)
+            return self._batch(tokens, starts[start:stop], counts[start:stop], width, filled)[:rows]
 
-        for start, stop, embedded in map_spans(self.device.type, run, self._spans(padded[order])):
+        for start, stop, embedded in map_spans(self.device.type, run, spans):
             made[start:stop] = embedded
         vectors = np.empty(made.shape, dtype=np.float32)
         vectors[order] = made.cpu().numpy()
         return vectors
 
-    def _upload(self, values: npt.NDArray[np.integer[Any]]) -> Tensor:
-        tensor = torch.from_numpy(values)
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self._on_cuda else tensor
+    def _device_lengths(self, lengths: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], bool]:
+        """Padded lengths `[n]` for the device, and whether these are so few that batches are just of their size.
 
-    def _embed_padded(self, token_ids: Tensor, mask: Tensor) -> Tensor:
-        """Float32 `[b, d_ret]` of ids int64 and mask bool `[b, t]`."""
+        A question's time counts, and questions have few shapes; of the passages of many documents nearly every shape
+        would come up once, where a replayed graph of a larger shape takes less than launching the right one.
+        """
+        padded = self._padded_lengths(lengths)
+        if len(lengths) <= _FEW_TEXTS and padded.sum() <= _FEW_TOKENS:
+            return padded, True
+        coarse = np.minimum(-(-padded // _COARSE_MULTIPLE) * _COARSE_MULTIPLE, self.max_length)
+        return np.where(padded <= PAD_MULTIPLE, padded, coarse), False
+
+    def _filled_spans(self, padded: npt.NDArray[np.int64]) -> Iterator[Span]:
+        """Runs of `padded` `[n]`, the longest first, whose last batch is filled up with texts that are shorter."""
+        start = 0
+        while start < len(padded):
+            width = int(padded[start])
+            size = self._batch_size(width, filled=True)
+            rows = int((padded[start:] == width).sum())
+            rest = rows % size.rows
+            stop = min(len(padded), start + rows - rest + (_filled(rest, width, size.rows) if rest else 0))
+            yield start, stop, size
+            start = stop
+
+    def _batch(self, tokens: Tensor, starts: Tensor, counts: Tensor, width: int, rows: int) -> Tensor:
+        """Float32 `[rows, d_ret]` of the texts at `starts` in `tokens`, `counts` long, and of what fills them up.
+
+        That has one token each: attention and the mean over none would be NaN.
+        """
+        missing = rows - len(starts)
+        if missing > 0:
+            starts, counts = nn.functional.pad(starts, (0, missing)), nn.functional.pad(counts, (0, missing), value=1)
+        places = starts[:, None] + torch.arange(width, device=self.device)
+        gathered = tokens[places.clamp_max_(len(tokens) - 1)]
+        return self._embed_gathered(gathered, counts) if self._packed is None else self._calls((gathered, counts))
+
+    def _embed_gathered(self, gathered: Tensor, counts: Tensor) -> Tensor:
+        """Float32 `[b, d_ret]` of ids int32 `[b, t]`, of which the first `counts` int64 `[b]` are each text's own."""
+        mask = torch.arange(gathered.shape[1], device=gathered.device) < counts[:, None]
+        token_ids = gathered.masked_fill(~mask, self._pad_id).long()
         if self._packed is None:
             hidden = self._body(input_ids=token_ids, attention_mask=mask.long()).last_hidden_state
         else:
             hidden = self._packed(self._body.get_input_embeddings()(token_ids), mask)
         return nn.functional.normalize(mean_pool(hidden, mask), dim=1)
 
-    def _longest_first(self, ids: Sequence[npt.NDArray[np.int32]]) -> tuple[npt.NDArray[np.int64], ...]:
-        """Lengths and padded lengths of the texts, and their order by the latter; int64 `[n]` each."""
-        lengths = np.array([len(tokens) for tokens in ids], dtype=np.int64)
-        padded = np.minimum(-(-lengths // PAD_MULTIPLE) * PAD_MULTIPLE, self.max_length)
-        return lengths, padded, np.argsort(-padded, kind="stable")
+    def _upload(self, values: npt.NDArray[np.integer[Any]]) -> Tensor:
+        tensor = torch.from_numpy(values)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self._on_cuda else tensor
+
+    def _padded_lengths(self, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        return np.minimum(-(-lengths // PAD_MULTIPLE) * PAD_MULTIPLE, self.max_length)
 
     def _spans(self, padded: npt.NDArray[np.int64]) -> Iterator[Span]:
         """The runs of equal values in `padded`, with the batch size of each."""
@@ -210,10 +261,26 @@ class Retriever:
         made: npt.NDArray[np.float32] = nn.functional.normalize(pooled, dim=1).cpu().numpy()
         return made
 
-    def _batch_size(self, length: int) -> SafeBatchSize:
+    def _batch_size(self, length: int, *, filled: bool = False) -> SafeBatchSize:
         name = torch.cuda.get_device_name(self.device) if self._on_cuda else "cpu"
-        key = f"embed/{name}/{self.fingerprint}/{length}"
-        return SafeBatchSize(key, max(1, self._batch_tokens // length), self._memory)
+        key, rows = f"embed/{name}/{self.fingerprint}/{length}", max(1, self._batch_tokens // length)
+        if self._packed is not None:
+            key, rows = f"{key}/packed", _power_of_two(rows)
+        return SafeBatchSize(key, rows, self._memory, filled=filled)
+
+
+def _lengths(ids: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.int64]:
+    return np.array([len(tokens) for tokens in ids], dtype=np.int64)
+
+
+def _filled(rows: int, width: int, largest: int) -> int:
+    """How many rows a captured batch of texts padded to `width` has."""
+    return filled_rows(rows, smallest=_power_of_two(_SMALLEST_BATCH_TOKENS // width), largest=largest)
+
+
+def _power_of_two(size: int) -> int:
+    """The largest that is at most `size`, at least 1."""
+    return 1 << (max(1, size).bit_length() - 1)
 
 
 def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:

@@ -72,6 +72,7 @@ _ADD_ROWS = 16_384  # fixed, so that how the caller cuts its blocks cannot chang
 _BLOCK_ROWS = 2_048  # compared with the centroids at once, by one thread; fixed for the same reason
 _LISTS_AT_ONCE = 32  # whose means one thread takes
 _TILE_ROWS = 8_192
+_DEEPER = 8  # times as many hits, where ties ask for more
 _PREFILTER_SLACK = 1e-4  # far above the rounding of a float32 product of unit vectors (~1e-6)
 _ROW_BITS = 40
 _TIMED_QUERIES = 32
@@ -459,7 +460,7 @@ class VectorIndex:
         with _no_idle_threads(self._faiss, len(queries)):
             lists = self._nearest_lists(queries, self.nprobe if nprobe is None else self._clamped(nprobe))
             found = [
-                _resolve_ties(partial(self._raw_search, segment, queries, lists, bitmap), k, rows)
+                _resolve_ties(partial(self._raw_search, segment, queries, lists, bitmap), len(queries), k, rows)
                 for segment, bitmap, rows in zip(self._segments, bitmaps, self.rows_per_segment, strict=True)
             ]
         return _merge(found, k)
@@ -518,16 +519,18 @@ class VectorIndex:
         queries: Floats,
         lists: _Hits | None,
         bitmap: NDArray[np.uint8] | None,
+        asked: NDArray[np.int64],
         depth: int,
     ) -> _Hits:
-        """Up to `depth` best hits of one segment, best first, padded with row -1."""
+        """Up to `depth` best hits in one segment of the queries with these numbers, best first, padded with row -1."""
         faiss = self._faiss
+        queries = np.ascontiguousarray(queries[asked])
         selector = None if bitmap is None else faiss.IDSelectorBitmap(bitmap)
         if lists is None:
             return segment.search(queries, depth, params=faiss.SearchParameters(sel=selector))  # type: ignore[no-any-return]
         scores = np.empty((len(queries), depth), dtype=np.float32)
         rows = np.empty((len(queries), depth), dtype=np.int64)
-        list_scores, list_numbers = lists
+        list_scores, list_numbers = (np.ascontiguousarray(each[asked]) for each in lists)
         segment.search_preassigned_c(
             *(len(queries), faiss.swig_ptr(queries), depth),
             *(faiss.swig_ptr(list_numbers), faiss.swig_ptr(list_scores)),
@@ -599,15 +602,34 @@ def _same_quantizer(first: Any, other: Any) -> bool:
     )
 
 
-def _resolve_ties(search: Callable[[int], _Hits], k: int, num_rows: int) -> _Hits:
-    """Search deeper while a query's k-th hit ties with the last found: FAISS keeps any of those."""
-    depth = min(k + 1, num_rows) or 1
-    while True:
-        scores, rows = search(depth)
-        tied = (rows[:, -1] >= 0) & (scores[:, -1] == scores[:, min(k, depth) - 1])
-        if depth >= num_rows or not tied.any():
-            return scores, rows
-        depth = min(2 * depth, num_rows)
+def _resolve_ties(search: Callable[[NDArray[np.int64], int], _Hits], num_queries: int, k: int, num_rows: int) -> _Hits:
+    """Search deeper for the queries whose k-th hit ties with the last found: FAISS keeps any of those.
+
+    Only for these: an index with thousands of equal vectors has some queries among them, and a deep search costs.
+    """
+    asked, depth = np.arange(num_queries), min(k + 1, num_rows) or 1
+    scores, rows = search(asked, depth)
+    asked = _tied(scores, rows, k)
+    while depth < num_rows and len(asked):
+        depth = min(_DEEPER * depth, num_rows)
+        deeper = search(asked, depth)
+        for query, its_scores, its_rows in zip(asked, *deeper, strict=True):
+            scores[query, :k], rows[query, :k] = _first_of_ties(its_scores, its_rows, k)
+        rows[asked, k:] = -1
+        asked = asked[_tied(*deeper, k)]
+    return scores, rows
+
+
+def _first_of_ties(scores: Floats, rows: NDArray[np.int64], k: int) -> _Hits:
+    """The best `k` of one query's hits, which come best first, in the order of their rows where scores are equal."""
+    equal_or_better = int((scores >= scores[k - 1]).sum())
+    order = np.lexsort((rows[:equal_or_better], -scores[:equal_or_better]))[:k]
+    return scores[order], rows[order]
+
+
+def _tied(scores: Floats, rows: NDArray[np.int64], k: int) -> NDArray[np.int64]:
+    """Numbers of the queries whose k-th hit is no better than the last, beyond which there may be more like it."""
+    return np.flatnonzero((rows[:, -1] >= 0) & (scores[:, -1] == scores[:, min(k, scores.shape[1]) - 1]))
 
 
 def _merge(found: Sequence[_Hits], k: int) -> SearchResult:

@@ -334,10 +334,11 @@ def test_segments_searched_one_by_one_give_what_one_search_gives(
         indexing.SearchedSegment(segment.file, tuple(by_name[name] for name in segment.shards), DIM, mask)
         for segment, mask in zip(built.segments, masks, strict=True)
     ]
-    parts = [indexing._exact_hits(segment, store=store, queries=queries) for segment in searched]
-    merged = vector_index.merge_segments(parts, 10)
-    for name in ("scores", "segments", "rows"):
-        assert np.array_equal(getattr(merged, name), getattr(exact, name))
+    for most in (1 << 17, 60, 1):
+        monkeypatch.setattr(indexing, "_COMPARED_ROWS", most)
+        merged = indexing._true_hits(LocalEngine(0), store, searched, queries)
+        for name in ("scores", "segments", "rows"):
+            assert np.array_equal(getattr(merged, name), getattr(exact, name))
     tuned = tune_nprobe(index, exact, queries, k=10, live=masks)
     assert (built.info.nprobe, built.info.recall_at_10) == (tuned.nprobe, round(tuned.recall, 4))
     hits = [indexing._hits(segment, store=store, queries=queries, nprobes=[1, 4]) for segment in searched]

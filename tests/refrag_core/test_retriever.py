@@ -1,4 +1,5 @@
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,9 @@ LONG = "fox and the answer " * 100
 TEXTS = ["The capital of France", "", "a" * 31, "one question and one answer " * 5, LONG, "fox"]
 
 
-def tiny_retriever(batch_tokens: int | None = None, family: str = "bert", on_device: bool = False) -> Retriever:
+def tiny_retriever(
+    batch_tokens: int | None = None, family: str = "bert", on_device: bool = False, max_length: int = 128
+) -> Retriever:
     tokenizer = encoder_tokenizer()
     ids = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ids)
@@ -26,7 +29,7 @@ def tiny_retriever(batch_tokens: int | None = None, family: str = "bert", on_dev
     return Retriever(
         body,
         tokenizer,
-        max_length=128,
+        max_length=max_length,
         pad_id=0,
         fingerprint="tiny",
         device="cpu",
@@ -66,6 +69,75 @@ def test_an_embedding_depends_on_its_text_alone(family: str):
     alone = np.concatenate([tiny_retriever(family=family).embed_queries([text]) for text in TEXTS])
     np.testing.assert_array_equal(alone, whole)
     np.testing.assert_array_equal(tiny_retriever(family=family).embed_queries(TEXTS[::-1])[::-1], whole)
+
+
+class Watched:
+    """In place of a retriever's captured calls: notes the shapes of the token ids, fails above `most` rows."""
+
+    def __init__(self, retriever: Retriever, *, most: int = 1 << 20, computed: bool = True) -> None:
+        self._embed, self._dim = retriever._embed_gathered, retriever.dim
+        self._most, self._computed = most, computed
+        self.shapes: list[tuple[int, int]] = []
+        retriever._calls = self  # type: ignore[assignment]
+
+    def __call__(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        ids, counts = tensors
+        self.shapes.append((ids.shape[0], ids.shape[1]))
+        if len(ids) > self._most:
+            raise RuntimeError("out of memory")
+        made = self._embed(ids, counts) if self._computed else torch.zeros(len(ids), self._dim)
+        assert made.isfinite().all()  # in the rows that fill up as well
+        return made
+
+
+def token_runs(lengths: Sequence[int], seed: int = 0) -> list[np.ndarray]:
+    """Token ids of texts with these many tokens."""
+    random = np.random.default_rng(seed)
+    return [random.integers(4, 60, length, dtype=np.int32) for length in lengths]
+
+
+@pytest.mark.parametrize("family", ENCODER_FAMILIES)
+@pytest.mark.parametrize("batch_tokens", [64, 700, None])
+def test_every_length_and_number_of_texts_gives_the_plain_vectors(family: str, batch_tokens: int | None):
+    retriever = tiny_retriever(batch_tokens, family, on_device=True)
+    plain = tiny_retriever(family=family)
+    for lengths in (range(2, 129), [128, 2], [40] * 5, [128] * 5 + [3], [2], [33, 64, 65, 97, 128]):
+        ids = token_runs(list(lengths))
+        np.testing.assert_allclose(retriever.embed_ids(ids), plain.embed_ids(ids), atol=1e-5)
+
+
+def test_the_passages_of_many_documents_share_few_shapes():
+    retriever = tiny_retriever(on_device=True, max_length=512)
+    watched, random = Watched(retriever, computed=False), np.random.default_rng(0)
+    for shard in range(100):
+        ends, whole = random.integers(2, 513, random.integers(5, 120)), [512] * (7 * shard % 64)
+        retriever.embed_ids(token_runs([*ends, *whole], seed=shard))
+    assert len(watched.shapes) <= 10 * 100  # a batch for every length, and what one batch does not hold
+    assert len(set(watched.shapes)) <= 40
+    assert {width for _, width in watched.shapes} <= {32, 64, 128, 192, 256, 320, 384, 448, 512}
+    assert all(2_048 <= rows * width <= 32_768 for rows, width in watched.shapes)
+
+
+def test_a_few_short_texts_have_batches_of_their_size():
+    retriever = tiny_retriever(on_device=True)
+    watched = Watched(retriever)
+    for lengths in ([9], [128], [9, 40, 60], [128] * 4):
+        retriever.embed_ids(token_runs(lengths))
+    assert watched.shapes == [(1, 32), (1, 128), (2, 64), (1, 32), (4, 128)]
+    retriever.embed_ids(token_runs([9] * 5))
+    assert watched.shapes[-1] == (128, 32)
+
+
+@pytest.mark.parametrize("lengths", [[9] * 300 + [100] * 40 + [70], [9] * 6 + [100]])
+def test_out_of_memory_on_the_device_halves_batches_that_are_filled_up_too(lengths: list[int]):
+    ids = token_runs(lengths)
+    retriever = tiny_retriever(on_device=True)
+    watched = Watched(retriever, most=8)
+    np.testing.assert_allclose(retriever.embed_ids(ids), tiny_retriever().embed_ids(ids), atol=1e-5)
+    assert max(rows for rows, _ in watched.shapes) >= 32
+    Watched(retriever, most=0)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        retriever.embed_ids(ids)
 
 
 @pytest.mark.parametrize("family", ENCODER_FAMILIES)

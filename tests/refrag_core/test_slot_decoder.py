@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from refrag_core.captured import CapturedCalls, bucket
+from refrag_core.captured import CapturedCalls, bucket, filled_rows
 from refrag_core.composition import pad_batch
 from refrag_core.decoder import Decoder
 from refrag_core.errors import ConfigError
@@ -211,6 +211,12 @@ def test_sizes_out_of_range_are_refused() -> None:
 )
 def test_buckets(size: int, padded: int) -> None:
     assert bucket(size, smallest=64) == padded
+
+
+@pytest.mark.parametrize(("rows", "filled"), [(1, 8), (8, 8), (9, 16), (65, 100), (100, 100)])
+def test_filled_rows(rows: int, filled: int) -> None:
+    assert filled_rows(rows, smallest=8, largest=100) == filled
+    assert filled_rows(1, smallest=8, largest=2) == 2
 
 
 def test_calls_on_a_cpu_are_the_function_s_own() -> None:

@@ -341,6 +341,27 @@ def test_ties_fall_in_the_order_of_segment_and_row(tmp_path: Path, spec: IndexSp
 
 
 @every_kind
+def test_only_queries_whose_hits_tie_are_searched_deeper(
+    tmp_path: Path, spec: IndexSpec, monkeypatch: pytest.MonkeyPatch
+):
+    segments = [unit_vectors(300, seed=1), unit_vectors(300, seed=2)]
+    segments[1][40:290:5] = unit_vectors(1, seed=8)
+    index = open_segments(tmp_path, spec, segments)
+    queries = np.concatenate([unit_vectors(20, seed=3), unit_vectors(1, seed=8), segments[0][:9]]).astype(np.float32)
+    live = [np.arange(300) % 7 > 0, np.arange(300) < 200]
+    alone = [index.search(query[None], 5, live) for query in queries]
+    asked, search = [], index._raw_search
+    monkeypatch.setattr(index, "_raw_search", lambda *a: asked.append(a[-2].tolist()) or search(*a))
+    found = index.search(queries, 5, live)
+    for name in ("scores", "segments", "rows"):
+        assert np.array_equal(getattr(found, name), np.concatenate([getattr(one, name) for one in alone]))
+    every = list(range(30))
+    assert asked[:2] == [every, every]
+    assert all(20 in numbers and len(numbers) < 5 for numbers in asked[2:])
+    assert len(asked) > 2
+
+
+@every_kind
 def test_a_segment_cut_anywhere_is_named(tmp_path: Path, spec: IndexSpec):
     path = tmp_path / "segment.faiss"
     build_segment(quantizer_for(spec), [unit_vectors(30)], path)
