@@ -328,15 +328,19 @@ def _limits(
 
 
 def _not_better(report: Mapping[str, Any]) -> Iterator[str]:
-    """Conditions whose advantage over the last tokens is not beyond its interval."""
+    """Conditions whose advantage over the last tokens is not beyond its interval; a whole table by its name alone."""
     kind = "shuffled" if report["settings"]["shuffled"] else "next tokens"
     for table in tables_of(report):
-        for p, row in table["intervals"]["better_than_last_tokens"].items():
-            expands = table["compression"][p]["expanded_chunks"]
-            for policy in row if expands else list(row)[:1]:
-                if row[policy]["interval"][0] <= 0.0:
-                    name = f"p={p} {policy}" if expands else f"p={p}"
-                    yield f"{Path(report['corpus']['source']).name} {kind} k={table['chunk_size']} {name}"
+        table_name = f"{Path(report['corpus']['source']).name} {kind} k={table['chunk_size']}"
+        better = {
+            f"p={p} {policy}" if table["compression"][p]["expanded_chunks"] else f"p={p}": interval["interval"][0] > 0.0
+            for p, row in table["intervals"]["better_than_last_tokens"].items()
+            for policy, interval in row.items()
+        }
+        if not any(better.values()):
+            yield f"{table_name} whatever p and policy"
+        else:
+            yield from (f"{table_name} {name}" for name, is_better in better.items() if not is_better)
 
 
 # --- command line

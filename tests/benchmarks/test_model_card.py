@@ -126,6 +126,12 @@ def test_a_card_of_everything(made: Checkpoint, tmp_path: Path) -> None:
     assert lines[-1] == "- Knows no French."
 
 
+def test_a_table_without_one_better_condition_is_named_whole(made: Checkpoint, tmp_path: Path) -> None:
+    report = perplexity(made.fingerprint)
+    report["intervals"]["better_than_last_tokens"]["0.1"] = report["intervals"]["better_than_last_tokens"]["0"]
+    assert "equal positions: tokens next tokens k=8 whatever p and policy." in card(made, tmp_path, perplexity=report)
+
+
 def test_what_was_not_given_is_not_told(made: Checkpoint, tmp_path: Path) -> None:
     text = card(made, tmp_path)
     assert [line for line in text.splitlines() if line.startswith("## ")] == ["## Parts", "## Limits"]
