@@ -29,7 +29,7 @@ say "verifying every file"
 "$bin/refrag" index verify "$index"
 
 say "asking a question"
-question="Of which Chinese province is Chengdu the capital?"
+question="In which country is Mount Kilimanjaro?"
 echo "$question"
 if [ -n "$trained" ]; then
   "$bin/refrag" ask "$index" "$question" --top-k 3 --max-new-tokens 48 --policy learned --expansion-fraction 0.1
