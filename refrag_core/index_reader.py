@@ -368,8 +368,8 @@ class IndexReader:
             if found.scores[0][-1] == -np.inf or found.scores[0][-1] < found.scores[0][top_k - 1]:
                 break
             depth *= 2
-        hits = zip(found.scores[0], found.segments[0], found.rows[0], strict=True)
-        located = [(self.locate(int(segment), int(row)), float(score)) for score, segment, row in hits if row >= 0]
+        hits = zip(found.scores[0].tolist(), found.segments[0].tolist(), found.rows[0].tolist(), strict=True)
+        located = [(self.locate(segment, row), score) for score, segment, row in hits if row >= 0]
         return self._ties_by_id(located)[:top_k]
 
     def _nearest(self, queries: npt.NDArray[np.float32], depth: int, passing: Passing | None) -> SearchResult:
