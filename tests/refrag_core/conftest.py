@@ -1,8 +1,13 @@
 """One index with a bit of everything, for the tests of all that reads an index."""
 
+from collections.abc import Sequence
+
 import pytest
+import torch
+from torch import Tensor
 
 from refrag.pipelines import indexing, stages
+from refrag_core.captured import CapturedCalls
 from refrag_core.runtime import Runtime
 from tests.small_index import SmallIndex, documents
 
@@ -36,3 +41,18 @@ def runtime(library: SmallIndex, tmp_path_factory: pytest.TempPathFactory) -> Ru
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REFRAG_CACHE", str(tmp_path_factory.mktemp("cache")))
         return Runtime.open(library.path, device="cpu")
+
+
+@pytest.fixture
+def left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding as a captured call finds it: whatever an earlier one has left there, in place of zeros."""
+
+    def padded(_: CapturedCalls, tensors: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        made = []
+        for tensor, shape in zip(tensors, shapes, strict=True):
+            there = torch.full(shape, 7, dtype=tensor.dtype)
+            there[tuple(slice(size) for size in tensor.shape)] = tensor
+            made.append(there)
+        return made
+
+    monkeypatch.setattr(CapturedCalls, "_padded", padded)

@@ -142,6 +142,11 @@ def test_padding_changes_neither_projection_nor_policy(path: FastPath, count: in
     np.testing.assert_allclose(path.policy_logits(chunks, query), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_chunks_of_a_longer_prompt_left_behind_do_not_matter(path: FastPath, left_behind: None) -> None:
+    for count in (1, 64, 70):
+        test_padding_changes_neither_projection_nor_policy(path, count)
+
+
 def test_hot_passages_stay_and_the_coldest_go() -> None:
     hot = HotPassages(torch.device("cpu"), max_bytes=3 * 10 * D_ENC * 2)
     passages = {key: rows(count) for key, count in {"a": 10, "b": 10, "c": 11, "huge": 50}.items()}
