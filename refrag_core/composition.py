@@ -7,6 +7,7 @@ lookup, one projection and one scatter, and one copy to the device of all number
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +26,7 @@ Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
 
 
-@dataclass(frozen=True, slots=True)
-class ContextPassage:
+class ContextPassage(NamedTuple):
     """One passage of a prompt: its tokens and the vectors of its chunks."""
 
     token_ids: Ids

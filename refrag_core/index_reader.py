@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from itertools import accumulate, groupby
 from math import ceil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -41,9 +41,11 @@ CACHED_FILTERS = 32
 _FETCHED = ("passages", "chunks", "embeddings", "scores")
 
 
-@dataclass(frozen=True, slots=True)
-class PassageRef:
-    """Where a passage is: its shard's position in the manifest and its row there."""
+class PassageRef(NamedTuple):
+    """Where a passage is: its shard's position in the manifest and its row there.
+
+    A tuple, since a question makes, hashes and compares dozens of them before its first token.
+    """
 
     shard: int
     row: int
@@ -64,9 +66,8 @@ class Passing:
     """
 
 
-@dataclass(frozen=True, slots=True)
-class FetchedPassage:
-    """What the decoder's input is composed of, read from the maps."""
+class FetchedPassage(NamedTuple):
+    """What the decoder's input is composed of, read from the maps. A tuple, as `PassageRef` is."""
 
     tokens: npt.NDArray[np.int32]
     """`[t]` decoder tokens."""
