@@ -357,7 +357,7 @@ class Sampler:
     def __init__(self, temperature: float, top_p: float, seed: int, device: torch.device) -> None:
         self._temperature = temperature
         self._top_p = top_p
-        self._generator = torch.Generator(device=device).manual_seed(seed)
+        self._generator = torch.Generator(device=device).manual_seed(seed) if temperature else None
 
     def choose(self, logits: Tensor) -> Tensor:
         """int64 `[b]` from float32 `[b, V]`."""

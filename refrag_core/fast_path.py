@@ -70,9 +70,9 @@ class HotPassages:
 
     def _send(self, missing: Mapping[Hashable, StoredRows]) -> None:
         sent = upload_rows(concatenate_rows(list(missing.values())), self._device)
-        parts = torch.split(sent, [len(rows) for rows in missing.values()])
-        for key, part in zip(missing, parts, strict=True):
-            self._rows[key] = part.clone()  # a view would keep all of them for one
+        # In memory of their own: a view would keep all of them for one.
+        parts = torch.ops.aten.split_with_sizes_copy(sent, [len(rows) for rows in missing.values()])
+        self._rows.update(zip(missing, parts, strict=True))
         self._bytes += _bytes(sent)
 
 
@@ -115,7 +115,7 @@ class FastPath:
         if query is not None:
             given.append(torch.from_numpy(np.ascontiguousarray(query))[None])
             shapes.append(given[-1].shape)
-        logits: npt.NDArray[np.float32] = self._logits(given, shapes=shapes)[0, : len(rows)].float().cpu().numpy()
+        logits: npt.NDArray[np.float32] = self._logits(given, shapes=shapes)[0, : len(rows)].cpu().float().numpy()
         return logits
 
     def warm(self, positions: Sequence[int]) -> None:
