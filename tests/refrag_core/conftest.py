@@ -1,13 +1,15 @@
 """One index with a bit of everything, for the tests of all that reads an index."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from refrag.pipelines import indexing, stages
-from refrag_core.captured import CapturedCalls
+from refrag_core.captured import CapturedCalls, Shape
 from refrag_core.runtime import Runtime
 from tests.small_index import SmallIndex, documents
 
@@ -43,16 +45,31 @@ def runtime(library: SmallIndex, tmp_path_factory: pytest.TempPathFactory) -> Ru
         return Runtime.open(library.path, device="cpu")
 
 
+class _Replayed:
+    """Stands for a graph: computes again from inputs that stay, into an output that stays."""
+
+    def __init__(self, run: Callable[[], Tensor]) -> None:
+        self._run = run
+        self.output = run().clone()
+
+    def replay(self) -> None:
+        self.output.copy_(self._run())
+
+
 @pytest.fixture
-def left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Padding as a captured call finds it: whatever an earlier one has left there, in place of zeros."""
+def replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured calls as CUDA has them, without CUDA: what an earlier call left in their inputs stays there."""
 
-    def padded(_: CapturedCalls, tensors: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-        made = []
-        for tensor, shape in zip(tensors, shapes, strict=True):
-            there = torch.full(shape, 7, dtype=tensor.dtype)
-            there[tuple(slice(size) for size in tensor.shape)] = tensor
-            made.append(there)
-        return made
+    def call(
+        calls: CapturedCalls, tensors: Sequence[Tensor], *constants: Any, shapes: Sequence[Shape] | None = None
+    ) -> Tensor:
+        with torch.inference_mode():
+            return calls._replay(tensors, shapes or [tensor.shape for tensor in tensors], constants)
 
-    monkeypatch.setattr(CapturedCalls, "_padded", padded)
+    def capture(calls: CapturedCalls, tensors: Sequence[Tensor], constants: Sequence[Any]) -> Any:
+        inputs = tuple(tensor.clone() for tensor in tensors)
+        graph = _Replayed(lambda: calls._function(*inputs, *constants))
+        return SimpleNamespace(graph=graph, inputs=inputs, output=graph.output)
+
+    monkeypatch.setattr(CapturedCalls, "__call__", call)
+    monkeypatch.setattr(CapturedCalls, "_capture", capture)

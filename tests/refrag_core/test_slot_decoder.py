@@ -227,10 +227,11 @@ def test_calls_on_a_cpu_are_the_function_s_own() -> None:
 
 
 @pytest.mark.parametrize("family", DECODER_FAMILIES)
-def test_what_a_longer_prompt_left_behind_does_not_matter(family: str, left_behind: None) -> None:
+def test_what_a_longer_prompt_left_behind_does_not_matter(family: str, replayed: None) -> None:
     plain = tiny(family)
     inputs = prompts(plain, *LENGTHS)
     slotted = SlotDecoder(tiny(family), slots=4, max_positions=128, padded=True)
     assert greedily(slotted, (2, 0, 3), inputs) == [plainly(plain, prompt) for prompt in inputs]
     for prompt in inputs:
         assert greedily(slotted, (1,), [prompt]) == [plainly(plain, prompt)]
+        slotted.release(1)
