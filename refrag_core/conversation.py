@@ -332,4 +332,4 @@ class _PastTurns:
     def _scored(self, made: OldTurn) -> OldTurn:
         scorer = ChunkScorer(self._runtime.decoder)
         scores = [scorer.score([columns.tokens], columns.chunk_size)[0] for _, columns in made]
-        return [(passage, columns._replace(scores=own)) for (passage, columns), own in zip(made, scores, strict=True)]
+        return [(passage, replace(columns, scores=own)) for (passage, columns), own in zip(made, scores, strict=True)]

@@ -66,8 +66,9 @@ class Passing:
     """
 
 
-class FetchedPassage(NamedTuple):
-    """What the decoder's input is composed of, read from the maps. A tuple, as `PassageRef` is."""
+@dataclass(frozen=True, slots=True)
+class FetchedPassage:
+    """What the decoder's input is composed of, read from the maps."""
 
     tokens: npt.NDArray[np.int32]
     """`[t]` decoder tokens."""
