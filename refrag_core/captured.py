@@ -20,6 +20,7 @@ _CAPTURING = threading.RLock()
 """One capture at a time in the process: to begin one waits for the whole device, which breaks any other."""
 
 Key = tuple[Any, ...]
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,23 +55,40 @@ class CapturedCalls:
         return len(self._graphs)
 
     @torch.inference_mode()
-    def __call__(self, tensors: Sequence[Tensor], *constants: Any) -> Tensor:
-        """The function's result, in memory of its own. Tensors may be on the host; they travel without waiting."""
-        if self._device.type != "cuda":
-            return self._function(*(tensor.to(self._device) for tensor in tensors), *constants)
-        with self._lock:
-            return self._replay(tensors, constants)
+    def __call__(self, tensors: Sequence[Tensor], *constants: Any, shapes: Sequence[Shape] | None = None) -> Tensor:
+        """The function's result, in memory of its own. Tensors may be on the host; they travel without waiting.
 
-    def _replay(self, tensors: Sequence[Tensor], constants: Sequence[Any]) -> Tensor:
-        key = (*((tensor.shape, tensor.dtype) for tensor in tensors), *constants)
+        Args:
+            shapes: of the tensors as the function gets them, at least as large as they are; None for their own. What
+                is behind a tensor's end may be left from an earlier call: it must not matter.
+        """
+        shapes = [tensor.shape for tensor in tensors] if shapes is None else shapes
+        if self._device.type != "cuda":
+            return self._function(*self._padded(tensors, shapes), *constants)
+        with self._lock:
+            return self._replay(tensors, shapes, constants)
+
+    def _replay(self, tensors: Sequence[Tensor], shapes: Sequence[Shape], constants: Sequence[Any]) -> Tensor:
+        key = (*shapes, *(tensor.dtype for tensor in tensors), *constants)
         captured = self._graphs.get(key)
         if captured is None:
             with part("capture"):
-                captured = self._graphs[key] = self._capture(tensors, constants)
+                captured = self._graphs[key] = self._capture(self._padded(tensors, shapes), constants)
         for kept, given in zip(captured.inputs, tensors, strict=True):
-            kept.copy_(given, non_blocking=True)
+            _corner(kept, given.shape).copy_(given, non_blocking=True)
         captured.graph.replay()
         return captured.output.clone()
+
+    def _padded(self, tensors: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
+        """The tensors on the device, with zeros behind them where the shapes are larger."""
+        padded = []
+        for tensor, shape in zip(tensors, shapes, strict=True):
+            there = tensor.to(self._device)
+            if tensor.shape != shape:
+                there = there.new_zeros(shape)
+                _corner(there, tensor.shape).copy_(tensor)
+            padded.append(there)
+        return padded
 
     def _capture(self, tensors: Sequence[Tensor], constants: Sequence[Any]) -> _Captured:
         with _CAPTURING, torch.cuda.device(self._device):
@@ -94,6 +112,11 @@ class CapturedCalls:
             for _ in range(_WARM_UP_CALLS):
                 self._function(*inputs, *constants)
         torch.cuda.current_stream(self._device).wait_stream(stream)
+
+
+def _corner(padded: Tensor, shape: Shape) -> Tensor:
+    """The part of a padded tensor that one of this shape fills."""
+    return padded if padded.shape == shape else padded[tuple(slice(size) for size in shape)]
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

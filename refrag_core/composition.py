@@ -2,18 +2,19 @@
 
 One composed slot is one position, consecutive from 0. A compressed chunk is one slot, an expanded chunk one
 slot for each of its tokens. `arrange` is integer bookkeeping in numpy; `compose` adds exactly one embedding
-lookup, one projection and one scatter.
+lookup, one projection and one scatter, and one copy to the device of all numbers that they need.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from refrag_core.devices import upload_rows
+from refrag_core.devices import upload, upload_rows
 from refrag_core.embedding_storage import StoredRows, concatenate_rows
 from refrag_core.errors import ConfigError
 from refrag_core.template import PromptTemplate
@@ -25,8 +26,7 @@ Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
 
 
-@dataclass(frozen=True, slots=True)
-class ContextPassage:
+class ContextPassage(NamedTuple):
     """One passage of a prompt: its tokens and the vectors of its chunks."""
 
     token_ids: Ids
@@ -104,8 +104,8 @@ def arrange(
     """
     chunks = _chunks_of(passages)
     _check(passages, chunks, expansion_mask)
-    widths = np.where(expansion_mask, chunks.lengths, 1)
-    sizes = np.diff(_running(widths)[chunks.bounds])
+    firsts = _running(np.where(expansion_mask, chunks.lengths, 1))
+    sizes = np.diff(firsts[chunks.bounds])
     overhead = len(template.passage_header) + len(template.passage_footer)
     fixed = template.num_fixed(0) + len(history) + len(question_ids) + max_new_tokens
     kept = _num_fitting(fixed, sizes + overhead, max_positions)
@@ -115,13 +115,14 @@ def arrange(
             f"{max_positions}; expected it to fit (strict): take fewer passages or a smaller expansion_fraction"
         )
     mask = expansion_mask[: chunks.bounds[kept]]
-    slots = _slots([passage.token_ids for passage in passages[:kept]], chunks.lengths[: len(mask)], mask)
+    slots = _slots([passage.token_ids for passage in passages[:kept]], chunks.lengths[: len(mask)], mask, firsts)
+    compressed = np.flatnonzero(~mask)
     return Arrangement(
         ids=_join(template, history, _framed(slots, sizes[:kept], template), question_ids),
-        compressed=np.flatnonzero(~mask),
+        compressed=compressed,
         num_passages=kept,
         num_dropped=len(passages) - kept,
-        num_expanded=int(mask.sum()),
+        num_expanded=len(mask) - len(compressed),
     )
 
 
@@ -147,7 +148,9 @@ def _chunks_of(passages: Sequence[ContextPassage]) -> _Chunks:
 
 def _running(values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """int64 `[n + 1]`: the sum of the values before each and, last, of all."""
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(values)])
+    sums = np.zeros(len(values) + 1, np.int64)
+    values.cumsum(out=sums[1:])
+    return sums
 
 
 def _check(passages: Sequence[ContextPassage], chunks: _Chunks, expansion_mask: Mask) -> None:
@@ -177,13 +180,17 @@ def _num_fitting(fixed: int, sizes: npt.NDArray[np.int64], max_positions: int | 
     return int(np.searchsorted(fixed + np.cumsum(sizes), max_positions, side="right"))
 
 
-def _slots(token_ids: Sequence[Ids], lengths: npt.NDArray[np.int64], expanded: Mask) -> Ids:
+def _slots(
+    token_ids: Sequence[Ids], lengths: npt.NDArray[np.int64], expanded: Mask, firsts: npt.NDArray[np.int64]
+) -> Ids:
     """The chunks' slots one behind the other, int32: one COMPRESSED, or the tokens of an expanded one.
 
     Cost goes with chunks and expanded tokens, not with all tokens: it stands between a question and its first token.
+
+    Args:
+        firsts: int64 `[L + 1]` or more: where each chunk's slots begin and, behind them, where the last chunk's end.
     """
-    firsts = _running(np.where(expanded, lengths, 1))
-    slots = np.full(firsts[-1], COMPRESSED, dtype=np.int32)
+    slots = np.full(firsts[len(lengths)], COMPRESSED, dtype=np.int32)
     chosen = np.flatnonzero(expanded)
     if len(chosen):
         tokens, starts = np.concatenate(token_ids), _running(lengths)
@@ -213,11 +220,10 @@ def _framed(slots: Ids, sizes: npt.NDArray[np.int64], template: PromptTemplate) 
 
 
 def _join(template: PromptTemplate, history: Sequence[int], passages: Ids, question_ids: Sequence[int]) -> Ids:
-    question: list[Sequence[int] | Ids] = [template.before_question, question_ids, template.after_question]
-    context: list[Sequence[int] | Ids] = [template.before_passages, passages]
-    content = question + context if template.question_first else context + question
-    parts = [template.bos, template.prefix, history, *content, template.suffix]
-    return np.concatenate([np.asarray(part, dtype=np.int32) for part in parts])
+    question = (*template.before_question, *question_ids, *template.after_question)
+    first, last = (question, ()) if template.question_first else ((), question)
+    before = (*template.bos, *template.prefix, *history, *first, *template.before_passages)
+    return np.concatenate([np.array(before, np.int32), passages, np.array((*last, *template.suffix), np.int32)])
 
 
 def compose(
@@ -239,7 +245,7 @@ def compose(
 
     Args:
         rows: chunk embeddings `[L, d_enc]` of all passages where they are on the device already.
-        embed: int64 ids `[s]` → `[s, d_dec]`, the decoder's input embeddings.
+        embed: int64 ids `[s]` → `[s, d_dec]`, the decoder's input embeddings, in memory of their own.
         project: chunk embeddings `[c, d_enc]`, float16 or (from int8) float32 → `[c, d_dec]`, φ.
         device: where `embed` and `project` compute.
     """
@@ -268,17 +274,18 @@ def embed_arrangement(
     rows: Tensor | None = None,
 ) -> Tensor:
     """`[s, d_dec]`: embeddings of the ids, with the projected chunk vectors scattered over their slots."""
-    ids = torch.from_numpy(arrangement.ids.astype(np.int64)).to(device)
-    embeds = embed(ids.clamp_min(0))
-    if not len(arrangement.compressed):
+    of_chunks = np.flatnonzero(arrangement.ids == COMPRESSED)
+    numbers = upload(np.concatenate([np.maximum(arrangement.ids, 0), of_chunks, arrangement.compressed]), device)
+    ids, slots, chunks = numbers.split_with_sizes([len(arrangement.ids), len(of_chunks), len(of_chunks)])
+    embeds = embed(ids)
+    if not len(of_chunks):
         return embeds
     if rows is None:
         stored = concatenate_rows([passage.chunk_embeddings for passage in passages[: arrangement.num_passages]])
-        vectors = project(upload_rows(stored[arrangement.compressed], device))
+        chosen = upload_rows(stored[arrangement.compressed], device)
     else:
-        vectors = project(rows[torch.from_numpy(arrangement.compressed).to(rows.device)])
-    slots = torch.from_numpy(np.flatnonzero(arrangement.ids == COMPRESSED)).to(device)
-    return embeds.index_copy(0, slots, vectors.to(embeds.dtype))
+        chosen = rows if len(chunks) == len(rows) else rows[chunks]
+    return embeds.index_copy_(0, slots, project(chosen).to(embeds.dtype))
 
 
 def pad_batch(prompts: Sequence[Tensor]) -> PromptBatch:

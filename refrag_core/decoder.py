@@ -72,6 +72,9 @@ class Decoder:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.eos_ids = frozenset(own_eos_ids(model) if eos_ids is None else eos_ids)
+        # Looked up once: transformers searches for both anew each time, which every question would pay several times.
+        self._embeddings = self.model.get_input_embeddings()
+        self._config = self.model.config.get_text_config()
 
     @classmethod
     def load(
@@ -150,42 +153,42 @@ class Decoder:
     @property
     def device(self) -> torch.device:
         """Where the input embeddings are."""
-        device: torch.device = self.model.get_input_embeddings().weight.device
+        device: torch.device = self._embeddings.weight.device
         return device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the input embeddings."""
-        dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype
+        dtype: torch.dtype = self._embeddings.weight.dtype
         return dtype
 
     @property
     def dim(self) -> int:
         """d_dec: width of the *input* embeddings, which some decoders (OPT-350m) widen afterwards."""
-        return int(self.model.get_input_embeddings().weight.shape[1])
+        return int(self._embeddings.weight.shape[1])
 
     @property
     def bos_id(self) -> int | None:
         """The id that a document starts with, None where the decoder has none."""
-        found = self.model.config.get_text_config().bos_token_id
+        found = self._config.bos_token_id
         return None if found is None else int(found)
 
     @property
     def max_positions(self) -> int | None:
         """Slots + new tokens that the decoder can place, None where its config sets no limit."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        limit = getattr(self._config, "max_position_embeddings", None)
         return None if limit is None else int(limit)
 
     @torch.inference_mode()
     def embed(self, token_ids: Tensor) -> Tensor:
         """Input embeddings `[…, d_dec]` of int64 ids, as the decoder itself would make them."""
-        embeddings: Tensor = self.model.get_input_embeddings()(token_ids)
+        embeddings: Tensor = self._embeddings(token_ids)
         return embeddings
 
     @torch.inference_mode()
     def embedding_rms(self) -> float:
         """Root mean square over all entries of all input embeddings."""
-        rows = int(self.model.get_input_embeddings().weight.shape[0])
+        rows = int(self._embeddings.weight.shape[0])
         ids = torch.arange(rows, device=self.device)
         return _rms(self.embed(block) for block in torch.split(ids, _RMS_BLOCK))
 
@@ -354,7 +357,7 @@ class Sampler:
     def __init__(self, temperature: float, top_p: float, seed: int, device: torch.device) -> None:
         self._temperature = temperature
         self._top_p = top_p
-        self._generator = torch.Generator(device=device).manual_seed(seed)
+        self._generator = torch.Generator(device=device).manual_seed(seed) if temperature else None
 
     def choose(self, logits: Tensor) -> Tensor:
         """int64 `[b]` from float32 `[b, V]`."""

@@ -4,13 +4,14 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from refrag_core.embedding_storage import Int8Rows, StoredRows
 from refrag_core.errors import ConfigError
 from refrag_core.parts import part
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import torch
 
 _TURN = threading.Lock()
@@ -61,12 +62,17 @@ def turn_on(device: "torch.device") -> Iterator[None]:
         _TURN.release()
 
 
-def upload_rows(rows: StoredRows, device: "torch.device | str") -> "torch.Tensor":
-    """Chunk embeddings `[n, d_enc]` on `device`; codes travel as they are and become float32 there."""
+def upload(values: "npt.NDArray[Any]", device: "torch.device | str") -> "torch.Tensor":
+    """The array on `device`. To CUDA it travels from pinned memory, and nobody waits until it is there."""
     import numpy as np
     import torch
 
+    tensor, there = torch.from_numpy(np.ascontiguousarray(values)), torch.device(device)
+    return tensor.pin_memory().to(there, non_blocking=True) if there.type == "cuda" else tensor.to(there)
+
+
+def upload_rows(rows: StoredRows, device: "torch.device | str") -> "torch.Tensor":
+    """Chunk embeddings `[n, d_enc]` on `device`; codes travel as they are and become float32 there."""
     if not isinstance(rows, Int8Rows):
-        return torch.from_numpy(np.ascontiguousarray(rows)).to(device)
-    codes, scales = (torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in (rows.codes, rows.scales))
-    return codes.to(torch.float32) * scales[:, None]
+        return upload(rows, device)
+    return upload(rows.codes, device).float() * upload(rows.scales, device)[:, None]

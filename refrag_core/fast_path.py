@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from refrag_core.captured import CapturedCalls, bucket
 from refrag_core.composition import pad_batch
@@ -70,9 +70,9 @@ class HotPassages:
 
     def _send(self, missing: Mapping[Hashable, StoredRows]) -> None:
         sent = upload_rows(concatenate_rows(list(missing.values())), self._device)
-        parts = torch.split(sent, [len(rows) for rows in missing.values()])
-        for key, part in zip(missing, parts, strict=True):
-            self._rows[key] = part.clone()  # a view would keep all of them for one
+        # In memory of their own: a view would keep all of them for one.
+        parts = torch.ops.aten.split_with_sizes_copy(sent, [len(rows) for rows in missing.values()])
+        self._rows.update(zip(missing, parts, strict=True))
         self._bytes += _bytes(sent)
 
 
@@ -105,16 +105,17 @@ class FastPath:
 
     def project(self, rows: Tensor) -> Tensor:
         """φ of chunk embeddings `[c, d_enc]`, `[c, d_dec]`."""
-        return self._projected((_padded(rows),))[: len(rows)]
+        return self._projected((rows,), shapes=((_padded(len(rows)), rows.shape[1]),))[: len(rows)]
 
     def policy_logits(self, rows: Tensor, query: Floats | None = None) -> npt.NDArray[np.float32]:
         """The policy's logits float32 `[c]` of a prompt's chunk embeddings `[c, d_enc]`, as `policy.policy_logits`."""
-        wide = _padded(rows)
-        present = torch.arange(len(wide)) < len(rows)
-        given = [wide[None], present[None]]
+        length = _padded(len(rows))
+        present = np.arange(length)[None] < len(rows)
+        given, shapes = [rows[None], torch.from_numpy(present)], [(1, length, rows.shape[1]), present.shape]
         if query is not None:
             given.append(torch.from_numpy(np.ascontiguousarray(query))[None])
-        logits: npt.NDArray[np.float32] = self._logits(given)[0, : len(rows)].float().cpu().numpy()
+            shapes.append(given[-1].shape)
+        logits: npt.NDArray[np.float32] = self._logits(given, shapes=shapes)[0, : len(rows)].cpu().float().numpy()
         return logits
 
     def warm(self, positions: Sequence[int]) -> None:
@@ -183,6 +184,6 @@ class _Travelling:
         return [int(token) for token in self._host.tolist()]
 
 
-def _padded(rows: Tensor) -> Tensor:
-    """`[c, d_enc]` with zeros behind, so that shapes repeat."""
-    return nn.functional.pad(rows, (0, 0, 0, bucket(len(rows), smallest=CHUNK_STEP) - len(rows)))
+def _padded(chunks: int) -> int:
+    """For how many chunks there is a graph, so that shapes repeat."""
+    return bucket(chunks, smallest=CHUNK_STEP)

@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from itertools import accumulate, groupby
 from math import ceil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -41,9 +41,11 @@ CACHED_FILTERS = 32
 _FETCHED = ("passages", "chunks", "embeddings", "scores")
 
 
-@dataclass(frozen=True, slots=True)
-class PassageRef:
-    """Where a passage is: its shard's position in the manifest and its row there."""
+class PassageRef(NamedTuple):
+    """Where a passage is: its shard's position in the manifest and its row there.
+
+    A tuple, since a question makes, hashes and compares dozens of them before its first token.
+    """
 
     shard: int
     row: int
@@ -368,8 +370,8 @@ class IndexReader:
             if found.scores[0][-1] == -np.inf or found.scores[0][-1] < found.scores[0][top_k - 1]:
                 break
             depth *= 2
-        hits = zip(found.scores[0], found.segments[0], found.rows[0], strict=True)
-        located = [(self.locate(int(segment), int(row)), float(score)) for score, segment, row in hits if row >= 0]
+        hits = zip(found.scores[0].tolist(), found.segments[0].tolist(), found.rows[0].tolist(), strict=True)
+        located = [(self.locate(segment, row), score) for score, segment, row in hits if row >= 0]
         return self._ties_by_id(located)[:top_k]
 
     def _nearest(self, queries: npt.NDArray[np.float32], depth: int, passing: Passing | None) -> SearchResult:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from refrag_core.batching import SafeBatchSize, Span, cache_dir, equal_runs, map_spans
 from refrag_core.captured import CapturedCalls, filled_rows
-from refrag_core.devices import turn_on
+from refrag_core.devices import turn_on, upload
 from refrag_core.digests import digest_json
 from refrag_core.encoder import load_body
 from refrag_core.errors import ConfigError
@@ -127,7 +127,7 @@ class Retriever:
         """Float32 `[n, d_ret]`, unit length, of texts given as the retriever's own token ids, special ones included."""
         if self._on_device and ids:
             with turn_on(self.device), part("model"):
-                return self._embed_on_device(ids)
+                return self._embed_one(ids[0]) if len(ids) == 1 else self._embed_on_device(ids)
         vectors = np.empty((len(ids), self.dim), dtype=np.float32)
         with part("model"):
             self._embed_ids(ids, vectors)
@@ -155,13 +155,24 @@ class Retriever:
             vectors[order[start:stop]] = made
 
     @torch.inference_mode()
+    def _embed_one(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        """Float32 `[1, d_ret]` of a single text, most often a question: padded here, it takes two copies and a call."""
+        lengths = _lengths([ids])
+        tokens = np.full((1, int(self._padded_lengths(lengths)[0])), self._pad_id, dtype=np.int32)
+        tokens[0, : len(ids)] = ids
+        vectors: npt.NDArray[np.float32] = (
+            self._embed_batch(torch.from_numpy(tokens), torch.from_numpy(lengths)).cpu().numpy()
+        )
+        return vectors
+
+    @torch.inference_mode()
     def _embed_on_device(self, ids: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.float32]:
         """All texts travel as one run of tokens; each batch is gathered, padded and pooled where it is embedded."""
         lengths = _lengths(ids)
         padded, few = self._device_lengths(lengths)
         order = np.argsort(-padded, kind="stable")
-        padded, tokens = padded[order], self._upload(np.concatenate(ids))
-        starts, counts = (self._upload(each[order]) for each in (np.cumsum(lengths) - lengths, lengths))
+        padded, tokens = padded[order], upload(np.concatenate(ids), self.device)
+        starts, counts = (upload(each[order], self.device) for each in (np.cumsum(lengths) - lengths, lengths))
         made = torch.empty((len(ids), self.dim), dtype=torch.float32, device=self.device)
         exactly = few or self._packed is None
         spans = list(self._spans(padded) if exactly else self._filled_spans(padded))
@@ -213,7 +224,13 @@ class Retriever:
             starts, counts = nn.functional.pad(starts, (0, missing)), nn.functional.pad(counts, (0, missing), value=1)
         places = starts[:, None] + torch.arange(width, device=self.device)
         gathered = tokens[places.clamp_max_(len(tokens) - 1)]
-        return self._embed_gathered(gathered, counts) if self._packed is None else self._calls((gathered, counts))
+        return self._embed_batch(gathered, counts)
+
+    def _embed_batch(self, gathered: Tensor, counts: Tensor) -> Tensor:
+        """`_embed_gathered`, as a captured call where the body is one of ours; the tensors may be on the host."""
+        if self._packed is not None:
+            return self._calls((gathered, counts))
+        return self._embed_gathered(gathered.to(self.device), counts.to(self.device))
 
     def _embed_gathered(self, gathered: Tensor, counts: Tensor) -> Tensor:
         """Float32 `[b, d_ret]` of ids int32 `[b, t]`, of which the first `counts` int64 `[b]` are each text's own."""
@@ -224,10 +241,6 @@ class Retriever:
         else:
             hidden = self._packed(self._body.get_input_embeddings()(token_ids), mask)
         return nn.functional.normalize(mean_pool(hidden, mask), dim=1)
-
-    def _upload(self, values: npt.NDArray[np.integer[Any]]) -> Tensor:
-        tensor = torch.from_numpy(values)
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self._on_cuda else tensor
 
     def _padded_lengths(self, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         return np.minimum(-(-lengths // PAD_MULTIPLE) * PAD_MULTIPLE, self.max_length)

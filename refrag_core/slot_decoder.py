@@ -221,15 +221,14 @@ class _StaticRows:
             parts = zip(rows, inputs, start, strict=True)
             return torch.cat([self.run([row], [embeds], [begin]) for row, embeds, begin in parts])
         length = min(bucket(longest, smallest=PREFILL_STEP), room) if self._padded else longest
-        batch = nn.utils.rnn.pad_sequence(list(inputs), batch_first=True)
-        batch = nn.functional.pad(batch, (0, 0, 0, length - longest))
+        batch = inputs[0][None] if len(inputs) == 1 else nn.utils.rnn.pad_sequence(list(inputs), batch_first=True)
         last = [len(embeds) - 1 for embeds in inputs]
         window = self._window(max(a + b + 1 for a, b in zip(start, last, strict=True))) if any(start) else 0
-        return self._logits(batch, rows, start, last, window)
+        return self._logits(batch, length, rows, start, last, window)
 
     def step(self, rows: Sequence[int], inputs: Tensor, start: Sequence[int]) -> Tensor:
         """See _Rows."""
-        return self._logits(inputs[:, None], rows, start, [0] * len(rows), self._window(max(start) + 1))
+        return self._logits(inputs[:, None], 1, rows, start, [0] * len(rows), self._window(max(start) + 1))
 
     def forget(self, row: int) -> None:
         """See _Rows. Rows are there for good."""
@@ -241,13 +240,15 @@ class _StaticRows:
         return min(padded, self.cache.capacity)
 
     def _logits(
-        self, inputs: Tensor, rows: Sequence[int], start: Sequence[int], last: Sequence[int], window: int
+        self, inputs: Tensor, length: int, rows: Sequence[int], start: Sequence[int], last: Sequence[int], window: int
     ) -> Tensor:
+        """Of inputs `[b, t, d_dec]`, padded to `length`."""
         missing = (1 << (len(rows) - 1).bit_length()) - len(rows) if self._padded else 0
         if missing:  # the last prompt again writes again what it has written
             inputs = torch.cat([inputs, inputs[-1:].expand(missing, -1, -1)])
         numbers = torch.tensor([[*values, *[values[-1]] * missing] for values in (rows, start, last)])
-        return self._calls((inputs, numbers), window)[: len(rows)]
+        shapes = (len(inputs), length, inputs.shape[2]), numbers.shape
+        return self._calls((inputs, numbers), window, shapes=shapes)[: len(rows)]
 
     def _call(self, inputs: Tensor, numbers: Tensor, window: int) -> Tensor:
         rows, start, last = numbers

@@ -639,13 +639,19 @@ def _merge(found: Sequence[_Hits], k: int) -> SearchResult:
     )
     rows = np.concatenate([rows for _, rows in found], axis=1)
     scores = np.where(rows < 0, -np.inf, np.concatenate([scores for scores, _ in found], axis=1)).astype(np.float32)
-    order = np.lexsort((rows, segments, -scores), axis=1)[:, :k]
-    padding = ((0, 0), (0, k - order.shape[1]))
+    best = np.arange(len(rows))[:, None], np.lexsort((rows, segments, -scores), axis=1)[:, :k]
     return SearchResult(
-        scores=np.pad(np.take_along_axis(scores, order, axis=1), padding, constant_values=-np.inf),
-        segments=np.pad(np.take_along_axis(segments, order, axis=1), padding, constant_values=-1),
-        rows=np.pad(np.take_along_axis(rows, order, axis=1), padding, constant_values=-1),
+        scores=_filled(scores[best], k, -np.inf),
+        segments=_filled(segments[best], k, -1),
+        rows=_filled(rows[best], k, -1),
     )
+
+
+def _filled(values: NDArray[Any], k: int, missing: float) -> NDArray[Any]:
+    """`[q, k]`: the values `[q, at most k]` with `missing` behind them."""
+    filled = np.full((len(values), k), missing, dtype=values.dtype)
+    filled[:, : values.shape[1]] = values
+    return filled
 
 
 def merge_segments(found: Iterable[SearchResult], k: int) -> SearchResult:

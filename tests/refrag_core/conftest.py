@@ -1,8 +1,15 @@
 """One index with a bit of everything, for the tests of all that reads an index."""
 
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
+import torch
+from torch import Tensor
 
 from refrag.pipelines import indexing, stages
+from refrag_core.captured import CapturedCalls, Shape
 from refrag_core.runtime import Runtime
 from tests.small_index import SmallIndex, documents
 
@@ -36,3 +43,33 @@ def runtime(library: SmallIndex, tmp_path_factory: pytest.TempPathFactory) -> Ru
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REFRAG_CACHE", str(tmp_path_factory.mktemp("cache")))
         return Runtime.open(library.path, device="cpu")
+
+
+class _Replayed:
+    """Stands for a graph: computes again from inputs that stay, into an output that stays."""
+
+    def __init__(self, run: Callable[[], Tensor]) -> None:
+        self._run = run
+        self.output = run().clone()
+
+    def replay(self) -> None:
+        self.output.copy_(self._run())
+
+
+@pytest.fixture
+def replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured calls as CUDA has them, without CUDA: what an earlier call left in their inputs stays there."""
+
+    def call(
+        calls: CapturedCalls, tensors: Sequence[Tensor], *constants: Any, shapes: Sequence[Shape] | None = None
+    ) -> Tensor:
+        with torch.inference_mode():
+            return calls._replay(tensors, shapes or [tensor.shape for tensor in tensors], constants)
+
+    def capture(calls: CapturedCalls, tensors: Sequence[Tensor], constants: Sequence[Any]) -> Any:
+        inputs = tuple(tensor.clone() for tensor in tensors)
+        graph = _Replayed(lambda: calls._function(*inputs, *constants))
+        return SimpleNamespace(graph=graph, inputs=inputs, output=graph.output)
+
+    monkeypatch.setattr(CapturedCalls, "__call__", call)
+    monkeypatch.setattr(CapturedCalls, "_capture", capture)

@@ -50,16 +50,16 @@ def rows(count: int) -> np.ndarray[tuple[int, int], np.dtype[np.float16]]:
     return np.random.default_rng(count).standard_normal((count, D_ENC)).astype(np.float16)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        AskOptions(top_k=3, policy="none", max_new_tokens=9),
-        AskOptions(top_k=3, policy="all", max_new_tokens=9),
-        AskOptions(top_k=4, policy="learned", expansion_fraction=0.25, max_new_tokens=1),
-        AskOptions(top_k=2, policy="learned", expansion_fraction=0.0, max_new_tokens=5),
-        AskOptions(top_k=3, policy="random", expansion_fraction=0.5, max_new_tokens=9, temperature=0.8, seed=3),
-    ],
-)
+OPTIONS = [
+    AskOptions(top_k=3, policy="none", max_new_tokens=9),
+    AskOptions(top_k=3, policy="all", max_new_tokens=9),
+    AskOptions(top_k=4, policy="learned", expansion_fraction=0.25, max_new_tokens=1),
+    AskOptions(top_k=2, policy="learned", expansion_fraction=0.0, max_new_tokens=5),
+    AskOptions(top_k=3, policy="random", expansion_fraction=0.5, max_new_tokens=9, temperature=0.8, seed=3),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 def test_answers_are_those_of_the_plain_path(library: SmallIndex, options: AskOptions) -> None:
     plain = Runtime.open(library.path, device="cpu")
     fast = Runtime.open(library.path, device="cpu", captured=True)
@@ -69,6 +69,16 @@ def test_answers_are_those_of_the_plain_path(library: SmallIndex, options: AskOp
         assert replace(answer, stats=expected.stats) == expected
         assert answer.stats.new_tokens == expected.stats.new_tokens
         assert answer.stats.num_expanded == expected.stats.num_expanded
+
+
+def test_replayed_answers_are_those_of_the_plain_path(library: SmallIndex, replayed: None) -> None:
+    plain, fast = (Runtime.open(library.path, device="cpu", captured=captured) for captured in (False, True))
+    assert fast._generation.fast is not None
+    fast._generation.fast.decoder._rows._padded = True  # type: ignore[attr-defined]
+    for options in OPTIONS:
+        expected = plain.ask(QUESTION, options)
+        answer = fast.ask(QUESTION, options)
+        assert replace(answer, stats=expected.stats) == expected
 
 
 def test_given_texts_take_the_path_too(library: SmallIndex) -> None:
@@ -140,6 +150,11 @@ def test_padding_changes_neither_projection_nor_policy(path: FastPath, count: in
     query = np.random.default_rng(0).standard_normal(6).astype(np.float32)
     expected = policy_logits(query_policy(), rows(count), query)
     np.testing.assert_allclose(path.policy_logits(chunks, query), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_longer_prompt_left_behind_does_not_matter(path: FastPath, replayed: None) -> None:
+    for count in (64, 1, 128, 70):
+        test_padding_changes_neither_projection_nor_policy(path, count)
 
 
 def test_hot_passages_stay_and_the_coldest_go() -> None:

@@ -148,6 +148,8 @@ def test_padding_on_the_device_gives_the_same_vectors(family: str, batch_tokens:
     made, also_truncated = tiny_retriever(batch_tokens, family, on_device=True).embed(texts)
     np.testing.assert_allclose(made.astype(np.float32), whole.astype(np.float32), atol=2e-3)
     assert also_truncated.tolist() == truncated.tolist()
+    alone = np.concatenate([tiny_retriever(batch_tokens, family, on_device=True).embed([text])[0] for text in texts])
+    np.testing.assert_allclose(alone.astype(np.float32), whole.astype(np.float32), atol=2e-3)
     assert tiny_retriever(on_device=True).embed([])[0].shape == (0, D_ENC)
 
 

@@ -222,4 +222,16 @@ def test_filled_rows(rows: int, filled: int) -> None:
 def test_calls_on_a_cpu_are_the_function_s_own() -> None:
     calls = CapturedCalls(lambda a, b, factor: (a + b) * factor, torch.device("cpu"))
     assert calls((torch.ones(2), torch.ones(2)), 3).tolist() == [6.0, 6.0]
+    assert calls((torch.ones(2), torch.ones(3)), 3, shapes=((4,), (4,))).tolist() == [6.0, 6.0, 3.0, 0.0]
     assert len(calls) == 0
+
+
+@pytest.mark.parametrize("family", DECODER_FAMILIES)
+def test_what_a_longer_prompt_left_behind_does_not_matter(family: str, replayed: None) -> None:
+    plain = tiny(family)
+    inputs = prompts(plain, *LENGTHS)
+    slotted = SlotDecoder(tiny(family), slots=4, max_positions=128, padded=True)
+    assert greedily(slotted, (2, 0, 3), inputs) == [plainly(plain, prompt) for prompt in inputs]
+    for prompt in inputs:
+        assert greedily(slotted, (1,), [prompt]) == [plainly(plain, prompt)]
+        slotted.release(1)
