@@ -37,15 +37,15 @@ from benchmarks.question_facts import (
     wordnet_facts,
     words_in,
 )
-from benchmarks.question_templates import (
-    CLOZE,
-    CONTINUE,
-    EVALUATION,
-    FIELD_COPY,
-    QUOTE_ABOUT,
-    QUOTE_WORD,
-    fill,
-    instruction_templates,
+from benchmarks.question_templates import EVALUATION, fill, instruction_templates
+from benchmarks.question_texts import (
+    asked_in_place,
+    asked_subject,
+    cloze,
+    continue_sentence,
+    field_copy,
+    quote_about,
+    quote_word,
 )
 from refrag_core.errors import CorpusError, RefragError, UsageError
 from refrag_core.evaluation.questions import Question, question_lines
@@ -63,13 +63,20 @@ DEFINITION_DOCUMENTS = 2000
 
 HELD_OUT_SHARE = 0.025
 """Of the entities of instruction data: about 500 examples."""
-EXAMPLES = {"factbook": 6200, "wordnet": 4200, "foldoc": 2200, "leads": 4200, "cloze": 2200, "quote": 2300}
+EXAMPLES = {
+    "factbook": 6200,
+    "wordnet": 4200,
+    "foldoc": 2200,
+    "leads": 4200,
+    "cloze": 2200,
+    "quote": 2300,
+    "asked": 12_000,
+}
 """Instruction examples a kind, as far as there are facts; held-out ones are drawn from them."""
 MAX_PHRASINGS = 2
 """Examples made of one fact, with other words and other passages."""
 UNANSWERABLE_SHARE = 0.15
 MIN_PASSAGES, MAX_PASSAGES = 4, 8
-MAX_QUOTE_WORDS = 32
 
 SET_OF_SOURCE = {"factbook": "factbook", "wordnet": "definitions", "foldoc": "definitions", "leads": "leads"}
 
@@ -375,7 +382,7 @@ def _example(
     return Example("", question, answers[0] if answers else "", tuple(answers), texts, gold, kind)
 
 
-# -- tasks on the text itself: what is missing, quote, go on
+# -- tasks on the text itself: what is missing, quote, go on, questions that a sentence answers
 
 
 def _text_examples(documents: Sequence[Document], passages: Passages) -> Iterator[tuple[str, Example]]:
@@ -385,6 +392,7 @@ def _text_examples(documents: Sequence[Document], passages: Passages) -> Iterato
     makers: Mapping[str, Sequence[Callable[[Document, Random], tuple[str, str] | None]]] = {
         "cloze": (cloze,),
         "quote": (quote_about, quote_word, continue_sentence, field_copy),
+        "asked": (asked_in_place, asked_in_place, asked_in_place, asked_subject),
     }
     for kind, tasks in makers.items():
         made = 0
@@ -401,72 +409,6 @@ def _text_example(document: Document, pair: tuple[str, str], kind: str, passages
     answered = chance.random() >= UNANSWERABLE_SHARE
     texts, gold = passages.around(document, (), lambda text: answer in text, chance, answered)
     return _example(question, (answer,) if answered else (), texts, gold, kind)
-
-
-_SPANS = re.compile(
-    r"\b(?:\d[\d,.]*\d|\d)(?: (?:million|billion))?%?(?![\w.-])|(?<=[a-z,]"
-    r" )[A-Z][\w'’-]+(?: [A-Z][\w'’-]+){0,3}(?![\w-]| [A-Z])"
-)
-
-
-def cloze(document: Document, chance: Random) -> tuple[str, str] | None:
-    """A sentence of prose with a number or a name left out of it."""
-    choices = [
-        (sentence, found)
-        for sentence in _prose(document)
-        for found in _SPANS.finditer(sentence)
-        if sentence.count(found[0]) == 1 and document.text.count(found[0]) == 1 and found.start() > 12
-    ]
-    if not choices:
-        return None
-    sentence, found = chance.choice(choices)
-    gapped = f"{sentence[: found.start()]}____{sentence[found.end() :]}"
-    return fill(chance.choice(CLOZE), gapped), found[0]
-
-
-def _prose(document: Document) -> list[str]:
-    if document.source == "factbook" and ", Introduction." not in document.text[:80]:
-        return []
-    body = document.text.partition("\n")[2].partition(": ")[2] if document.source == "factbook" else document.text
-    return [s for s in sentences(body) if 7 <= len(s.split()) <= MAX_QUOTE_WORDS and s[0].isupper() and s[-1] in ".!?"]
-
-
-def quote_about(document: Document, chance: Random) -> tuple[str, str] | None:
-    """The first sentence of a document about the entity."""
-    first = next(iter(sentences(document.text)), "")
-    if document.source == "factbook" or first not in _prose(document) or not words_in(document.entity, first):
-        return None
-    return fill(chance.choice(QUOTE_ABOUT), document.entity), first
-
-
-def quote_word(document: Document, chance: Random) -> tuple[str, str] | None:
-    """The sentence that has a name or a number which occurs once."""
-    found = cloze(document, chance)
-    sentence = next((s for s in _prose(document) if found and found[1] in s), None)
-    if found is None or sentence is None or len(found[1]) < 4:
-        return None
-    return fill(chance.choice(QUOTE_WORD), found[1]), sentence
-
-
-def continue_sentence(document: Document, chance: Random) -> tuple[str, str] | None:
-    """What follows the first words of a sentence, to its end."""
-    if not (prose := _prose(document)):
-        return None
-    words = chance.choice(prose).split()
-    cut = chance.randint(4, max(4, len(words) - 3))
-    if cut >= len(words) - 1:
-        return None
-    return fill(chance.choice(CONTINUE), " ".join(words[:cut])), " ".join(words[cut:])
-
-
-def field_copy(document: Document, chance: Random) -> tuple[str, str] | None:
-    """The text of one field of a factbook entry."""
-    lines = [line.partition(": ") for line in document.text.split("\n")[1:] if ": " in line]
-    fields = [(name, value) for name, _, value in lines if 2 <= len(value.split()) <= 24 and len(name) < 60]
-    if document.source != "factbook" or not fields:
-        return None
-    name, value = chance.choice(fields)
-    return fill(chance.choice(FIELD_COPY), document.entity, y=name), value
 
 
 # ---------------------------------------------------------------------------------------------------- files

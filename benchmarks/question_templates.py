@@ -338,6 +338,14 @@ CLOZE = (
     "Find the missing piece: {x}",
     "{x} (What stands in the gap?)",
 )
+ASKED = (
+    "{x}?",
+    "{x}?",
+    "From the passages: {x}?",
+    "Tell me: {x}?",
+    "What do the passages say: {x}?",
+    "Answer in a few words: {x}?",
+)
 QUOTE_ABOUT = (
     "Repeat the first sentence about {x}.",
     "Quote the sentence that introduces {x}.",
