@@ -56,8 +56,9 @@ class PolicyTrainingConfig:
     query_conditioned: bool = False
     """Whether the policy reads the retriever's query vector; in training that of the first output tokens."""
     match_dim: int = 0
-    """Width in which that policy compares the query with every chunk, a term of its logits; 0 for none. A trained
-    policy without the term goes on with it, at first with the logits that it had."""
+    """Width in which that policy compares the query with every chunk, a term of its logits; 0 for none but one that
+    the checkpoint's trained policy has. A trained policy without the term goes on with it, at first with the logits
+    that it had."""
     query_tokens: int = 32
     """Those tokens, which a policy with a query is not rewarded for."""
     query_dropout: float = 0.1

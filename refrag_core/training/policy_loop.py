@@ -173,11 +173,10 @@ class PolicyTrainer:
     def _initial_policy(self, query_dim: int) -> PointerPolicy:
         """The base's where it is trained and of this shape, or of it but for a term to add; else a new one."""
         config, own = self.config, self.base.config.policy
-        shape = self._policy_shape(query_dim)
-        if own == shape:
+        if own == self._policy_shape(query_dim, config.match_dim or own.match_dim):
             self.say("goes on from the checkpoint's trained policy")
             return self.base.load_policy()
-        if own == replace(shape, match_dim=0):
+        if own == self._policy_shape(query_dim, 0):
             self.say(f"goes on from the checkpoint's trained policy, with a new term of match_dim {config.match_dim}")
             return with_match(self.base.load_policy(), config.match_dim, seed=config.seed + 1)
         if own.trained:
@@ -192,10 +191,10 @@ class PolicyTrainer:
             seed=config.seed + 1,
         )
 
-    def _policy_shape(self, query_dim: int) -> PolicyConfig:
+    def _policy_shape(self, query_dim: int, match_dim: int) -> PolicyConfig:
         config = self.config
         return PolicyConfig(
-            query_dim, config.width, config.num_heads, config.num_layers, trained=True, match_dim=config.match_dim
+            query_dim, config.width, config.num_heads, config.num_layers, trained=True, match_dim=match_dim
         )
 
     # --- training
@@ -413,7 +412,7 @@ class PolicyTrainer:
         shutil.copytree(self.base.folder or Path(), temporary)
         made = replace(
             self.base,
-            config=replace(self.base.config, policy=self._policy_shape(self.policy.query_dim)),
+            config=replace(self.base.config, policy=self._policy_shape(self.policy.query_dim, self.policy.match_dim)),
             policy=_as_stored(self.policy).cpu(),
         )
         made.save(temporary)

@@ -222,11 +222,19 @@ def test_a_trained_policy_goes_on_with_a_match_term(
     assert made.config.policy == replace(base.config.policy, match_dim=5)
     assert made.policy.state_dict()["match.chunk.weight"].any()
 
-    # It goes on as it is, and a policy without the term is another.
-    again = PolicyTrainer(policy_settings(data, tmp_path / "two" / "checkpoint", tmp_path / "three", **changes))
-    assert torch.equal(again.policy.state_dict()["match.chunk.weight"], made.policy.state_dict()["match.chunk.weight"])
-    without = policy_settings(data, tmp_path / "two" / "checkpoint", tmp_path / "four", **changes | {"match_dim": 0})
-    assert PolicyTrainer(without).policy.match is None
+    # It goes on as it is, also where the config asks for no term; one of another width begins anew.
+    for name, match_dim in (("three", 5), ("four", 0)):
+        config = policy_settings(
+            data, tmp_path / "two" / "checkpoint", tmp_path / name, **changes | {"match_dim": match_dim}
+        )
+        again = PolicyTrainer(config)
+        weights = again.policy.state_dict()
+        assert torch.equal(weights["match.chunk.weight"], made.policy.state_dict()["match.chunk.weight"])
+    assert again.run()
+    assert Checkpoint.load(tmp_path / "four" / "checkpoint").config.policy == made.config.policy
+    other = policy_settings(data, tmp_path / "two" / "checkpoint", tmp_path / "five", **changes | {"match_dim": 6})
+    capsys.readouterr()
+    assert PolicyTrainer(other).policy.match_dim == 6
     assert "begins a new policy" in capsys.readouterr().err
 
 
