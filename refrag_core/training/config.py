@@ -60,6 +60,9 @@ _MAY_BE_ZERO = (
     "match_dim",
 )
 
+ADDED_SETTINGS: dict[str, JSON] = {"last_share": 0.0, "match_dim": 0}
+"""Settings that came later, with what runs did before them: a state that was saved then can still be resumed."""
+
 _NOT_RESUMED = (
     "output",
     "data",
@@ -219,7 +222,13 @@ class TrainingConfig:
     @property
     def resume_settings(self) -> dict[str, JSON]:
         """What must not change between a run and its continuation."""
-        return {key: value for key, value in self.to_json().items() if key not in _NOT_RESUMED}
+        tasks: list[JSON] = [without_added(asdict(task)) for task in self.tasks]
+        return {key: value for key, value in self.to_json().items() if key not in _NOT_RESUMED} | {"tasks": tasks}
+
+
+def without_added(settings: Mapping[str, JSON]) -> dict[str, JSON]:
+    """The settings but for `ADDED_SETTINGS` that change nothing."""
+    return {key: value for key, value in settings.items() if key not in ADDED_SETTINGS or value != ADDED_SETTINGS[key]}
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainingConfig:

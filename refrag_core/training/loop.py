@@ -14,7 +14,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -266,9 +266,8 @@ class Trainer:
     def _at_intervals(self) -> None:
         every = self.config.evaluate_every
         if self.processes.is_first and every and self.step % every == 0 and self.progress < 1.0:
-            result = self.evaluate("held_out", windows=_SHORT_EVALUATION_WINDOWS)
-            self.log.write({"step": self.step, "seconds": self.elapsed, "held_out": result})
-            self.say(summary(result))
+            found = dict(self._evaluated(("held_out",), _SHORT_EVALUATION_WINDOWS))
+            self.log.write({"step": self.step, "seconds": self.elapsed} | found)
         if self.step % self.config.save_every == 0:
             self.save()
 
@@ -285,22 +284,27 @@ class Trainer:
         )
         return evaluate(self.model, self.shards.split(split), options, autocast=self.autocast)
 
+    def _evaluated(self, splits: Sequence[str], windows: int) -> Iterator[tuple[str, dict[str, Any]]]:
+        """`evaluate` on the splits that have tokens; why not, where their documents do not do."""
+        for split in splits:
+            if int(self.shards.index["splits"][split]["tokens"]) == 0:
+                continue
+            try:
+                found = self.evaluate(split, windows=windows)
+                self.say(f"{split}: {summary(found)}")
+            except ConfigError as error:
+                found = {"skipped": str(error)}
+                self.say(f"no evaluation on {split}: {error}")
+            yield split, found
+
     def _finish(self) -> None:
         self.say("writing the checkpoint")
         adapter = self.save_checkpoint().load_adapter()
         if adapter is not None and self.config.decoder_training == "full":
             start_adapter(self.model.decoder, adapter.state)  # what is evaluated is what the checkpoint holds
         result = {}
-        for split in ("held_out", "train", "reported"):
-            if int(self.shards.index["splits"][split]["tokens"]) == 0:
-                continue
-            try:
-                result[split] = self.evaluate(split, windows=self.config.evaluation_windows)
-            except ConfigError as error:
-                result[split] = {"skipped": str(error)}
-                self.say(f"no evaluation on {split}: {error}")
-                continue
-            self.say(f"{split}: {summary(result[split])}")
+        for split, found in self._evaluated(("held_out", "train", "reported"), self.config.evaluation_windows):
+            result[split] = found
             (self.folder / EVALUATION_FILE).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         write_record(self.folder / "checkpoint", self._record(result))
 

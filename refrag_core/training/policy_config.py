@@ -11,7 +11,7 @@ from typing import Any, Literal
 from refrag_core.digests import JSON
 from refrag_core.errors import ConfigError
 from refrag_core.models import DEFAULT_RETRIEVER
-from refrag_core.training.config import TaskConfig, TrainingConfig, checked_settings, read_settings
+from refrag_core.training.config import TaskConfig, TrainingConfig, checked_settings, read_settings, without_added
 
 _NOT_RESUMED = (
     "output",
@@ -143,7 +143,7 @@ class PolicyTrainingConfig:
     @property
     def resume_settings(self) -> dict[str, JSON]:
         """What must not change between a run and its continuation."""
-        return {key: value for key, value in self.to_json().items() if key not in _NOT_RESUMED}
+        return without_added({key: value for key, value in self.to_json().items() if key not in _NOT_RESUMED})
 
     @property
     def first_scored(self) -> int:

@@ -364,11 +364,8 @@ class PolicyTrainer:
     def _at_intervals(self) -> None:
         every = self.config.evaluate_every
         if every and self.step % every == 0 and self.progress < 1.0:
-            split = self.shards.split("held_out")
-            result = self.evaluate(split, windows=_SHORT_EVALUATION_WINDOWS)
-            line = {"step": self.step, "seconds": self.elapsed, "held_out": result}
-            self.log.write(line | self._evaluate_questions())
-            self.say(summary(result))
+            found = self._evaluate_questions() | self._evaluate_splits(("held_out",), _SHORT_EVALUATION_WINDOWS)
+            self.log.write({"step": self.step, "seconds": self.elapsed} | found)
         if self.step % self.config.save_every == 0:
             self.save()
 
@@ -388,19 +385,25 @@ class PolicyTrainer:
         self.say(f"held-out questions: {found}")
         return {"held_out_questions": found}
 
-    def _finish(self) -> None:
-        self.say("writing the checkpoint")
-        self.save_checkpoint({})
-        result: dict[str, Any] = self._evaluate_questions()
-        for name in ("held_out", "reported"):
+    def _evaluate_splits(self, names: Sequence[str], windows: int) -> dict[str, Any]:
+        """`evaluate` on the splits that have tokens; why not, where their documents do not do."""
+        result: dict[str, Any] = {}
+        for name in names:
             if int(self.shards.index["splits"][name]["tokens"]) == 0:
                 continue
             try:
-                result[name] = self.evaluate(self.shards.split(name), windows=self.config.evaluation_windows)
+                result[name] = self.evaluate(self.shards.split(name), windows=windows)
                 self.say(f"{name}: {summary(result[name])}")
             except ConfigError as error:
                 result[name] = {"skipped": str(error)}
                 self.say(f"no evaluation on {name}: {error}")
+        return result
+
+    def _finish(self) -> None:
+        self.say("writing the checkpoint")
+        self.save_checkpoint({})
+        splits = self._evaluate_splits(("held_out", "reported"), self.config.evaluation_windows)
+        result = self._evaluate_questions() | splits
         (self.folder / EVALUATION_FILE).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         self.save_checkpoint(result)
 

@@ -50,6 +50,15 @@ def test_what_is_wrong_is_named(tmp_path: Path, override: str, message: str) -> 
         load_config(write(tmp_path, TEXT), [override])
 
 
+def test_a_state_from_before_a_setting_existed_resumes_where_it_changes_nothing(tmp_path: Path) -> None:
+    path = write(tmp_path, TEXT)
+    (before, *_), (after, *_) = (
+        load_config(path, [f"tasks.0.last_share={share}"]).resume_settings["tasks"] for share in (0.0, 0.5)
+    )
+    assert "last_share" not in before
+    assert after == before | {"last_share": 0.5}
+
+
 def test_missing_settings_are_named() -> None:
     with pytest.raises(ConfigError, match="no data, output"):
         parse_config({"tasks": [{"kind": "text"}]})

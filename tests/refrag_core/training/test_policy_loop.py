@@ -161,6 +161,30 @@ def test_both_stages_are_logged_and_evaluated(tmp_path: Path, data: Path, traine
     assert gain["interval"][0] <= gain["nats"] <= gain["interval"][1]
 
 
+def test_documents_that_are_too_short_to_evaluate_stop_no_run(
+    tmp_path: Path, data: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_short(*_: Any, **__: Any) -> None:
+        raise ConfigError("no document has 40 tokens")
+
+    monkeypatch.setattr(PolicyTrainer, "evaluate", too_short)
+    assert PolicyTrainer(policy_settings(data, trained, tmp_path, evaluate_every=3)).run()
+    skipped = {"skipped": "no document has 40 tokens"}
+    assert [line["held_out"] for line in lines(tmp_path) if "held_out" in line] == [skipped]
+    assert json.loads((tmp_path / "evaluation.json").read_text())["held_out"] == skipped
+
+
+def test_a_state_from_before_a_setting_existed_resumes_where_it_changes_nothing(data: Path, trained: Path) -> None:
+    settings = {
+        match_dim: policy_settings(
+            data, trained, data, query_conditioned=True, query_tokens=3, match_dim=match_dim
+        ).resume_settings
+        for match_dim in (0, 8)
+    }
+    assert "match_dim" not in settings[0]
+    assert settings[8] == settings[0] | {"match_dim": 8}
+
+
 def test_the_checkpoint_is_the_base_with_another_policy(tmp_path: Path, data: Path, trained: Path) -> None:
     trainer = PolicyTrainer(policy_settings(data, trained, tmp_path, steps=3))
     assert trainer.run()
