@@ -59,8 +59,8 @@ class CapturedCalls:
         """The function's result, in memory of its own. Tensors may be on the host; they travel without waiting.
 
         Args:
-            shapes: of the tensors as the function gets them, at least as large as they are; None for their own. What
-                is behind a tensor's end may be left from an earlier call: it must not matter.
+            shapes: of the tensors as the function gets them, at least as large as they are, with zeros behind their
+                ends; None for their own.
         """
         shapes = [tensor.shape for tensor in tensors] if shapes is None else shapes
         if self._device.type != "cuda":
@@ -75,6 +75,8 @@ class CapturedCalls:
             with part("capture"):
                 captured = self._graphs[key] = self._capture(self._padded(tensors, shapes), constants)
         for kept, given in zip(captured.inputs, tensors, strict=True):
+            if kept.shape != given.shape:  # a NaN left behind would get into what is masked: 0 · NaN is NaN
+                kept.zero_()
             _corner(kept, given.shape).copy_(given, non_blocking=True)
         captured.graph.replay()
         return captured.output.clone()

@@ -157,6 +157,28 @@ def test_what_a_longer_prompt_left_behind_does_not_matter(path: FastPath, replay
         test_padding_changes_neither_projection_nor_policy(path, count)
 
 
+NOT_FINITE = pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+
+
+@NOT_FINITE
+def test_a_prompt_that_is_not_finite_does_not_reach_the_next_answer(path: FastPath, replayed: None, bad: float) -> None:
+    expected = path.decoder.prefill([0], [prompt(path, 9)])
+    after = path.decoder.step([0], expected.argmax(dim=-1))
+    path.decoder.prefill([0], [torch.full_like(prompt(path, 90), bad)])  # further than the next prompt's padding
+    path.decoder.prefill([0], [torch.full_like(prompt(path, 60), bad)])  # and of the next prompt's shape
+    torch.testing.assert_close(path.decoder.prefill([0], [prompt(path, 9)]), expected)
+    torch.testing.assert_close(path.decoder.step([0], expected.argmax(dim=-1)), after)
+    path.decoder.release(0)
+
+
+@NOT_FINITE
+def test_embeddings_that_are_not_finite_do_not_reach_the_next_choice(
+    path: FastPath, replayed: None, bad: float
+) -> None:
+    path.policy_logits(torch.full((60, D_ENC), bad, dtype=torch.float16), np.full(6, bad, np.float32))
+    test_padding_changes_neither_projection_nor_policy(path, 9)
+
+
 def test_hot_passages_stay_and_the_coldest_go() -> None:
     hot = HotPassages(torch.device("cpu"), max_bytes=3 * 10 * D_ENC * 2)
     passages = {key: rows(count) for key, count in {"a": 10, "b": 10, "c": 11, "huge": 50}.items()}
