@@ -47,11 +47,11 @@ def resolve_device(device: str) -> str:
 
 @contextlib.contextmanager
 def turn_on(device: "torch.device") -> Iterator[None]:
-    """The GPU to oneself among the threads that encode and embed; nothing to wait for on a CPU.
+    """The GPU to oneself among the threads that encode, embed and score; nothing to wait for on a CPU.
 
     Two at a time would not be faster, take twice the device's memory, and one could disturb what the other captures.
     """
-    if device.type != "cuda":
+    if not _has_turns(device):
         yield
         return
     with part("wait"):
@@ -60,6 +60,10 @@ def turn_on(device: "torch.device") -> Iterator[None]:
         yield
     finally:
         _TURN.release()
+
+
+def _has_turns(device: "torch.device") -> bool:
+    return device.type == "cuda"
 
 
 def upload(values: "npt.NDArray[Any]", device: "torch.device | str") -> "torch.Tensor":

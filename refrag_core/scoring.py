@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from refrag_core.batching import SafeBatchSize, cache_dir, map_batches
 from refrag_core.decoder import Decoder, lowest
+from refrag_core.devices import turn_on
 from refrag_core.errors import ConfigError
+from refrag_core.parts import part
 
 BUCKET_TOKENS = 32
 """Passages are padded to the next multiple of this."""
@@ -53,8 +55,9 @@ class ChunkScorer:
         self._check(passages, chunk_size)
         padded = np.array([self._padded_length(len(ids)) for ids in passages], dtype=np.int64)
         scores: list[Scores] = [np.empty(0, dtype=np.float32)] * len(passages)
-        for length in np.unique(padded):
-            self._score_bucket(passages, np.flatnonzero(padded == length), int(length), chunk_size, scores)
+        with turn_on(self._decoder.device), part("model"):
+            for length in np.unique(padded):
+                self._score_bucket(passages, np.flatnonzero(padded == length), int(length), chunk_size, scores)
         return scores
 
     def _score_bucket(

@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from refrag_core import scoring
+from refrag_core import devices, scoring
 from refrag_core.decoder import Decoder
 from refrag_core.errors import ConfigError
+from refrag_core.parts import collected
 from refrag_core.scoring import ChunkScorer, chunk_means
 from tests.tiny_models import DECODER_FAMILIES, decoder, decoder_tokenizer
 
@@ -116,3 +117,11 @@ def test_a_passage_the_decoder_cannot_place_is_refused(length: int) -> None:
 
 def test_a_passage_that_fills_the_decoder_is_scored() -> None:
     assert len(ChunkScorer(make_decoder()).score([np.full(511, 5, np.int32)], 16)[0]) == 32
+
+
+def test_scoring_takes_its_turn_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "_has_turns", lambda _: True)
+    scorer, passages = ChunkScorer(make_decoder()), make_passages()
+    with collected() as seconds:
+        scorer.score(passages, 16)
+    assert set(seconds) == {"wait", "model"}
