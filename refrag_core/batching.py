@@ -2,6 +2,8 @@
 
 import json
 import os
+import threading
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -14,6 +16,7 @@ import numpy.typing as npt
 Result = TypeVar("Result")
 
 MIN_BATCH = 1
+_HALVING = threading.Lock()
 
 
 def cache_dir() -> Path:
@@ -58,15 +61,22 @@ class SafeBatchSize:
             return {}  # a torn or foreign file costs one more halving, never a failed build
 
     def halve(self) -> None:
-        """Take half the rows from now on, and remember it."""
-        self.rows = max(MIN_BATCH, self.rows // 2)
-        if self._memory is None:
-            return
-        sizes = self._remembered() | {self._key: self.rows}
-        self._memory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._memory.with_name(f"{self._memory.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(sizes, sort_keys=True))
-        temporary.replace(self._memory)
+        """Take half the rows from now on, and remember it.
+
+        Safe for threads. Of what two processes remember at the same time one may be lost: that costs one more halving.
+        """
+        with _HALVING:
+            self.rows = max(MIN_BATCH, self.rows // 2)
+            if self._memory is not None:
+                _replace(self._memory, json.dumps(self._remembered() | {self._key: self.rows}, sort_keys=True))
+
+
+def _replace(path: Path, text: str) -> None:
+    """By a file whose name nobody else has: the folder may be shared with other machines and their process ids."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def map_batches(
