@@ -125,13 +125,12 @@ class Retriever:
 
     def embed_ids(self, ids: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.float32]:
         """Float32 `[n, d_ret]`, unit length, of texts given as the retriever's own token ids, special ones included."""
-        if self._on_device and ids:
-            with turn_on(self.device), part("model"):
+        with turn_on(self.device), part("model"):
+            if self._on_device and ids:
                 return self._embed_one(ids[0]) if len(ids) == 1 else self._embed_on_device(ids)
-        vectors = np.empty((len(ids), self.dim), dtype=np.float32)
-        with part("model"):
+            vectors = np.empty((len(ids), self.dim), dtype=np.float32)
             self._embed_ids(ids, vectors)
-        return vectors
+            return vectors
 
     def _tokenize(self, texts: Sequence[str]) -> tuple[list[npt.NDArray[np.int32]], list[bool]]:
         """Token ids of each text, special tokens included, and which texts were truncated."""

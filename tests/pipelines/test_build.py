@@ -1,6 +1,9 @@
 import functools
 import json
 import operator
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,9 @@ from refrag.pipelines import stages
 from refrag.pipelines.assembly import check_accounts
 from refrag.pipelines.build import build_index
 from refrag.pipelines.engines.local import LocalEngine
+from refrag_core import devices
 from refrag_core.checkpoint import load_checkpoint
+from refrag_core.encoder import ChunkEncoder
 from refrag_core.errors import (
     AccountingError,
     CommitConflictError,
@@ -26,6 +31,8 @@ from refrag_core.errors import (
 from refrag_core.index_reader import IndexReader, PassageRef
 from refrag_core.manifest import commit, live_documents, read_manifest
 from refrag_core.models import load_tokenizer
+from refrag_core.retriever import Retriever
+from refrag_core.scoring import ChunkScorer
 from refrag_core.storage import FolderStore, Store
 from refrag_core.verification import verify_index
 from tests.small_index import SmallIndex, documents
@@ -124,6 +131,42 @@ def test_shards_side_by_side_on_the_device_give_an_equal_index(tmp_path: Path, o
     for stage in ("embeddings", "vectors"):
         assert {"read", "load", "model", "check", "write"} <= set(again.parts[stage])
         assert sum(again.parts[stage].values()) <= again.steps[stage] + 0.01
+
+
+class _OnDevice:
+    """Notes who computes, in which thread, and how many did so at one time; each takes a while longer than it needs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.most, self.threads, self.seen = 0, set[int](), set[str]()
+        self._now, self._lock = 0, threading.Lock()
+        for owner, name in ((ChunkEncoder, "_encode_plain"), (Retriever, "_embed_ids"), (ChunkScorer, "_score_bucket")):
+            monkeypatch.setattr(owner, name, self._noting(name, getattr(owner, name)))
+
+    def _noting(self, name: str, compute: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            with self._lock:
+                self._now += 1
+                self.most = max(self.most, self._now)
+                self.threads.add(threading.get_ident())
+                self.seen.add(name)
+            time.sleep(0.01)
+            try:
+                return compute(*arguments)
+            finally:
+                with self._lock:
+                    self._now -= 1
+
+        return call
+
+
+def test_threads_take_turns_on_the_device(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "_has_turns", lambda _: True)
+    noted, small = _OnDevice(monkeypatch), SmallIndex(tmp_path)
+    with LocalEngine(0, device_threads=3) as engine:
+        build_index(replace(small.options, shard_bytes=2_000, score=True), engine)
+    assert noted.seen == {"_encode_plain", "_embed_ids", "_score_bucket"}
+    assert len(noted.threads) > 1
+    assert noted.most == 1
 
 
 def test_the_content_id_does_not_depend_on_files_or_shards(tmp_path: Path, own_cache: Path) -> None:
