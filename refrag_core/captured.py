@@ -85,11 +85,11 @@ class CapturedCalls:
         """The tensors on the device, with zeros behind them where the shapes are larger."""
         padded = []
         for tensor, shape in zip(tensors, shapes, strict=True):
-            there = tensor.to(self._device)
-            if tensor.shape != shape:
-                there = there.new_zeros(shape)
-                _corner(there, tensor.shape).copy_(tensor)
-            padded.append(there)
+            if tensor.shape == shape:
+                padded.append(tensor.to(self._device))
+                continue
+            padded.append(torch.zeros(shape, dtype=tensor.dtype, device=self._device))
+            _corner(padded[-1], tensor.shape).copy_(tensor)
         return padded
 
     def _capture(self, tensors: Sequence[Tensor], constants: Sequence[Any]) -> _Captured:

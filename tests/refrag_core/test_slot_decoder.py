@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from refrag_core.captured import CapturedCalls, bucket, filled_rows
 from refrag_core.composition import pad_batch
@@ -224,6 +225,27 @@ def test_calls_on_a_cpu_are_the_function_s_own() -> None:
     assert calls((torch.ones(2), torch.ones(2)), 3).tolist() == [6.0, 6.0]
     assert calls((torch.ones(2), torch.ones(3)), 3, shapes=((4,), (4,))).tolist() == [6.0, 6.0, 3.0, 0.0]
     assert len(calls) == 0
+
+
+class _Reads(TorchDispatchMode):
+    """Sizes of the host's tensors that operations read, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.sizes += [len(arg) for arg in args if isinstance(arg, Tensor) and arg.device.type == "cpu"]
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_tensor_of_the_host_travels_once() -> None:
+    calls = CapturedCalls(lambda a, b: a + b, torch.device("meta"))
+    given = torch.ones(2), torch.ones(4)
+    with _Reads() as reads:
+        made = calls(given, shapes=((4,), (4,)))
+    assert (made.device.type, made.shape, made.dtype) == ("meta", (4,), torch.float32)
+    assert reads.sizes == [2, 4]
 
 
 @pytest.mark.parametrize("family", DECODER_FAMILIES)
