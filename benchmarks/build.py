@@ -28,7 +28,7 @@ from refrag.benchmarks.encoder_shapes import piece_tokenizer, shaped_body, words
 from refrag.benchmarks.measurement import environment, say
 from refrag.pipelines.build import BuildOptions, BuildReport, build_index
 from refrag.pipelines.components import ModelOptions
-from refrag.pipelines.engines.local import GPU_THREADS, LocalEngine, default_workers
+from refrag.pipelines.engines.local import LocalEngine, default_workers, threads_for
 from refrag_core.corpus.sources import CorpusOptions
 from refrag_core.errors import MissingExtraError
 
@@ -128,7 +128,7 @@ def _summary(
     made: BuildReport, options: BuildBenchOptions, report: Mapping[str, Any], wall_seconds: float
 ) -> dict[str, Any]:
     workers = default_workers() if options.workers is None else max(1, options.workers)
-    threads = GPU_THREADS if options.device.startswith("cuda") else 1
+    threads = threads_for([options.device])
     rows = []
     for stage, seconds in made.steps.items():
         parts = made.parts.get(stage, {})

@@ -25,8 +25,7 @@ Made = TypeVar("Made")
 
 _ATTEMPTS = 3
 _CLOSING_SECONDS = 5.0
-GPU_THREADS = 3
-"""That take shards through the device stages where these have a GPU."""
+_GPU_THREADS = 3
 
 
 def default_workers() -> int:
@@ -59,7 +58,7 @@ class LocalEngine:
         shard_timeout: seconds that this process waits for one piece of work before the workers are killed and it is
             given to new ones; None waits for ever. What runs in this process itself is not bounded.
         device_threads: that take shards through the device stages: shards are read, tokenized for the retriever and
-            written while the device works on another. None is 3 where the stages have a GPU, else 1.
+            written while the device works on another. None is what `threads_for` says of the stages.
     """
 
     spans_machines = False
@@ -178,13 +177,16 @@ class LocalEngine:
 
         work = ((order.popleft(), done) for done in self.map(partial(stages.tokenize, store), noted()))
         run = partial(_run_each, store, stages.device)
-        threads = self._device_threads or _threads_for(stages.device)
+        threads = self._device_threads or threads_for(stage.device for stage in stages.device)
         yield from map(run, work) if threads == 1 else run_by_turns(run, work, threads=threads)
 
 
-def _threads_for(stages: Sequence[DeviceStage]) -> int:
-    """On a CPU the models take all cores themselves."""
-    return GPU_THREADS if any(stage.device.startswith("cuda") for stage in stages) else 1
+def threads_for(devices: Iterable[str]) -> int:
+    """Threads that take shards through stages on these devices: 3 where one is a GPU, else 1.
+
+    On a CPU the models take all cores themselves.
+    """
+    return _GPU_THREADS if any(device.startswith("cuda") for device in devices) else 1
 
 
 def _run_each(store: Store, stages: Sequence[DeviceStage], work: tuple[ShardSpec, Receipt]) -> ShardResult:

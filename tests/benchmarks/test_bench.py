@@ -1,6 +1,7 @@
 """`refrag bench`: small runs on a CPU, their rows and their refusals."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,6 +52,15 @@ def test_build_says_what_is_left_out_without_faiss(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "faiss" else object())
     report = build.measure(build.BuildBenchOptions(device="cpu"))
     assert build.table(report).startswith("left out: the whole build: faiss is missing")
+
+
+def test_a_device_stage_s_seconds_are_shared_by_the_engine_s_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "threads_for", lambda devices: 5 if list(devices) == ["cpu"] else 1)
+    steps = {"embeddings": 10.0, "vectors": 20.0, "index": 3.0}
+    made = SimpleNamespace(steps=steps, parts={}, seconds=30.0, chunks=1, tokens=1, recall_at_10=None)
+    report = build._summary(made, build.BuildBenchOptions(device="cpu"), {"environment": {}}, 31.0)  # type: ignore[arg-type]
+    assert [row["seconds"] for row in report["rows"]] == [2.0, 4.0, 3.0]
+    assert report["bottleneck"] == "vectors"
 
 
 def test_contexts_are_whole_passages() -> None:

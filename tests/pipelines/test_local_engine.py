@@ -12,8 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from refrag.pipelines.engines.local import LocalEngine, _threads_for, default_workers, run_by_turns
-from refrag.pipelines.stages import EmbedStage
+from refrag.pipelines.engines.local import LocalEngine, default_workers, run_by_turns, threads_for
 from refrag_core.errors import StageError
 
 WORKERS = 2
@@ -238,6 +237,8 @@ def test_turns_keep_the_order_and_an_error_stops_them() -> None:
     assert max(begun) < 12
 
 
-@pytest.mark.parametrize(("device", "threads"), [("cpu", 1), ("cuda", 3), ("cuda:1", 3)])
-def test_threads_of_the_device_stages(device: str, threads: int) -> None:
-    assert _threads_for([EmbedStage("folder", "fingerprint", device)]) == threads
+@pytest.mark.parametrize(
+    ("devices", "threads"), [(["cpu"], 1), (["cuda"], 3), (["cpu", "cuda:1"], 3), (["cpu", "cpu"], 1)]
+)
+def test_threads_of_the_device_stages(devices: list[str], threads: int) -> None:
+    assert threads_for(devices) == threads
