@@ -46,7 +46,7 @@ def resolve_device(device: str) -> str:
 
 
 @contextlib.contextmanager
-def turn_on(device: "torch.device") -> Iterator[None]:
+def device_turn(device: "torch.device") -> Iterator[None]:
     """The GPU to oneself among the threads that encode, embed and score; nothing to wait for on a CPU.
 
     Two at a time would not be faster, take twice the device's memory, and one could disturb what the other captures.
@@ -67,7 +67,11 @@ def _has_turns(device: "torch.device") -> bool:
 
 
 def upload(values: "npt.NDArray[Any]", device: "torch.device | str") -> "torch.Tensor":
-    """The array on `device`. To CUDA it travels from pinned memory, and nobody waits until it is there."""
+    """The array on `device`: the shape, and the PyTorch dtype of that name, of an array of any shape and number type.
+
+    To CUDA it travels from pinned memory, and nobody waits until it is there; on a CPU a contiguous array's own memory
+    is used. Raises TypeError for a dtype that PyTorch does not have.
+    """
     import numpy as np
     import torch
 

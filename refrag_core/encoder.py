@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from refrag_core.batching import SafeBatchSize, cache_dir, equal_runs, map_spans
 from refrag_core.captured import CapturedCalls, filled_rows
 from refrag_core.decoder import input_embeddings
-from refrag_core.devices import turn_on
+from refrag_core.devices import device_turn, upload
 from refrag_core.digests import digest_json
 from refrag_core.errors import ConfigError, ModelNotFoundError
 from refrag_core.models import fingerprint_model, fingerprint_tokenizer, load_tokenizer, without_progress_bars
@@ -403,14 +403,14 @@ class ChunkEncoder:
         Raises ConfigError for rows, counts or ids out of range.
         """
         self._check(token_ids, num_tokens)
-        with turn_on(self.device), part("model"):
+        with device_turn(self.device), part("model"):
             made = self._encode_packed if self._packed is not None else self._encode_plain
             return made(token_ids, num_tokens)
 
     def _encode_plain(self, token_ids: Ids, num_tokens: npt.NDArray[np.integer[Any]]) -> Embeddings:
         order = np.argsort(num_tokens, kind="stable")
         staged = torch.empty((len(order), self.dim), dtype=torch.float16, pin_memory=self._on_cuda)
-        ids = self._upload(np.ascontiguousarray(token_ids[order]))
+        ids = upload(token_ids[order], self.device)
         size = self._batch_size(token_ids.shape[1])
         self._encode_sorted(ids, num_tokens[order], staged, size)
         if self._on_cuda:
@@ -433,10 +433,6 @@ class ChunkEncoder:
                 f"token ids must be 0 to {self._module.embedding.num_embeddings - 1}; found "
                 f"{token_ids.min()} to {token_ids.max()}: the chunks were made with another tokenizer"
             )
-
-    def _upload(self, token_ids: npt.NDArray[np.integer[Any]]) -> Tensor:
-        ids = torch.from_numpy(token_ids)
-        return ids.pin_memory().to(self.device, non_blocking=True) if self._on_cuda else ids
 
     def _batch_size(self, chunk_size: int) -> SafeBatchSize:
         name = torch.cuda.get_device_name(self.device) if self._on_cuda else "cpu"
@@ -476,8 +472,8 @@ class ChunkEncoder:
         full = num_tokens == token_ids.shape[1]
         order = np.argsort(full, kind="stable")
         num_short = len(full) - int(full.sum())
-        ids, places = self._upload(np.ascontiguousarray(token_ids[order])), self._upload(order)
-        lengths = self._upload(num_tokens[order[:num_short]].astype(np.int32))
+        ids, places = upload(token_ids[order], self.device), upload(order, self.device)
+        lengths = upload(num_tokens[order[:num_short]].astype(np.int32), self.device)
         made = torch.empty((len(order), self.dim), dtype=torch.float16, device=self.device)
 
         def run(start: int, stop: int) -> Tensor:

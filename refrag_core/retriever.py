@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from refrag_core.batching import SafeBatchSize, Span, cache_dir, equal_runs, map_spans
 from refrag_core.captured import CapturedCalls, filled_rows
-from refrag_core.devices import turn_on, upload
+from refrag_core.devices import device_turn, upload
 from refrag_core.digests import digest_json
 from refrag_core.encoder import load_body
 from refrag_core.errors import ConfigError
@@ -125,7 +125,7 @@ class Retriever:
 
     def embed_ids(self, ids: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.float32]:
         """Float32 `[n, d_ret]`, unit length, of texts given as the retriever's own token ids, special ones included."""
-        with turn_on(self.device), part("model"):
+        with device_turn(self.device), part("model"):
             if self._on_device and ids:
                 return self._embed_one(ids[0]) if len(ids) == 1 else self._embed_on_device(ids)
             vectors = np.empty((len(ids), self.dim), dtype=np.float32)

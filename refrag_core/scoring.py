@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from refrag_core.batching import SafeBatchSize, cache_dir, map_batches
 from refrag_core.decoder import Decoder, lowest
-from refrag_core.devices import turn_on
+from refrag_core.devices import device_turn
 from refrag_core.errors import ConfigError
 from refrag_core.parts import part
 
@@ -55,7 +55,7 @@ class ChunkScorer:
         self._check(passages, chunk_size)
         padded = np.array([self._padded_length(len(ids)) for ids in passages], dtype=np.int64)
         scores: list[Scores] = [np.empty(0, dtype=np.float32)] * len(passages)
-        with turn_on(self._decoder.device), part("model"):
+        with device_turn(self._decoder.device), part("model"):
             for length in np.unique(padded):
                 self._score_bucket(passages, np.flatnonzero(padded == length), int(length), chunk_size, scores)
         return scores
