@@ -1,5 +1,5 @@
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -341,14 +341,14 @@ def test_ties_fall_in_the_order_of_segment_and_row(tmp_path: Path, spec: IndexSp
 
 
 @every_kind
+@pytest.mark.parametrize("live", [None, [np.arange(300) % 7 > 0, np.arange(300) < 200]], ids=["all", "some live"])
 def test_only_queries_whose_hits_tie_are_searched_deeper(
-    tmp_path: Path, spec: IndexSpec, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, spec: IndexSpec, live: Sequence[np.ndarray] | None, monkeypatch: pytest.MonkeyPatch
 ):
     segments = [unit_vectors(300, seed=1), unit_vectors(300, seed=2)]
     segments[1][40:290:5] = unit_vectors(1, seed=8)
     index = open_segments(tmp_path, spec, segments)
     queries = np.concatenate([unit_vectors(20, seed=3), unit_vectors(1, seed=8), segments[0][:9]]).astype(np.float32)
-    live = [np.arange(300) % 7 > 0, np.arange(300) < 200]
     alone = [index.search(query[None], 5, live) for query in queries]
     asked, search = [], index._raw_search
     monkeypatch.setattr(index, "_raw_search", lambda *a: asked.append(a[-2].tolist()) or search(*a))
