@@ -51,6 +51,7 @@ Mask = npt.NDArray[np.bool_]
 Scores = npt.NDArray[np.floating]
 
 
+_SHORT_QUESTION = "Who was born there?"
 STEPS = ("retrieval", "fetch", "encode", "upload", "policy", "compose", "queue", "prefill")
 """What comes before the first token, in order; each has its milliseconds in `Stats`."""
 
@@ -378,9 +379,11 @@ class Runtime:
         return Runtime(self._generation, self._options)
 
     def warm(self, positions: Sequence[int]) -> None:
-        """Capture the graphs that prompts of these many decoder positions need, where answers come by such."""
-        if self._generation.fast is not None:
-            self._generation.fast.warm(positions)
+        """Capture what prompts of these many decoder positions and a short question need, where answers come so."""
+        generation = self._generation
+        if generation.fast is not None:
+            generation.searcher.embed(_SHORT_QUESTION)
+            generation.fast.warm(positions)
 
     @property
     def version(self) -> int:

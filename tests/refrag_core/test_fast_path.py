@@ -81,6 +81,21 @@ def test_replayed_answers_are_those_of_the_plain_path(library: SmallIndex, repla
         assert replace(answer, stats=expected.stats) == expected
 
 
+def test_warming_prepares_the_question_s_embedding_too(library: SmallIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, fast = (Runtime.open(library.path, device="cpu", captured=captured) for captured in (False, True))
+    embedded: list[str] = []
+    for runtime in (plain, fast):
+        retriever = runtime.searcher.retriever
+        embed = retriever.embed_queries
+        monkeypatch.setattr(
+            retriever, "embed_queries", lambda texts, embed=embed: embedded.extend(texts) or embed(texts)
+        )
+    plain.warm([20])
+    assert embedded == []
+    fast.warm([20, 40])
+    assert len(embedded) == 1
+
+
 def test_given_texts_take_the_path_too(library: SmallIndex) -> None:
     options = AskOptions(top_k=2, policy="none", max_new_tokens=5)
     given = {"note": "The river runs to the sea. " * 9}
