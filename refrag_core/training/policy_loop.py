@@ -82,7 +82,7 @@ from refrag_core.training.run_state import (
     was_finished,
 )
 from refrag_core.training.schedule import learning_rate_factor, progress_of
-from refrag_core.training.token_shards import TokenShards, TokenSplit, Windows
+from refrag_core.training.token_shards import Split, TokenShards, TokenSplit, Windows
 from refrag_core.training.trained_checkpoint import load_training_model
 
 _BETAS = (0.9, 0.95)
@@ -385,7 +385,7 @@ class PolicyTrainer:
         self.say(f"held-out questions: {found}")
         return {"held_out_questions": found}
 
-    def _evaluate_splits(self, names: Sequence[str], windows: int) -> dict[str, Any]:
+    def _evaluate_splits(self, names: Sequence[Split], windows: int) -> dict[str, Any]:
         """`evaluate` on the splits that have tokens; why not, where their documents do not do."""
         result: dict[str, Any] = {}
         for name in names:
