@@ -81,7 +81,8 @@ class KeyValueRows:
     def read(self, layer: int, places: Places) -> tuple[Tensor, Tensor]:
         """Keys and values `[b, window, h_kv, d_head]` of the places' rows, zero behind each row's last position."""
         # A longer sequence may have left a NaN there, and a mask does not help: 0 · NaN is NaN.
-        behind = ~places.mask()[:, 0, -1, :, None, None]
+        cached = torch.arange(places.window, device=places.positions.device)
+        behind = (cached > places.positions[:, -1:])[:, :, None, None]
         by_row = (part.view(self.rows, self.capacity, *part.shape[1:]) for part in self._layer(layer))
         keys, values = (part[:, : places.window][places.rows].masked_fill_(behind, 0) for part in by_row)
         return keys, values

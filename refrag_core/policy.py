@@ -153,18 +153,9 @@ def _positions(length: int, width: int, device: torch.device) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
-def initialise_policy(
-    d_enc: int,
-    *,
-    query_dim: int = 0,
-    match_dim: int = 0,
-    width: int = 256,
-    num_heads: int = 4,
-    num_layers: int = 2,
-    seed: int,
-) -> PointerPolicy:
-    """An untrained policy, equal for equal seeds; its match term begins at 0."""
-    policy = PointerPolicy(d_enc, query_dim=query_dim, width=width, num_heads=num_heads, num_layers=num_layers)
+def initialise_policy(d_enc: int, *, seed: int, match_dim: int = 0, **shape: int) -> PointerPolicy:
+    """An untrained policy of this shape (see `PointerPolicy`), equal for equal seeds; its match term begins at 0."""
+    policy = PointerPolicy(d_enc, **shape)
     _initialise(policy, torch.Generator().manual_seed(seed))
     return with_match(policy.eval(), match_dim, seed=seed) if match_dim else policy.eval()
 

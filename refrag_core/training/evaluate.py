@@ -4,7 +4,7 @@ Every condition predicts the same tokens, the output's second to last (without a
 predict its first from), with the same weights. Gap closed G = (none − refrag) / (none − full).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from refrag_core.training.batches import (
 )
 from refrag_core.training.losses import IGNORED, token_nll
 from refrag_core.training.model import TrainingModel, without_adapter
-from refrag_core.training.token_shards import TokenSplit, fixed_windows
+from refrag_core.training.token_shards import Split, TokenShards, TokenSplit, fixed_windows
 
 Selection = Literal["random", "last"]
 Losses = npt.NDArray[np.float64]
@@ -96,6 +96,32 @@ def expansion_masks(selection: Selection, rows: int, num_chunks: int, count: int
     if selection == "random":
         return random_masks(rows, num_chunks, count, np.random.default_rng(seed))
     return np.broadcast_to(np.arange(num_chunks) >= num_chunks - count, (rows, num_chunks)).copy()
+
+
+def evaluate_splits(
+    shards: TokenShards,
+    names: Sequence[Split],
+    evaluate_split: Callable[[TokenSplit], dict[str, Any]],
+    *,
+    summary: Callable[[dict[str, Any]], str],
+    say: Callable[[str], None],
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names and evaluations of the splits that have tokens; why there is none, where their documents do not do.
+
+    Args:
+        summary: of an evaluation, in one line.
+        say: where that line goes.
+    """
+    for name in names:
+        if int(shards.index["splits"][name]["tokens"]) == 0:
+            continue
+        try:
+            found = evaluate_split(shards.split(name))
+            say(f"{name}: {summary(found)}")
+        except ConfigError as error:
+            found = {"skipped": str(error)}
+            say(f"no evaluation on {name}: {error}")
+        yield name, found
 
 
 def evaluate(

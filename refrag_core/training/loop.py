@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from refrag_core.errors import ConfigError
 from refrag_core.models import DEFAULT_DECODER, DEFAULT_ENCODER, fingerprint_model, load_tokenizer, resolve_model
 from refrag_core.training.backward import Backward, CapturedBackward, Gradients, Inputs, Losses, upload
 from refrag_core.training.config import TaskConfig, TrainingConfig
-from refrag_core.training.evaluate import EvaluationOptions, evaluate
+from refrag_core.training.evaluate import EvaluationOptions, evaluate, evaluate_splits
 from refrag_core.training.example_stream import ExampleStream, PreparedExample
 from refrag_core.training.instruct_data import InstructionSet
 from refrag_core.training.losses import vocabulary_loss
@@ -65,7 +66,7 @@ from refrag_core.training.run_state import (
 )
 from refrag_core.training.schedule import learning_rate_factor, progress_of
 from refrag_core.training.throughput import FlopModel, Meter
-from refrag_core.training.token_shards import TokenShards, Windows
+from refrag_core.training.token_shards import Split, TokenShards, TokenSplit, Windows
 from refrag_core.training.trained_checkpoint import load_training_model, save_trained_checkpoint, write_record
 
 _SHORT_EVALUATION_WINDOWS = 64
@@ -273,7 +274,7 @@ class Trainer:
 
     # --- the end
 
-    def evaluate(self, split: Any, *, windows: int) -> dict[str, Any]:
+    def evaluate(self, split: TokenSplit, *, windows: int) -> dict[str, Any]:
         """`refrag_core.training.evaluate` on a split."""
         options = EvaluationOptions(
             context_tokens=self.config.context_tokens,
@@ -282,20 +283,11 @@ class Trainer:
             windows=windows,
             seed=self.config.seed,
         )
-        return evaluate(self.model, self.shards.split(split), options, autocast=self.autocast)
+        return evaluate(self.model, split, options, autocast=self.autocast)
 
-    def _evaluated(self, splits: Sequence[str], windows: int) -> Iterator[tuple[str, dict[str, Any]]]:
-        """`evaluate` on the splits that have tokens; why not, where their documents do not do."""
-        for split in splits:
-            if int(self.shards.index["splits"][split]["tokens"]) == 0:
-                continue
-            try:
-                found = self.evaluate(split, windows=windows)
-                self.say(f"{split}: {summary(found)}")
-            except ConfigError as error:
-                found = {"skipped": str(error)}
-                self.say(f"no evaluation on {split}: {error}")
-            yield split, found
+    def _evaluated(self, splits: Sequence[Split], windows: int) -> Iterator[tuple[str, dict[str, Any]]]:
+        run = partial(self.evaluate, windows=windows)
+        return evaluate_splits(self.shards, splits, run, summary=summary, say=self.say)
 
     def _finish(self) -> None:
         self.say("writing the checkpoint")

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from refrag_core.devices import upload
 from refrag_core.errors import ConfigError
 from refrag_core.policy import num_expanded
 from refrag_core.training.losses import token_nll
@@ -157,17 +158,18 @@ class ExpansionScorer:
     @torch.no_grad()
     def encode(self, example: PolicyExample) -> EncodedContexts:
         """The example on the device, with its chunk embeddings."""
-        chunks = self._upload(example.context.reshape(len(example.context), -1, example.chunk_size))
+        chunks = upload(example.context.reshape(len(example.context), -1, example.chunk_size), self._device)
         embeddings = self._embed(chunks)
-        queries = None if example.queries is None else self._upload(example.queries)
+        queries = None if example.queries is None else upload(example.queries, self._device)
         present = torch.ones(chunks.shape[:2], dtype=torch.bool, device=self._device)
-        return EncodedContexts(chunks, self._upload(example.output), embeddings, present, queries)
+        return EncodedContexts(chunks, upload(example.output, self._device), embeddings, present, queries)
 
     @torch.no_grad()
     def encode_questions(self, contexts: AnsweredContexts, queries: Queries) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """On the device: chunk embeddings `[b, L, d_enc]`, present `[b, L]`, queries and targets `[b, L]`."""
-        embeddings = self._embed(self._upload(contexts.chunk_ids), ragged=True)
-        return embeddings, self._upload(contexts.present), self._upload(queries), self._upload(contexts.targets)
+        embeddings = self._embed(upload(contexts.chunk_ids, self._device), ragged=True)
+        present, sent, targets = (upload(a, self._device) for a in (contexts.present, queries, contexts.targets))
+        return embeddings, present, sent, targets
 
     def _embed(self, chunks: Tensor, *, ragged: bool = False) -> Tensor:
         """Embeddings float32 `[b, L, d_enc]` of chunks `[b, L, k]`, rounded to float16 as an index stores them."""
@@ -178,10 +180,6 @@ class ExpansionScorer:
             made = self._model.encoder(flat.clamp_min(0), real) if ragged else self._model.encoder(flat)
         embeddings: Tensor = made.float().half().float().view(*chunks.shape[:2], -1)
         return embeddings
-
-    def _upload(self, array: npt.NDArray[Any]) -> Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
 
     @torch.no_grad()
     def rewards(self, contexts: EncodedContexts, masks: Tensor, count: int) -> Tensor:

@@ -101,8 +101,8 @@ def evaluate_answers(
     As many chunks are chosen as a host does at the evaluation's p. `random` is what equally many drawn at random would
     find on average.
     """
-    count = len(questions.examples)
-    result: dict[str, Any] = {"questions": count, "expansion_fraction": config.evaluation_fraction}
+    count, fraction = len(questions.examples), config.evaluation_fraction
+    result: dict[str, Any] = {"questions": count, "expansion_fraction": fraction}
     for size in config.chunk_sizes:
         found, chances = [], []
         for start in range(0, count, _BATCH_ROWS):
@@ -110,11 +110,7 @@ def evaluate_answers(
             embeddings, present, queries, _ = scorer.encode_questions(contexts, embed_queries(contexts.questions))
             logits = policy(embeddings, present, queries).cpu().numpy()
             for row, length in enumerate(contexts.present.sum(axis=1).tolist()):
-                holds, own, fraction = (
-                    contexts.holds_answer[row, :length],
-                    logits[row, :length],
-                    config.evaluation_fraction,
-                )
+                holds, own = contexts.holds_answer[row, :length], logits[row, :length]
                 chosen = select("learned", num_chunks=length, expansion_fraction=fraction, logits=own)
                 found.append(bool((holds & chosen).any()))
                 chances.append(chance_of_a_hit(length, int(holds.sum()), int(chosen.sum())))

@@ -23,6 +23,7 @@ import time
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from refrag_core.policy import (
     with_match,
 )
 from refrag_core.retriever import load_retriever
+from refrag_core.training.evaluate import evaluate_splits
 from refrag_core.training.loop import autocast_of, check_chunk_sizes, open_instructions
 from refrag_core.training.model import compile_layers
 from refrag_core.training.policy_answers import AnsweredQuestions
@@ -386,18 +388,8 @@ class PolicyTrainer:
         return {"held_out_questions": found}
 
     def _evaluate_splits(self, names: Sequence[Split], windows: int) -> dict[str, Any]:
-        """`evaluate` on the splits that have tokens; why not, where their documents do not do."""
-        result: dict[str, Any] = {}
-        for name in names:
-            if int(self.shards.index["splits"][name]["tokens"]) == 0:
-                continue
-            try:
-                result[name] = self.evaluate(self.shards.split(name), windows=windows)
-                self.say(f"{name}: {summary(result[name])}")
-            except ConfigError as error:
-                result[name] = {"skipped": str(error)}
-                self.say(f"no evaluation on {name}: {error}")
-        return result
+        run = partial(self.evaluate, windows=windows)
+        return dict(evaluate_splits(self.shards, names, run, summary=summary, say=self.say))
 
     def _finish(self) -> None:
         self.say("writing the checkpoint")
