@@ -141,9 +141,7 @@ def _part(checkpoint: Checkpoint, part: str, names: Sequence[str]) -> tuple[str,
 
 def _rank(checkpoint: Checkpoint) -> int:
     adapter = checkpoint.load_adapter()
-    return (
-        max((len(down) for name, down in adapter.state.items() if name.endswith(".down")), default=0) if adapter else 0
-    )
+    return adapter.rank if adapter else 0
 
 
 def _policy_name(checkpoint: Checkpoint) -> str:

@@ -26,7 +26,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from refrag import checkpoints
-from refrag_core.decoder import Adapter, Decoder, input_embedding_size
+from refrag_core.adapter import Adapter
+from refrag_core.decoder import Decoder, input_embedding_size
 from refrag_core.digests import JSON, digest_bytes, digest_json
 from refrag_core.encoder import EMBEDDING_FORM, POOLING, ChunkEncoder, EmbeddingForm, Pooling, encode_fingerprint
 from refrag_core.errors import ConfigError, FingerprintMismatchError, ModelNotFoundError
@@ -105,10 +106,10 @@ class PolicyConfig:
 
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
-    """A trained low-rank update of the decoder."""
+    """A trained update of the decoder (`refrag_core.adapter`)."""
 
     scale: float
-    """A layer's weight becomes weight + scale · up @ down."""
+    """A layer's weight becomes weight + scale · up @ down (+ its signs)."""
     files: tuple[WeightFile, ...]
 
 

@@ -6,7 +6,7 @@ Notation: b prompts, s slots of the longest, d_dec width of the input embeddings
 import importlib.util
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -18,6 +18,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from refrag_core.adapter import Adapter
 from refrag_core.composition import PromptBatch
 from refrag_core.errors import ConfigError, ModelNotFoundError, UnsupportedDecoderError
 from refrag_core.models import load_tokenizer, without_progress_bars
@@ -43,16 +44,6 @@ class Prefilled:
     """float32 `[b, V]`, of the last slot only: the first new token comes from these."""
     cache: Any
     """The model's key-value cache over all slots."""
-
-
-@dataclass(frozen=True, slots=True)
-class Adapter:
-    """Trained low-rank updates of a decoder's linear layers (LoRA, arXiv:2106.09685)."""
-
-    state: Mapping[str, Tensor]
-    """`LAYER.down` float `[rank, in]` and `LAYER.up` float `[out, rank]` of each adapted layer."""
-    scale: float
-    """A layer's weight becomes weight + scale · up @ down."""
 
 
 class Decoder:
@@ -283,18 +274,15 @@ def merge_adapter(model: Any, adapter: Adapter, *, only: nn.Module | None = None
         only: the one layer that is changed; all are checked.
     """
     layers = dict(model.named_modules())
-    for name in sorted({key.rpartition(".")[0] for key in adapter.state}):
-        down, up = (adapter.state.get(f"{name}.{part}") for part in ("down", "up"))
-        weight = getattr(layers.get(name), "weight", None)
-        if weight is None or down is None or up is None or (up.shape[0], down.shape[1]) != tuple(weight.shape):
+    for name in adapter.layers:
+        update, weight = adapter.update(name), getattr(layers.get(name), "weight", None)
+        if weight is None or update.shape != tuple(weight.shape):
             raise ConfigError(
                 f"the adapter's layer {name!r} does not fit the decoder of type {model.config.model_type!r}; expected "
                 f"the decoder that the checkpoint was trained for: leave --decoder out"
             )
-        if only is not None and layers[name] is not only:
-            continue
-        update = up.float() @ down.float()
-        weight.copy_(weight.float() + adapter.scale * update.to(weight.device))
+        if only is None or layers[name] is only:
+            weight.copy_(weight.float() + update.dense(adapter.scale).to(weight.device))
 
 
 def _check_device_map(device_map: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor
 
+from refrag_core.adapter import Adapter, LayerUpdate
 from refrag_core.checkpoint import CONFIG_FILE, POLICY_FILE, PROJECTION_FILE, AdapterConfig, Checkpoint
 from refrag_core.encoder import ENTRYWISE
 from refrag_core.errors import ConfigError, ModelNotFoundError, UsageError
@@ -160,7 +161,7 @@ def _write(checkpoint: Checkpoint, folder: Path, options: PackOptions) -> list[s
         files = write_weights(folder, "encoder", layers, dtype=options.encoder, exact=ENTRYWISE)
         config = replace(config, encoder_files=files)
     if adapter is not None:
-        state = _cut(adapter.state, options.adapter_rank)
+        state = _cut(adapter, options.adapter_rank)
         files = write_weights(folder, "adapter", state, dtype=options.adapter)
         config = replace(config, adapter=AdapterConfig(adapter.scale, files))
     encoder, decoder = config.encoder, config.decoder
@@ -181,18 +182,20 @@ def _write(checkpoint: Checkpoint, folder: Path, options: PackOptions) -> list[s
 
 
 @torch.no_grad()
-def _cut(state: Mapping[str, Tensor], rank: int | None) -> Mapping[str, Tensor]:
-    """Factors of at most `rank` for the same updates: the leading ones where they are in order, else the closest."""
+def _cut(adapter: Adapter, rank: int | None) -> Mapping[str, Tensor]:
+    """Factors of at most `rank` for the same updates: the leading ones where they are in order, else the closest.
+
+    Signs stay what they are.
+    """
     if rank is None:
-        return state
-    made = dict(state)
-    for name, update in _updates(state):
-        down, up = state[f"{name}.down"], state[f"{name}.up"]
-        if len(down) <= rank:
-            continue
-        made[f"{name}.down"], made[f"{name}.up"] = (
-            (down[:rank], up[:, :rank].contiguous()) if _in_order(up) else closest_factors(update, rank, 1.0)
-        )
+        return adapter.state
+    made = dict(adapter.state)
+    for name in adapter.layers:
+        given = adapter.update(name)
+        down, up = given.down.float(), given.up.float()
+        if len(down) > rank:
+            cut = (down[:rank], up[:, :rank].contiguous()) if _in_order(up) else closest_factors(up @ down, rank, 1.0)
+            made |= LayerUpdate(*cut, given.signs).state(name)
     return made
 
 
@@ -206,12 +209,6 @@ def _in_order(up: Tensor) -> bool:
     squares = gram.diagonal()
     apart = (gram - torch.diag(squares)).abs().max() <= _ORTHOGONAL * squares.max()
     return bool(apart and (squares[1:] <= squares[:-1] * (1 + _ORTHOGONAL)).all())
-
-
-def _updates(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Each layer's up @ down float32 `[out, in]`, one at a time."""
-    for name in sorted({key.rpartition(".")[0] for key in state}):
-        yield name, state[f"{name}.up"].float() @ state[f"{name}.down"].float()
 
 
 def _portable(reference: str, fingerprint: str) -> str:
@@ -278,14 +275,13 @@ def _copy_record(source: Path, folder: Path) -> None:
 
 
 def _part_report(part: str, dtype: str, before: Checkpoint, after: Checkpoint) -> PartReport:
-    stored = _weights(part, after)
     error = size = 0.0
-    for own, other in zip(_compared(part, _weights(part, before)), _compared(part, stored), strict=True):
+    for own, other in zip(_compared(part, before), _compared(part, after), strict=True):
         error += float((other.double() - own.double()).square().sum())
         size += float(own.double().square().sum())
     return PartReport(
         dtype=dtype,
-        weights=sum(weight.numel() for weight in stored.values()),
+        weights=sum(_count(weight) for weight in _weights(part, after).values()),
         bytes=_size(after, _files(part, after)),
         bytes_before=_size(before, _files(part, before)),
         relative_error=math.sqrt(error / size) if size else 0.0,
@@ -303,6 +299,16 @@ def _weights(part: str, checkpoint: Checkpoint) -> Mapping[str, Tensor]:
     return module.state_dict()
 
 
-def _compared(part: str, weights: Mapping[str, Tensor]) -> Iterator[Tensor]:
+def _count(weight: Tensor) -> int:
+    """Numbers in a tensor; a byte of bits holds eight."""
+    return weight.numel() * (8 if weight.dtype == torch.uint8 else 1)
+
+
+def _compared(part: str, checkpoint: Checkpoint) -> Iterator[Tensor]:
     """The tensors that say what a part does, by name."""
-    return (update for _, update in _updates(weights)) if part == "adapter" else (weights[n] for n in sorted(weights))
+    if part == "adapter":
+        adapter = checkpoint.load_adapter()
+        yield from () if adapter is None else (adapter.update(name).dense(adapter.scale) for name in adapter.layers)
+    else:
+        weights = _weights(part, checkpoint)
+        yield from (weights[name] for name in sorted(weights))

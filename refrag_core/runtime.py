@@ -19,13 +19,14 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from refrag_core.adapter import Adapter
 from refrag_core.answer_text import AnswerText, FinishReason
 from refrag_core.bundle import check_files, check_signed
 from refrag_core.checkpoint import Checkpoint, load_checkpoint
 from refrag_core.chunk_cache import CachedChunkEncoder, ChunkCache, DiskChunkCache, MemoryChunkCache
 from refrag_core.chunking import ChunkingOptions, chunk_rows, cut_passages, passage_id, tokenize_documents
 from refrag_core.composition import Composed, ContextPassage, compose, pad_batch
-from refrag_core.decoder import FINISHED, Adapter, Decoder, lowest
+from refrag_core.decoder import FINISHED, Decoder, lowest
 from refrag_core.devices import resolve_device
 from refrag_core.embedding_storage import concatenate_rows, store_rows
 from refrag_core.encoder import ChunkEncoder

@@ -1,4 +1,4 @@
-"""Trained weights in files: safetensors of bounded size, as float32, float16 or int8 with a scale a row.
+"""Trained weights in files: safetensors of bounded size, as float32, float16 or int8 with a scale a row, and bits.
 
 The form is specified in schemas/CHECKPOINT.md.
 """
@@ -24,6 +24,8 @@ MAX_FILE_BYTES = 15 << 20
 _SCALE = "::scale"
 _CODE_LIMIT = 127
 _FLOATS = (torch.float32, torch.float16)
+_BITS = ".signs"
+"""Ends the names of matrices of bits, uint8 (`refrag_core.adapter.SignMatrix`), which have no other form."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,9 @@ def write_weights(
 def _packed(weights: Mapping[str, Tensor], dtype: StoredDtype, exact: Container[str]) -> Iterator[dict[str, Tensor]]:
     """What is stored of each weight; a matrix and its scales stay in one file."""
     for name, weight in sorted(weights.items()):
+        if name.endswith(_BITS):
+            yield {name: weight.detach().to("cpu", torch.uint8).contiguous()}
+            continue
         given = weight.detach().to("cpu", torch.float32).contiguous()
         if dtype == "int8" and given.ndim == 2 and name not in exact:
             codes, scale = quantise_rows(given)
@@ -102,7 +107,7 @@ def _groups(items: Iterable[dict[str, Tensor]], max_bytes: int) -> Iterator[dict
 
 
 def read_weights(paths: Sequence[Path]) -> dict[str, Tensor]:
-    """All weights of the files, float32; int8 codes are multiplied by their scales.
+    """All weights of the files, float32; int8 codes are multiplied by their scales, bits stay uint8.
 
     Raises ConfigError for a file that is no safetensors, and for tensors that are no stored weights.
     """
@@ -123,18 +128,23 @@ def _multiplied_out(stored: Mapping[str, Tensor], path: Path) -> dict[str, Tenso
             kind = str(tensor.dtype).removeprefix("torch.")
             raise ConfigError(
                 f"{path} holds {name!r} of {kind} {list(tensor.shape)} {problem}; expected float32, float16, or int8 "
-                f"with a float32 scale a row: get the checkpoint again"
+                f"with a float32 scale a row (signs: uint8): get the checkpoint again"
             )
     scales = {name: stored.get(name + _SCALE) for name in stored if not name.endswith(_SCALE)}
-    return {
-        name: stored[name].float() if scale is None else stored[name].float() * scale[:, None]
-        for name, scale in scales.items()
-    }
+    return {name: _numbers(stored[name], scale) for name, scale in scales.items()}
+
+
+def _numbers(tensor: Tensor, scale: Tensor | None) -> Tensor:
+    if tensor.dtype == torch.uint8:
+        return tensor
+    return tensor.float() if scale is None else tensor.float() * scale[:, None]
 
 
 def _problem_of_weight(name: str, stored: Mapping[str, Tensor]) -> str:
     """What is wrong with a weight or its codes beside the other tensors of its file; "" for nothing."""
     tensor = stored[name]
+    if name.endswith(_BITS):
+        return "" if tensor.dtype == torch.uint8 else "for bits"
     if tensor.dtype != torch.int8:
         return "" if tensor.dtype in _FLOATS else "entries"
     if name + _SCALE not in stored:

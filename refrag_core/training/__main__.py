@@ -51,7 +51,7 @@ def evaluate_checkpoint(config: TrainingConfig, checkpoint: Path, reference: Pat
 def _load(folder: Path, config: TrainingConfig, device: torch.device) -> TrainingModel:
     checkpoint = Checkpoint.load(folder)
     adapter = checkpoint.load_adapter()
-    rank = len(next(value for key, value in adapter.state.items() if key.endswith(".down"))) if adapter else 1
+    rank = adapter.rank if adapter else 1
     training: DecoderTraining = "frozen" if adapter is None else "lora"
     return load_training_model(checkpoint, replace(config, decoder_training=training, adapter_rank=rank)).to(device)
 

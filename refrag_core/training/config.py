@@ -60,7 +60,7 @@ _MAY_BE_ZERO = (
     "match_dim",
 )
 
-ADDED_SETTINGS: dict[str, JSON] = {"last_share": 0.0, "match_dim": 0}
+ADDED_SETTINGS: dict[str, JSON] = {"last_share": 0.0, "match_dim": 0, "adapter_signs": False}
 """Settings that came later, with what runs did before them: a state that was saved then can still be resumed."""
 
 _NOT_RESUMED = (
@@ -164,6 +164,9 @@ class TrainingConfig:
     """`full` trains whole matrices, which the checkpoint holds as an adapter of `adapter_rank` that is closest."""
     adapter_rank: int = 32
     """Rank of the low-rank update of the decoder (LoRA)."""
+    adapter_signs: bool = False
+    """With `full`: the checkpoint holds what that rank leaves out as well, one bit an entry with a scale a row and a
+    column (`refrag_core.adapter`). `lora` goes on beside signs that are there, and leaves them as they are."""
     adapter_scale: float = 2.0
     """What the update is multiplied by."""
     adapter_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -363,6 +366,11 @@ def _check_fit(config: TrainingConfig) -> None:
         raise ConfigError("distillation must be 0 to 1, the divergence's share of the loss")
     if any(task.last_share > 1.0 for task in config.tasks):
         raise ConfigError("last_share must be 0 to 1, a share of the rows")
+    if config.adapter_signs and config.decoder_training != "full":
+        raise ConfigError(
+            f"adapter_signs is true with decoder_training {config.decoder_training!r}; expected full: signs are made of "
+            f"whole matrices, and a checkpoint's own stay without the setting"
+        )
     if config.decoder_training == "frozen" and any(task.kind == "text" for task in config.tasks):
         raise ConfigError(
             "a text task trains nothing but the decoder, which is frozen; leave the task out, or use lora or full"

@@ -293,7 +293,7 @@ class Trainer:
         self.say("writing the checkpoint")
         adapter = self.save_checkpoint().load_adapter()
         if adapter is not None and self.config.decoder_training == "full":
-            start_adapter(self.model.decoder, adapter.state)  # what is evaluated is what the checkpoint holds
+            start_adapter(self.model.decoder, adapter)  # what is evaluated is what the checkpoint holds
         result = {}
         for split, found in self._evaluated(("held_out", "train", "reported"), self.config.evaluation_windows):
             result[split] = found

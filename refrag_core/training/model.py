@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from refrag_core.adapter import Adapter, LayerUpdate, SignMatrix, closest_signs
 from refrag_core.encoder import EncoderModule
 from refrag_core.errors import ConfigError, UnsupportedDecoderError
 from refrag_core.training.low_rank import balanced_factors, closest_factors
@@ -19,6 +20,7 @@ DecoderTraining = Literal["frozen", "lora", "full"]
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+_SIGN_ROUNDS = 2
 _HEAD_TOLERANCE = 1e-2
 _CAUSAL = "refrag-causal-sdpa"
 _MASK_WHERE_GIVEN = "refrag-mask-where-given-sdpa"
@@ -46,44 +48,53 @@ class AdaptedLinear(nn.Module):
         """`[out, in]`, base and update."""
         raise NotImplementedError
 
-    def factors(self, rank: int, moment: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """`down` float32 `[rank, in]` and `up` float32 `[out, rank]`: the update is `scale` · up @ down.
+    def stored(self, rank: int, moment: Tensor | None = None, *, signs: bool = False) -> LayerUpdate:
+        """The update as a checkpoint holds it, with factors of that rank.
 
-        Where it has more than that rank it is what comes closest, by the second moment `[in, in]` of the inputs where
-        that is given.
+        Where it has more than that rank they are what comes closest, by the second moment `[in, in]` of the inputs
+        where that is given; with `signs` the rest is stored as signs.
         """
         raise NotImplementedError
 
-    def takes(self, down: Tensor, up: Tensor) -> bool:
-        """Whether the update can start from these factors, of any rank."""
-        return (self.base.out_features, self.base.in_features) == (up.shape[0], down.shape[1])
+    def takes(self, update: LayerUpdate) -> bool:
+        """Whether the update can start from a stored one, of any rank."""
+        return (self.base.out_features, self.base.in_features) == update.shape
 
-    def start_from(self, down: Tensor, up: Tensor) -> None:
-        """Make the update `scale` · up @ down, or what comes closest to it."""
+    def start_from(self, update: LayerUpdate) -> None:
+        """Make the update the stored one, or what comes closest to it."""
         raise NotImplementedError
 
 
 class LoRALinear(AdaptedLinear):
-    """The update is of low rank: scale · up @ down (LoRA, arXiv:2106.09685)."""
+    """The update is of low rank: scale · up @ down (LoRA, arXiv:2106.09685), beside signs that stay as they are."""
+
+    signed: Tensor | None
+    """The base's weight with the signs added, in the base's dtype; None without signs."""
 
     def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
         super().__init__(base, scale)
         self.down = nn.Parameter(torch.empty((rank, base.in_features), dtype=torch.float32, device=base.weight.device))
         self.up = nn.Parameter(torch.zeros((base.out_features, rank), dtype=torch.float32, device=base.weight.device))
+        self.signs: SignMatrix | None = None
+        self.register_buffer("signed", None, persistent=False)
 
     def weight(self) -> Tensor:
         """`[out, in]`."""
-        return torch.addmm(self.base.weight, self.up, self.down, alpha=self.scale)
+        fixed = self.base.weight if self.signed is None else self.signed
+        return torch.addmm(fixed, self.up, self.down, alpha=self.scale)
 
-    def factors(self, rank: int, moment: Tensor | None = None) -> tuple[Tensor, Tensor]:  # noqa: ARG002
-        """Its own. Raises ConfigError for another rank."""
+    def stored(self, rank: int, moment: Tensor | None = None, *, signs: bool = False) -> LayerUpdate:  # noqa: ARG002
+        """Its own factors, and the signs that it started from. Raises ConfigError for another rank."""
         if rank != len(self.down):
             raise ConfigError(f"the decoder is trained with rank {len(self.down)}; expected adapter_rank {rank}")
-        return self.down.detach(), self.up.detach()
+        return LayerUpdate(self.down.detach(), self.up.detach(), self.signs)
 
-    def start_from(self, down: Tensor, up: Tensor) -> None:
+    def start_from(self, update: LayerUpdate) -> None:
         """Balance the factors; of more than its rank it takes the closest, with fewer the rest begins at nothing."""
-        rank = len(self.down)
+        rank, down, up = len(self.down), update.down, update.up
+        if update.signs is not None:
+            self.signs, weight = update.signs, self.base.weight
+            self.signed = (weight.float() + update.signs.dense().to(weight.device)).to(weight.dtype)
         if len(down) > rank:
             down, up = closest_factors(self.scale * (up.float() @ down.float()), rank, self.scale)
         down, up = balanced_factors(down.float(), up.float())
@@ -92,7 +103,8 @@ class LoRALinear(AdaptedLinear):
 
 
 class FullLinear(AdaptedLinear):
-    """The update is a whole matrix, float32 beside a base of the run's precision; saved as its closest of low rank."""
+    """The update is a whole matrix, float32 beside a base of the run's precision; saved as its closest of low rank,
+    and perhaps signs."""
 
     def __init__(self, base: nn.Linear, scale: float) -> None:
         super().__init__(base, scale)
@@ -102,13 +114,20 @@ class FullLinear(AdaptedLinear):
         """`[out, in]`, rounded once."""
         return (self.base.weight.float() + self.update).to(self.base.weight.dtype)
 
-    def factors(self, rank: int, moment: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Those that come closest to the update."""
-        return closest_factors(self.update, rank, self.scale, moment)
+    def stored(self, rank: int, moment: Tensor | None = None, *, signs: bool = False) -> LayerUpdate:
+        """What comes closest to the update; factors and signs are fitted to what the other leaves, in turns."""
+        down, up = closest_factors(self.update, rank, self.scale, moment)
+        if not signs:
+            return LayerUpdate(down, up)
+        whole = self.update.detach()
+        for _ in range(_SIGN_ROUNDS):
+            rest = closest_signs(whole - self.scale * (up @ down))
+            down, up = closest_factors(whole - rest.dense(), rank, self.scale, moment)
+        return LayerUpdate(down, up, closest_signs(whole - self.scale * (up @ down)))
 
-    def start_from(self, down: Tensor, up: Tensor) -> None:
-        """Multiply the factors out."""
-        self.update.copy_(self.scale * (up.float() @ down.float()))
+    def start_from(self, update: LayerUpdate) -> None:
+        """Multiply the stored one out."""
+        self.update.copy_(update.dense(self.scale))
 
 
 def add_adapter(decoder: Any, *, rank: int, scale: float, targets: Sequence[str], seed: int) -> None:
@@ -154,28 +173,27 @@ def adapter_layers(decoder: Any) -> dict[str, AdaptedLinear]:
     return {name: module for name, module in decoder.named_modules() if isinstance(module, AdaptedLinear)}
 
 
-def adapter_state(decoder: Any, rank: int, moments: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """`NAME.down` and `NAME.up` of every adapted layer, as `refrag_core.decoder.merge_adapter` reads them.
+def adapter_state(
+    decoder: Any, rank: int, moments: Mapping[str, Tensor] | None = None, *, signs: bool = False
+) -> dict[str, Tensor]:
+    """Every adapted layer's update, as the state of a `refrag_core.adapter.Adapter`.
 
     Args:
         moments: `refrag_core.training.low_rank.input_moments` of the layers, for updates of more than `rank`.
+        signs: store what the rank leaves out of such updates as signs.
     """
-    state = {}
+    state: dict[str, Tensor] = {}
     for name, layer in sorted(adapter_layers(decoder).items()):
-        state[f"{name}.down"], state[f"{name}.up"] = layer.factors(rank, None if moments is None else moments[name])
+        state |= layer.stored(rank, None if moments is None else moments[name], signs=signs).state(name)
     return state
 
 
 @torch.no_grad()
-def start_adapter(decoder: Any, state: Mapping[str, Tensor]) -> None:
-    """Make the adapted layers' updates what `state` (of `adapter_state`) says, as far as their ranks go.
-
-    Raises ConfigError for other layers.
-    """
+def start_adapter(decoder: Any, adapter: Adapter) -> None:
+    """Make the adapted layers' updates the adapter's, as far as their ranks go. Raises ConfigError for other layers."""
     layers = adapter_layers(decoder)
-    names = {key.rpartition(".")[0] for key in state}
-    odd = sorted(layers.keys() ^ names) or [
-        name for name, layer in layers.items() if not layer.takes(state[f"{name}.down"], state[f"{name}.up"])
+    odd = sorted(layers.keys() ^ set(adapter.layers)) or [
+        name for name, layer in layers.items() if not layer.takes(adapter.update(name))
     ]
     if odd:
         raise ConfigError(
@@ -183,7 +201,7 @@ def start_adapter(decoder: Any, state: Mapping[str, Tensor]) -> None:
             f"adapter_targets and decoder to go on training it"
         )
     for name, layer in layers.items():
-        layer.start_from(state[f"{name}.down"], state[f"{name}.up"])
+        layer.start_from(adapter.update(name))
 
 
 @contextmanager

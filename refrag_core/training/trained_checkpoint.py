@@ -71,7 +71,7 @@ def load_training_model(checkpoint: Checkpoint, config: TrainingConfig) -> Train
     elif config.decoder_training == "full":
         unfreeze(decoder, scale=scale, targets=config.adapter_targets)
     if adapter is not None and not frozen:
-        start_adapter(decoder, adapter.state)
+        start_adapter(decoder, adapter)
     if config.gradient_checkpointing:
         decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         decoder.train()
@@ -99,7 +99,7 @@ def save_trained_checkpoint(
     adapter = base.config.adapter
     adapted = list(adapter_layers(model.decoder).values())
     if adapted:
-        state = adapter_state(model.decoder, config.adapter_rank, moments)
+        state = adapter_state(model.decoder, config.adapter_rank, moments, signs=config.adapter_signs)
         files = write_weights(temporary, "adapter", state, dtype=config.adapter_dtype)
         adapter = AdapterConfig(adapted[0].scale, files)
     elif adapter is not None:

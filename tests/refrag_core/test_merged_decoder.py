@@ -107,7 +107,7 @@ def test_input_embeddings_alone_are_those_of_the_whole_decoder(family: str, tmp_
 
 
 def test_an_adapter_of_the_embedding_is_in_it(tmp_path: Path) -> None:
-    from refrag_core.decoder import Adapter
+    from refrag_core.adapter import Adapter
 
     folder = tiny_models.decoder_folder(tmp_path / "decoder")
     rows = load_tokenizer(folder).get_vocab_size()

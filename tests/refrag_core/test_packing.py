@@ -12,6 +12,7 @@ import torch
 
 from refrag.schemas import checkpoint_schema
 from refrag_core import packing
+from refrag_core.adapter import Adapter
 from refrag_core.checkpoint import Checkpoint
 from refrag_core.errors import ConfigError, FingerprintMismatchError, UsageError
 from refrag_core.packing import PackOptions, pack_checkpoint, pack_options
@@ -38,7 +39,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def updates(made: Checkpoint) -> dict[str, torch.Tensor]:
     adapter = made.load_adapter()
     assert adapter is not None
-    return dict(packing._updates(adapter.state))
+    return {name: adapter.update(name).dense(1.0) for name in adapter.layers}
 
 
 def test_int8_keeps_every_entry_within_a_254th_of_its_rows_largest(trained: Checkpoint, tmp_path: Path) -> None:
@@ -153,10 +154,10 @@ def test_factors_in_order_lose_the_last_ones() -> None:
     generator = torch.Generator().manual_seed(0)
     up = torch.linalg.qr(torch.randn((8, 3), generator=generator)).Q * torch.tensor([3.0, 2.0, 1.0])
     down = torch.randn((3, 5), generator=generator) * torch.tensor([[1.0], [1.0], [40.0]])
-    cut = packing._cut({"layer.up": up, "layer.down": down}, 2)
+    cut = packing._cut(Adapter({"layer.up": up, "layer.down": down}, 1.0), 2)
     assert torch.equal(cut["layer.up"], up[:, :2])
     assert torch.equal(cut["layer.down"], down[:2])
-    swapped = packing._cut({"layer.up": up[:, [1, 0, 2]], "layer.down": down[[1, 0, 2]]}, 2)
+    swapped = packing._cut(Adapter({"layer.up": up[:, [1, 0, 2]], "layer.down": down[[1, 0, 2]]}, 1.0), 2)
     error = (swapped["layer.up"] @ swapped["layer.down"] - up @ down).norm()
     assert float(error) < float((up[:, :2] @ down[:2] - up @ down).norm())
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
+from refrag_core.adapter import Adapter, LayerUpdate, closest_signs
 from refrag_core.checkpoint import Checkpoint
-from refrag_core.decoder import Adapter, merge_adapter
+from refrag_core.decoder import Decoder, merge_adapter
 from refrag_core.errors import ConfigError
 from refrag_core.training.batches import NO_TOKEN, next_paragraph_batch
 from refrag_core.training.loop import Trainer
@@ -23,17 +24,23 @@ def linear() -> nn.Linear:
     return nn.Linear(3, 4, bias=False)
 
 
+def factors(layer: FullLinear, rank: int) -> tuple[Tensor, Tensor]:
+    update = layer.stored(rank)
+    assert update.signs is None
+    return update.down, update.up
+
+
 def test_a_full_update_is_saved_as_its_closest_of_low_rank() -> None:
     layer = FullLinear(linear(), scale=2.0)
     with torch.no_grad():
         # Singular values 6 and 1 by hand: one direction is kept of two.
         layer.update[0, 1], layer.update[2, 2] = 6.0, 1.0
-    down, up = layer.factors(1)
+    down, up = factors(layer, 1)
     assert (down.shape, up.shape) == ((1, 3), (4, 1))
     expected = torch.zeros((4, 3))
     expected[0, 1] = 6.0
     assert torch.allclose(2.0 * up @ down, expected, atol=1e-5)
-    down, up = layer.factors(3)
+    down, up = factors(layer, 3)
     assert torch.allclose(2.0 * up @ down, layer.update.detach(), atol=1e-5)
 
 
@@ -42,40 +49,111 @@ def test_the_closest_of_low_rank_is_that_of_the_singular_values(shape: tuple[int
     layer = FullLinear(nn.Linear(shape[1], shape[0], bias=False), scale=2.0)
     with torch.no_grad():
         layer.update.normal_()
-    down, up = layer.factors(3)
+    down, up = factors(layer, 3)
     left, values, right = torch.linalg.svd(layer.update.detach())
     assert torch.allclose(2.0 * up @ down, left[:, :3] * values[:3] @ right[:3], atol=1e-5)
     assert torch.allclose(down.norm(dim=1), up.norm(dim=0), atol=1e-5)
 
 
 def test_an_update_of_nothing_has_factors_of_nothing() -> None:
-    down, up = FullLinear(linear(), scale=2.0).factors(2)
+    down, up = factors(FullLinear(linear(), scale=2.0), 2)
     assert not down.any()
     assert not up.any()
 
 
 def test_a_full_update_goes_on_from_factors_of_any_rank() -> None:
     layer = FullLinear(linear(), scale=2.0)
-    down, up = torch.ones((1, 3)), torch.full((4, 1), 0.5)
-    assert layer.takes(down, up)
+    update = LayerUpdate(torch.ones((1, 3)), torch.full((4, 1), 0.5))
+    assert layer.takes(update)
     with torch.no_grad():
-        layer.start_from(down, up)
+        layer.start_from(update)
     assert torch.allclose(layer.weight(), layer.base.weight + 1.0)
 
 
 def test_low_rank_layers_grow_from_fewer_and_take_the_closest_of_more() -> None:
     layer = LoRALinear(linear(), rank=2, scale=1.0)
     with torch.no_grad():
-        layer.start_from(torch.ones((1, 3)), torch.full((4, 1), 2.0))
+        layer.start_from(LayerUpdate(torch.ones((1, 3)), torch.full((4, 1), 2.0)))
         assert torch.allclose(layer.up @ layer.down, torch.full((4, 3), 2.0))
         assert (layer.down[1] != 1.0).any()
         wanted = torch.randn((4, 3))
-        layer.start_from(torch.eye(3), wanted)
+        layer.start_from(LayerUpdate(torch.eye(3), wanted))
     left, values, right = torch.linalg.svd(wanted)
     assert torch.allclose(layer.up @ layer.down, left[:, :2] * values[:2] @ right[:2], atol=1e-5)
-    assert not layer.takes(torch.ones((1, 4)), torch.ones((4, 1)))
+    assert not layer.takes(LayerUpdate(torch.ones((1, 4)), torch.ones((4, 1))))
     with pytest.raises(ConfigError, match="rank 2"):
-        layer.factors(1)
+        layer.stored(1)
+
+
+def test_what_a_rank_leaves_out_is_stored_as_signs() -> None:
+    layer = FullLinear(nn.Linear(40, 30, bias=False), scale=2.0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        layer.update.copy_(torch.randn((30, 40), generator=generator))
+    without, update = layer.stored(4), layer.stored(4, signs=True)
+    whole = layer.update.detach()
+
+    def missing(found: LayerUpdate) -> float:
+        return float((found.dense(2.0) - whole).norm() / whole.norm())
+
+    # Signs alone leave sqrt(1 - 2/π) = .60 of a random matrix.
+    assert missing(update) < 0.6 < missing(without)
+    assert update.signs is not None
+    again = closest_signs(whole - 2.0 * update.up @ update.down)
+    assert torch.equal(update.signs.bits, again.bits)
+
+
+def test_low_rank_training_goes_on_beside_signs() -> None:
+    """By hand: the signs are ± 1/2, the factors add 1 everywhere, and a step changes the factors alone."""
+    signs = closest_signs(torch.tensor([[0.5, -0.5, 0.5]]).repeat(4, 1))
+    stored = LayerUpdate(torch.ones((1, 3)), torch.full((4, 1), 0.5), signs)
+    layer = LoRALinear(linear(), rank=2, scale=2.0)
+    with torch.no_grad():
+        layer.start_from(stored)
+    added = torch.tensor([1.5, 0.5, 1.5])
+    assert torch.allclose(layer.weight(), layer.base.weight + added)
+    layer.weight().sum().backward()
+    assert layer.base.weight.grad is None
+    assert layer.up.grad is not None
+    kept = layer.stored(2)
+    assert kept.signs is signs
+    assert torch.allclose(kept.dense(2.0), added.repeat(4, 1))
+    layer.enabled = False
+    ones = torch.ones(3)
+    assert torch.equal(layer(ones), layer.base(ones))
+
+
+@pytest.mark.parametrize("then", ["lora", "full"])
+def test_a_checkpoint_with_signs_is_trained_on(
+    tmp_path: Path, data: Path, models: tuple[Path, Path], then: str
+) -> None:
+    exact: dict[str, Any] = {"adapter_dtype": "float32", "adapter_rank": 2, "steps": 2}
+    first = settings(data, models, tmp_path / "full", decoder_training="full", adapter_signs=True, **exact)
+    assert Trainer(first).run()
+    made = Checkpoint.load(tmp_path / "full" / "checkpoint")
+    adapter = made.load_adapter()
+    assert adapter is not None
+    assert all(adapter.update(name).signs is not None for name in adapter.layers)
+    ids = torch.arange(6)[None]
+    stored = made.load_decoder().model(input_ids=ids).logits
+    changes: dict[str, Any] = {
+        "decoder_training": then,
+        "checkpoint": str(made.folder),
+        "adapter_signs": then == "full",
+    }
+    trainer = Trainer(settings(data, models, tmp_path / "then", **exact | changes))
+    assert torch.allclose(trainer.model.decoder(input_ids=ids).logits, stored, atol=1e-4)
+    with without_adapter(trainer.model.decoder):
+        expected = Decoder.load(made.verified_decoder_folder()).model(input_ids=ids).logits
+        assert torch.allclose(trainer.model.decoder(input_ids=ids).logits, expected, atol=1e-5)
+    assert trainer.run()
+    again = Checkpoint.load(tmp_path / "then" / "checkpoint")
+    trained = trainer.model.decoder(input_ids=ids).logits
+    assert torch.allclose(again.load_decoder().model(input_ids=ids).logits, trained, atol=1e-4)
+    kept = again.load_adapter()
+    assert kept is not None
+    if then == "lora":
+        assert all(torch.equal(kept.state[name], bits) for name, bits in adapter.state.items() if "signs" in name)
 
 
 def test_full_training_is_what_the_checkpoint_holds(tmp_path: Path, data: Path, models: tuple[Path, Path]) -> None:
