@@ -20,7 +20,7 @@ DecoderTraining = Literal["frozen", "lora", "full"]
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-_SIGN_ROUNDS = 2
+_SIGN_ROUNDS = 1
 _HEAD_TOLERANCE = 1e-2
 _CAUSAL = "refrag-causal-sdpa"
 _MASK_WHERE_GIVEN = "refrag-mask-where-given-sdpa"
