@@ -2272,7 +2272,7 @@ def checkpoint_pack(
     checkpoint: Annotated[str, typer.Argument(help="Folder of a trained checkpoint.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the packed one.", show_default=False)],
     dtype: Annotated[
-        str, typer.Option(help="float32, float16, or int8 with a scale a row for encoder and adapter.")
+        str, typer.Option(help="float32, float16, int8 with a scale a row, or int5 with a scale each 32 entries.")
     ] = "int8",
     part: Annotated[
         list[str] | None,

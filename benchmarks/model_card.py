@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from refrag_core.checkpoint import POLICY_FILE, PROJECTION_FILE, Checkpoint
 from refrag_core.errors import FingerprintMismatchError, RefragError, UsageError
 from refrag_core.evaluation.perplexity_table import tables_of
+from refrag_core.stored_weights import stored_forms
 from refrag_core.training.run_state import TRAINING_FILE
 
 LICENCES = {
@@ -28,6 +29,7 @@ LICENCES = {
 }
 """Name and licence of the base models, by reference."""
 
+_SCALE_STEPS = {"int8": "a row", "int5": "each 32 entries"}
 _MEBI = 1 << 20
 _CORPORA = 12
 """The largest are named, the others counted."""
@@ -134,9 +136,9 @@ def _parts(checkpoint: Checkpoint) -> Iterator[str]:
 
 def _part(checkpoint: Checkpoint, part: str, names: Sequence[str]) -> tuple[str, str, int]:
     paths = [Path(checkpoint.folder or ".", name) for name in names]
-    kinds = {str(tensor.dtype).removeprefix("torch.") for path in paths for tensor in load_file(path).values()}
-    form = "int8 with a scale a row, vectors float16" if "int8" in kinds else ", ".join(sorted(kinds))
-    return part, form, sum(path.stat().st_size for path in paths)
+    forms = {form for path in paths for form in stored_forms(load_file(path)).values()}
+    coded = [f"{form} with a scale {step}, vectors float16" for form, step in _SCALE_STEPS.items() if form in forms]
+    return part, ", ".join(coded or sorted(forms)), sum(path.stat().st_size for path in paths)
 
 
 def _rank(checkpoint: Checkpoint) -> int:

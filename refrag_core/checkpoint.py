@@ -18,11 +18,9 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from refrag import checkpoints
@@ -40,7 +38,7 @@ from refrag_core.models import (
 )
 from refrag_core.policy import PointerPolicy, initialise_policy
 from refrag_core.projection import Projection, initialise_projection
-from refrag_core.stored_weights import FloatDtype, WeightFile, read_weights, verified_paths
+from refrag_core.stored_weights import StoredDtype, WeightFile, read_weights, verified_paths, weights_file
 from refrag_core.template import PromptTemplate, make_template
 
 FORMAT = "refrag-checkpoint"
@@ -93,13 +91,13 @@ class PolicyConfig:
     num_layers: int = 2
     trained: bool = False
     """False: its weights are random, and it chooses by chance."""
-    dtype: FloatDtype | None = None
+    dtype: StoredDtype | None = None
     """How its weights are stored; None for float16 where it is trained, else float32."""
     match_dim: int = 0
     """Width in which queries and chunks are compared; 0 for a policy without that term, and where none is stored."""
 
     @property
-    def stored_dtype(self) -> FloatDtype:
+    def stored_dtype(self) -> StoredDtype:
         """What `dtype` comes to."""
         return self.dtype or ("float16" if self.trained else "float32")
 
@@ -132,7 +130,7 @@ class CheckpointConfig:
     """Trained layers of the encoder body; none for the body as it is."""
     adapter: AdapterConfig | None = None
     """None for the decoder as it is."""
-    projection_dtype: FloatDtype = "float32"
+    projection_dtype: StoredDtype = "float32"
     """How the projection's weights are stored."""
 
     @property
@@ -249,10 +247,10 @@ def _check_values(config: CheckpointConfig) -> None:
     if not all(type(width) is int and width > 0 for width in widths) or type(config.trained) is not bool:
         raise ConfigError("checkpoint config has a width that is no positive number, or a 'trained' that is no boolean")
     _check_queries(config.policy)
-    if {config.projection_dtype, config.policy.stored_dtype} - set(get_args(FloatDtype)):
+    if {config.projection_dtype, config.policy.stored_dtype} - set(get_args(StoredDtype)):
         raise ConfigError(
             f"checkpoint's projection is stored as {config.projection_dtype!r} and its policy as "
-            f"{config.policy.stored_dtype!r}; expected {' or '.join(get_args(FloatDtype))}: get the checkpoint again"
+            f"{config.policy.stored_dtype!r}; expected {' or '.join(get_args(StoredDtype))}: get the checkpoint again"
         )
     if config.encoder.embedding not in get_args(EmbeddingForm) or config.encoder.pooling not in get_args(Pooling):
         raise ConfigError(
@@ -406,10 +404,10 @@ class Checkpoint:
         return replace(self, folder=folder)
 
     def _projection_bytes(self) -> bytes:
-        return _stored(self.projection, self.config.projection_dtype)
+        return weights_file(self.projection.state_dict(), self.config.projection_dtype)
 
     def _policy_bytes(self) -> bytes:
-        return _stored(self.policy, self.config.policy.stored_dtype)
+        return weights_file(self.policy.state_dict(), self.config.policy.stored_dtype)
 
     @classmethod
     def load(cls, folder: Path) -> "Checkpoint":
@@ -441,13 +439,6 @@ def _verify(component: str, folder: Path, found: str, expected: str) -> None:
         )
 
 
-def _stored(module: nn.Module, dtype: FloatDtype) -> bytes:
-    """The file of a module's weights."""
-    kind = getattr(torch, dtype)
-    state = {name: tensor.detach().to("cpu", kind).contiguous() for name, tensor in sorted(module.state_dict().items())}
-    return cast(bytes, save(state))
-
-
 def _publish(path: Path, data: bytes) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as stream:
@@ -472,16 +463,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return value
 
 
-def _load_state(module: nn.Module, path: Path, dtype: FloatDtype) -> None:
+def _load_state(module: nn.Module, path: Path, dtype: StoredDtype) -> None:
     if not path.is_file():
         raise ModelNotFoundError(f"the checkpoint lacks {path}; expected it beside {CONFIG_FILE}: get it complete")
+    state = read_weights([path], dtype)
     try:
-        state = load_file(path)
-        other = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()} - {dtype})
-        if other:
-            raise RuntimeError(f"it holds {', '.join(other)} where the config says {dtype}")
         module.load_state_dict(state)
-    except (RuntimeError, SafetensorError) as error:
+    except RuntimeError as error:
         raise ConfigError(f"{path} does not fit the checkpoint's config: {error}; get the checkpoint again") from error
     module.eval()
 

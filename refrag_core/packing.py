@@ -1,6 +1,6 @@
 """`refrag checkpoint pack`: a trained checkpoint in fewer bytes, to be shipped.
 
-Each part has a form of its own. In int8 the matrices of encoder and adapter have one scale a row; vectors stay
+Each part has a form of its own. In int8 matrices have one scale a row, in int5 one each 32 entries; vectors stay
 float16. What is packed is a checkpoint of its own, with fingerprints of its own: its encoder's embeddings differ.
 """
 
@@ -8,7 +8,7 @@ import json
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -20,7 +20,7 @@ from refrag_core.checkpoint import CONFIG_FILE, POLICY_FILE, PROJECTION_FILE, Ad
 from refrag_core.encoder import ENTRYWISE
 from refrag_core.errors import ConfigError, ModelNotFoundError, UsageError
 from refrag_core.models import SHORT_NAMES, fingerprint_model, resolve_model
-from refrag_core.stored_weights import FloatDtype, StoredDtype, write_weights
+from refrag_core.stored_weights import StoredDtype, write_weights
 from refrag_core.training.low_rank import closest_factors
 from refrag_core.training.run_state import TRAINING_FILE
 
@@ -28,6 +28,7 @@ _MODEL_CARD = "README.md"
 _ORTHOGONAL = 1e-2
 """Of columns stored in float16."""
 _INSIDE = "./"
+_PARTS = ("encoder", "adapter", "projection", "policy")
 _PATHS = ("data", "output", "instructions", "held_out_instructions", "checkpoint", "encoder", "decoder", "retriever")
 """Settings of a training config that may name places of the machine that trained."""
 
@@ -38,8 +39,8 @@ class PackOptions:
 
     encoder: StoredDtype = "int8"
     adapter: StoredDtype = "int8"
-    projection: FloatDtype = "float16"
-    policy: FloatDtype = "float16"
+    projection: StoredDtype = "int8"
+    policy: StoredDtype = "int8"
     adapter_rank: int | None = None
     """Cut the decoder's update to this rank; None leaves it."""
     chunk_size: int | None = None
@@ -77,28 +78,19 @@ class PackReport:
 def pack_options(
     dtype: str, parts: Sequence[str] = (), adapter_rank: int | None = None, chunk_size: int | None = None
 ) -> PackOptions:
-    """The options of a command line: `dtype` for all parts that can have it, and `PART=DTYPE` for single ones.
-
-    Projection and policy take the nearest form that they have, float16 for int8. Raises UsageError.
-    """
-    choices = _choices()
-    forms = {part: dtype if dtype in known else "float16" for part, known in choices.items()}
-    if dtype not in get_args(StoredDtype):
-        raise UsageError(f"--dtype is {dtype!r}; expected one of {', '.join(get_args(StoredDtype))}")
+    """The options of a command line: `dtype` for all parts, and `PART=DTYPE` for single ones. Raises UsageError."""
+    known = get_args(StoredDtype)
+    if dtype not in known:
+        raise UsageError(f"--dtype is {dtype!r}; expected one of {', '.join(known)}")
+    forms = dict.fromkeys(_PARTS, dtype)
     for given in parts:
         part, _, form = given.partition("=")
-        if form not in choices.get(part, ()):
-            known = "; ".join(f"{name}={'|'.join(forms)}" for name, forms in choices.items())
-            raise UsageError(f"--part is {given!r}; expected one of {known}")
+        if part not in forms or form not in known:
+            raise UsageError(
+                f"--part is {given!r}; expected one of {', '.join(_PARTS)}, then '=' and one of {', '.join(known)}"
+            )
         forms[part] = form
     return PackOptions(**cast(dict[str, Any], forms), adapter_rank=adapter_rank, chunk_size=chunk_size)
-
-
-def _choices() -> dict[str, tuple[str, ...]]:
-    """Forms by part."""
-    return {
-        field.name: get_args(field.type) for field in fields(PackOptions) if field.type in (StoredDtype, FloatDtype)
-    }
 
 
 def pack_checkpoint(checkpoint: Checkpoint, output: Path, options: PackOptions | None = None) -> PackReport:
@@ -119,7 +111,7 @@ def pack_checkpoint(checkpoint: Checkpoint, output: Path, options: PackOptions |
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
         notes = _write(checkpoint, Path(folder), options)
         made = Checkpoint.load(Path(folder))
-        parts = {part: _part_report(part, getattr(options, part), checkpoint, made) for part in _choices()}
+        parts = {part: _part_report(part, getattr(options, part), checkpoint, made) for part in _PARTS}
         report = PackReport(
             output=str(output),
             fingerprint=made.fingerprint,
@@ -243,7 +235,7 @@ def _size(checkpoint: Checkpoint, names: Sequence[str]) -> int:
 
 
 def _whole_size(checkpoint: Checkpoint) -> int:
-    return _size(checkpoint, [CONFIG_FILE, *(name for part in _choices() for name in _files(part, checkpoint))])
+    return _size(checkpoint, [CONFIG_FILE, *(name for part in _PARTS for name in _files(part, checkpoint))])
 
 
 def _install(made: Path, output: Path) -> None:

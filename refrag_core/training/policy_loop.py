@@ -173,8 +173,11 @@ class PolicyTrainer:
         return AnsweredQuestions(instructions, load_tokenizer(self.base.decoder_folder()), seed=config.seed)
 
     def _initial_policy(self, query_dim: int) -> PointerPolicy:
-        """The base's where it is trained and of this shape, or of it but for a term to add; else a new one."""
-        config, own = self.config, self.base.config.policy
+        """The base's where it is trained and of this shape, or of it but for a term to add; else a new one.
+
+        How the base stores its policy is no part of the shape.
+        """
+        config, own = self.config, replace(self.base.config.policy, dtype=None)
         if own == self._policy_shape(query_dim, config.match_dim or own.match_dim):
             self.say("goes on from the checkpoint's trained policy")
             return self.base.load_policy()

@@ -31,6 +31,11 @@ def _cache(own_cache: Path) -> None:
     """Fingerprints are remembered."""
 
 
+def test_checkpoints_have_the_fingerprints_that_their_cards_say() -> None:
+    for folder in checkpoints.shipped():
+        assert f"Fingerprint `{Checkpoint.load(folder).fingerprint}`" in (folder / "README.md").read_text()
+
+
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of shipped checkpoints: one, for the session's tiny decoder, in int8."""

@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from refrag_core import packing
 from refrag_core.checkpoint import Checkpoint
 from refrag_core.errors import ConfigError, TrainingDivergedError
+from refrag_core.packing import pack_checkpoint, pack_options
 from refrag_core.policy import policy_logits, select
 from refrag_core.training import policy_loop
 from refrag_core.training.batches import next_paragraph_batch, random_masks
@@ -215,8 +217,9 @@ def test_the_checkpoint_is_the_base_with_another_policy(tmp_path: Path, data: Pa
 
 
 def test_a_policy_with_queries_is_trained_and_goes_on(
-    tmp_path: Path, data: Path, trained: Path, models: tuple[Path, Path]
+    tmp_path: Path, data: Path, trained: Path, models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(packing, "SHORT_NAMES", {})  # no real model is looked at
     changes = {"query_conditioned": True, "query_tokens": 3, "retriever": str(models[0]), "steps": 3}
     assert PolicyTrainer(policy_settings(data, trained, tmp_path / "one", **changes)).run()
     made = Checkpoint.load(tmp_path / "one" / "checkpoint")
@@ -224,6 +227,10 @@ def test_a_policy_with_queries_is_trained_and_goes_on(
     again = PolicyTrainer(policy_settings(data, tmp_path / "one" / "checkpoint", tmp_path / "two", **changes))
     for name, weight in made.policy.state_dict().items():
         assert torch.equal(again.policy.state_dict()[name], weight)
+    pack_checkpoint(made, tmp_path / "packed", pack_options("int8"))
+    packed = PolicyTrainer(policy_settings(data, tmp_path / "packed", tmp_path / "three", **changes))
+    for name, weight in Checkpoint.load(tmp_path / "packed").policy.state_dict().items():
+        assert torch.equal(packed.policy.state_dict()[name], weight)
     example = make_example(again.config, again.windows, 0, make_queries=again.make_queries)
     assert example.queries is not None
     assert example.queries.shape == (8, 48)
