@@ -368,8 +368,8 @@ def _check_fit(config: TrainingConfig) -> None:
         raise ConfigError("last_share must be 0 to 1, a share of the rows")
     if config.adapter_signs and config.decoder_training != "full":
         raise ConfigError(
-            f"adapter_signs is true with decoder_training {config.decoder_training!r}; expected full: signs are made of "
-            f"whole matrices, and a checkpoint's own stay without the setting"
+            f"adapter_signs is true with decoder_training {config.decoder_training!r}; expected full: signs are made "
+            f"of whole matrices, and a checkpoint's own stay without the setting"
         )
     if config.decoder_training == "frozen" and any(task.kind == "text" for task in config.tasks):
         raise ConfigError(

@@ -35,7 +35,7 @@ def test_overrides_reach_fields_and_tasks(tmp_path: Path) -> None:
         ("tasks.0.final_weight=0", "weight 0 at the start or at the end"),
         ("tasks.0.final_weight=-1", "out of range"),
         ('decoder_training="frozen"', "which is frozen"),
-        ("adapter_signs=true", "signs are made of whole matrices"),
+        ("adapter_signs=true", "signs are made of whole"),
         ("tasks.0.kind=sing", "one of reconstruct"),
         ("tasks.0.expansion_fractions=[1.5]", "out of range"),
         ("tasks=[{kind='interleaved', expansion_fractions=[0.0, 0.25]}]", "fractions that expand at least one"),
