@@ -1,7 +1,7 @@
 """Trained weights in files: safetensors, as float32, float16, int8 with a scale a row or int5 with one each 32 entries,
 and bits.
 
-Storing weights that were read gives the bytes that they were read from: in int8 and int5 codes times scales are exact.
+Storing weights that were read gives the bytes that they were read from, in int8 and int5 as well.
 
 The form is specified in schemas/CHECKPOINT.md.
 """
@@ -26,8 +26,6 @@ MAX_FILE_BYTES = 15 << 20
 
 _SCALE = "::scale"
 _CODE_LIMIT = 127
-_EXACT_BITS = -1 << 7
-"""A float32 scale without its last 7 bits times a code of 7 bits is exact."""
 
 _RUN = 32
 _RUN_LIMIT = 15
@@ -119,10 +117,11 @@ def _form_for(weight: Tensor, dtype: StoredDtype) -> StoredDtype:
 def quantise_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Codes int8 `[n, m]` and scales float32 `[n]` of a float32 `[n, m]`; entry ≈ code · scale.
 
-    A scale is its row's largest absolute entry / 127 without the last 7 bits, a code the nearest integer; a row of
-    zeros has scale 0.
+    A scale is its row's largest absolute entry / 127, a code the nearest integer; a row of zeros has scale 0. What the
+    codes and scales multiply to has the very same ones: for each float32 x, 127 · (x / 127) / 127 is x / 127 again when
+    each step is rounded, unless that is below float32's normal numbers.
     """
-    scale = (matrix.abs().amax(dim=1) / _CODE_LIMIT).view(torch.int32).bitwise_and(_EXACT_BITS).view(torch.float32)
+    scale = matrix.abs().amax(dim=1) / _CODE_LIMIT
     divisor = torch.where(scale > 0, scale, 1.0)
     return (matrix / divisor[:, None]).round().clamp(-_CODE_LIMIT, _CODE_LIMIT).to(torch.int8), scale
 
@@ -236,7 +235,7 @@ def stored_forms(stored: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _multiplied_out(stored: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    for name, tensor in sorted(stored.items()):
+    for name, tensor in sorted(stored.items()):  # a weight before its scales
         problem = _problem_of_scale(name, stored) if name.endswith(_SCALE) else _problem_of_weight(name, stored)
         if problem:
             kind = str(tensor.dtype).removeprefix("torch.")
@@ -304,8 +303,8 @@ def _fits_rows(scale: Tensor, codes: Tensor) -> bool:
 
 
 def _fits_runs(scale: Tensor, packed: Tensor) -> bool:
-    """Whether there are whole rows of so many runs."""
-    if scale.dtype != torch.float16 or scale.ndim != 2 or scale.numel() == 0 or packed.ndim != 1 or len(packed) % 5:
+    """Whether there are whole rows of so many runs in packed codes without a problem of their own."""
+    if scale.dtype != torch.float16 or scale.ndim != 2 or scale.numel() == 0:
         return False
     columns, rest = divmod(_code_count(packed), len(scale))
     return rest == 0 and -(-columns // _RUN) == scale.shape[1]
