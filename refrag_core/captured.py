@@ -4,8 +4,12 @@ A decoder's forward over few positions costs the host more than the device: hund
 one launch. Everything a captured function reads must be in its tensors or stay where it is for good.
 """
 
+import contextlib
+import gc
+import inspect
 import threading
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +25,62 @@ _CAPTURING = threading.RLock()
 
 Key = tuple[Any, ...]
 Shape = tuple[int, ...]
+
+
+class _CollectorPause:
+    """How many ask for Python's cyclic garbage collector to be off, and whether it was on before the first."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._inside = 0
+        self._was_on = False
+
+    def begin(self) -> None:
+        """Off, after one collection; whoever comes while it is off must not collect: that may be within a capture."""
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._was_on = gc.isenabled()
+                gc.disable()
+                gc.collect()
+
+    def end(self) -> None:
+        """As it was, after the last."""
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0 and self._was_on:
+                gc.enable()
+
+
+_PAUSE = _CollectorPause()
+
+
+@contextlib.contextmanager
+def collector_off() -> Iterator[None]:
+    """Collect garbage, then keep the cyclic collector off, for all threads, until the last who asked for it is done.
+
+    Around many captures it spares all but one of the collections, which take some tenths of a second each.
+    """
+    try:
+        _PAUSE.begin()
+        yield
+    finally:
+        _PAUSE.end()
+
+
+@contextlib.contextmanager
+def recorded_into(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
+    """Capture what the block launches on the current device into `graph`; every capture goes through here.
+
+    Garbage is collected first, so that a former model's memory is free, and the collector is off until the end: it
+    could destroy that model's graphs, which spoils a capture in the same thread. Other threads may allocate and let
+    go of graphs meanwhile: in the mode `thread_local` only this thread's calls are checked.
+
+    Args:
+        pool: of `torch.cuda.graph_pool_handle`: memory that graphs share.
+    """
+    with _CAPTURING, collector_off(), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        yield
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +99,15 @@ class CapturedCalls:
     decides how much it is.
 
     Args:
-        function: of tensors and hashable constants to one tensor, without waiting for the device.
+        function: of tensors and hashable constants to one tensor, without waiting for the device. A method is held
+            weakly: its object is taken to own these calls, and graphs then go with the last reference to it.
         device: where it computes. On anything but CUDA it is called as it is.
     """
 
     def __init__(self, function: Callable[..., Tensor], device: torch.device) -> None:
-        self._function = function
+        self._held: Callable[[], Callable[..., Tensor] | None] = lambda: function
+        if inspect.ismethod(function):
+            self._held = weakref.WeakMethod(function)
         self._device = device
         self._graphs: dict[Key, _Captured] = {}
         self._pool: Any = None
@@ -53,6 +116,11 @@ class CapturedCalls:
 
     def __len__(self) -> int:
         return len(self._graphs)
+
+    def _function(self, *arguments: Any) -> Tensor:
+        function = self._held()
+        assert function is not None, "a method's object owns its captured calls"
+        return function(*arguments)
 
     @torch.inference_mode()
     def __call__(self, tensors: Sequence[Tensor], *constants: Any, shapes: Sequence[Shape] | None = None) -> Tensor:
@@ -99,8 +167,7 @@ class CapturedCalls:
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            # Other threads may allocate meanwhile: only this one's calls are checked.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with recorded_into(graph, self._pool):
                 output = self._function(*inputs, *constants)
         return _Captured(graph, inputs, output)
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from refrag_core.captured import CapturedCalls, bucket
+from refrag_core.captured import CapturedCalls, bucket, collector_off
 from refrag_core.decoder import Decoder
 from refrag_core.errors import ConfigError
 from refrag_core.key_value_rows import KeyValueRows, Places
@@ -147,10 +147,11 @@ class SlotDecoder:
         taken = list(range(min(batch, self.slots)))
         if any(self._lengths[slot] for slot in taken):
             raise ConfigError("warming needs empty slots; expected it before the first prompt, or after their release")
-        for length in sorted({min(length, self.max_positions - 1) for length in lengths}, reverse=True):
-            embeds = self.decoder.embed(torch.zeros(length, dtype=torch.int64, device=self.decoder.device))
-            logits = self.prefill(taken, [embeds] * len(taken))
-            self.step(taken, logits.argmax(dim=-1))
+        with collector_off():
+            for length in sorted({min(length, self.max_positions - 1) for length in lengths}, reverse=True):
+                embeds = self.decoder.embed(torch.zeros(length, dtype=torch.int64, device=self.decoder.device))
+                logits = self.prefill(taken, [embeds] * len(taken))
+                self.step(taken, logits.argmax(dim=-1))
         for slot in taken:
             self.release(slot)
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from refrag_core.captured import recorded_into
+
 Inputs = tuple[Tensor, ...]
 Losses = tuple[Tensor, Tensor, Tensor]
 """Cross-entropy, divergence and the readout's cross-entropy (0 where there is none), without gradients."""
@@ -109,8 +111,7 @@ class CapturedBackward(Backward):
         static = tuple(torch.empty_like(tensor).copy_(tensor) for tensor in inputs)
         self._warm_up(compute, static)
         graph = torch.cuda.CUDAGraph()
-        # Other threads, such as those that watch collectives, may ask the device things meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with recorded_into(graph, self._pool):
             reported = self._add(compute, static)
         return graph, static, reported
 
