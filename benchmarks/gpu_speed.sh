@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Speed on one GPU, in the order of value; every step below two minutes, JSON into $OUT.
+# Speed on one GPU, in the order of value; most steps below two minutes, JSON into $OUT.
 #   OUT=results bash benchmarks/gpu_speed.sh check            one step
 #   OUT=results bash benchmarks/gpu_speed.sh                  all of them
 # Where the package is not installed, `refrag` is reached through a link: ln -sfn "$PWD" /tmp/site/refrag, and
@@ -10,14 +10,14 @@ PYTHON=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
 
-refrag() { timeout 170 "$PYTHON" -m refrag.cli bench "$@" > /dev/null; }
+refrag() { timeout 300 "$PYTHON" -m refrag.cli bench "$@" > /dev/null; }
 ttft() { refrag ttft --decoder llama-2-7b --device cuda --json "$@"; }
 
 step() {
   echo "== $1 $(date +%T)"
   case $1 in
     # 1. is it right? float32 tokens equal, bfloat16 within the eager noise, every form of attention
-    check) timeout 170 "$PYTHON" -m benchmarks.fast_path_check --families llama,qwen3,gpt2 --output "$OUT/check.json" > /dev/null ;;
+    check) timeout 300 "$PYTHON" -m benchmarks.fast_path_check --families llama,qwen3,gpt2 --output "$OUT/check.json" > /dev/null ;;
     # 2. the headline row, then the others; full context once a length
     ttft-16k) ttft --context 16384 --chunk-size 32,16 --expansion-fraction 0,.1 --batch 1 -o "$OUT/ttft-16k.json" ;;
     # 3. which form of attention and which batch the encoder should take by default
