@@ -70,6 +70,7 @@ _NOT_RESUMED = (
     "stop_after_seconds",
     "device",
     "compile",
+    "static_shapes",
     "capture",
     "log_every",
     "save_every",
@@ -155,7 +156,10 @@ class TrainingConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     """Of the passes; what is trained stays in float32."""
     compile: bool = True
-    """Compile the layers and, on a GPU, the loss; costs a minute and pays in a long run."""
+    """Compile the layers and, on a GPU, the loss; costs half a minute or more and pays in a long run."""
+    static_shapes: bool = False
+    """Compile the layers for each shape of a micro-batch by itself, not once for all: some seconds a shape more, and
+    perhaps quicker kernels."""
     capture: bool = True
     """Replay each shape's forward and backward pass as a CUDA graph; without effect on a CPU."""
     gradient_checkpointing: bool = False

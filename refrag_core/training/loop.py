@@ -121,7 +121,7 @@ class Trainer:
         elif config.checkpoint is not None:
             self.say(f"goes on from {config.checkpoint}; its optimizer starts anew, with a warm-up")
         if config.compile:
-            compile_layers(self.model)
+            compile_layers(self.model, static_shapes=config.static_shapes)
 
     def say(self, message: str) -> None:
         """A line for the log, once."""

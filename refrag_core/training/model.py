@@ -377,12 +377,12 @@ def refuse_other_heads(decoder: Any) -> None:
         )
 
 
-def compile_layers(model: TrainingModel) -> None:
-    """Compile the layers of body and decoder in place, each for the few static shapes of a training run."""
+def compile_layers(model: TrainingModel, *, static_shapes: bool = False) -> None:
+    """Compile the layers of body and decoder in place: once for all shapes of a run, or each for every static one."""
     torch._dynamo.config.recompile_limit = 64
     for stack in (model.decoder.base_model, model.encoder.body):
         for layer in _layers(stack):
-            layer.compile(dynamic=False)
+            layer.compile(dynamic=not static_shapes)
 
 
 def _layers(module: nn.Module) -> nn.ModuleList:

@@ -14,8 +14,16 @@ from refrag_core.checkpoint import Checkpoint
 from refrag_core.decoder import Decoder, merge_adapter
 from refrag_core.errors import ConfigError
 from refrag_core.training.batches import NO_TOKEN, next_paragraph_batch
-from refrag_core.training.loop import Trainer
-from refrag_core.training.model import ChunkReadout, FullLinear, LoRALinear, adapter_state, without_adapter
+from refrag_core.training.loop import Trainer, base_checkpoint
+from refrag_core.training.model import (
+    ChunkReadout,
+    FullLinear,
+    LoRALinear,
+    adapter_state,
+    compile_layers,
+    without_adapter,
+)
+from refrag_core.training.trained_checkpoint import load_training_model
 from tests.refrag_core.training.conftest import settings
 
 
@@ -216,3 +224,27 @@ def test_short_chunks_are_encoded_as_if_alone(tmp_path: Path, data: Path, models
     assert torch.allclose(ragged[0, 0], whole[0, 0], atol=1e-5)
     assert torch.allclose(ragged[0, 1], alone[0], atol=1e-5)
     assert not torch.allclose(ragged[0, 1], whole[0, 1], atol=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler itself
+def test_layers_are_compiled_once_for_all_shapes(tmp_path: Path, data: Path, models: tuple[Path, Path]) -> None:
+    """The same hidden states and gradients as without, whatever the shape."""
+    config = settings(data, models, tmp_path)
+    plain, compiled = (load_training_model(base_checkpoint(config), config) for _ in range(2))
+    compile_layers(compiled)
+    graphs = []
+    for rows, context in ((2, 8), (3, 16), (2, 24)):
+        tokens = np.arange(rows * (context + 4), dtype=np.int32).reshape(rows, -1) % 50
+        expanded = np.zeros((rows, context // 4), bool)
+        batch = next_paragraph_batch(tokens[:, :context], tokens[:, context:], chunk_size=4, expansion_mask=expanded)
+        parts = (batch.ids, batch.chunk_ids, batch.places, batch.predict_at)
+        inputs = [torch.from_numpy(np.ascontiguousarray(part)) for part in parts]
+        hidden = [model(*inputs) for model in (plain, compiled)]
+        assert torch.allclose(hidden[0], hidden[1], atol=1e-5)
+        for made in hidden:
+            made.square().mean().backward()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    pairs = zip(plain.parameters(), compiled.parameters(), strict=True)
+    assert all(torch.allclose(a.grad, b.grad, atol=1e-4) for a, b in pairs if a.grad is not None and b.grad is not None)
+    assert graphs[1:] == graphs[:1] * 2
