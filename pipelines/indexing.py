@@ -1,9 +1,10 @@
 """The index stage: passage embeddings of all shards → FAISS segments, and their measured recall."""
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ from refrag_core.vector_index import (
     VectorIndex,
     build_segment,
     choose_index,
+    core_share,
     exact_search,
+    join_queries,
     merge_segments,
     nprobe_values,
     recall_of,
@@ -41,7 +44,11 @@ from refrag_core.work_folder import WorkFolder, remove_location
 SEGMENT_ROWS = 1 << 20
 GATE_QUERIES = 200
 _RETRAIN_FACTOR = 4
-_NPROBES_A_ROUND = 4
+_CHEAP_SHARE = 64  # lists over those that the first round visits: so few cost next to nothing
+_FIRST_NPROBES = 4  # of the first round at least: a round costs some engines seconds
+_NPROBES_A_ROUND = 2  # then: the second takes as long as all that went before, so that no more can be for nothing
+_SEARCHED_ROWS = 1 << 16  # for each part of the queries that a worker of its own searches a segment for
+_SEARCHES = 32  # side by side at most, unless there are more segments
 _COMPARED_ROWS = 1 << 17  # with the queries, one by one, in one worker
 _SENTENCE = re.compile(r"[^.!?。！？\n]{20,400}[.!?。！？]?")
 
@@ -128,13 +135,24 @@ def _groups(shards: Sequence[Shard], most: int) -> Iterator[list[Shard]]:
         yield group
 
 
-def _segment(store: Store, quantizer: str, dim: int, shards: list[Shard]) -> tuple[Segment, FileRecord]:
-    """Build one segment; the name follows from the quantizer and the shards' embeddings."""
+def _segments(
+    engine: Engine, store: Store, quantizer: str, dim: int, shards: Sequence[Shard]
+) -> list[tuple[Segment, FileRecord]]:
+    """Build the segments over these shards, a worker each."""
+    groups = list(_groups(shards, SEGMENT_ROWS))
+    return list(engine.map(partial(_segment, store, quantizer, dim, beside=len(groups)), groups))
+
+
+def _segment(
+    store: Store, quantizer: str, dim: int, shards: list[Shard], *, beside: int = 1
+) -> tuple[Segment, FileRecord]:
+    """Build one segment of `beside`; the name follows from the quantizer and the shards' embeddings."""
     key = digest_json(["segment/1", quantizer, [shard.tables["vectors"] for shard in shards]])
     trained = store.path(quantizer).read_bytes()
 
     def write(path: Path) -> None:
-        build_segment(trained, _blocks(store, shards, dim), path)
+        with core_share(beside):
+            build_segment(trained, _blocks(store, shards, dim), path)
 
     record = store.publish(f"segments/{key[:32]}.faiss", write)
     return Segment(record.name, [s.name for s in shards], sum(s.passages for s in shards)), record
@@ -226,7 +244,7 @@ def _train(
     with part("train"):
         quantizer = _quantizer(engine, store, shards, spec, work)
     with part("segments"):
-        made = list(engine.map(partial(_segment, store, quantizer.name, spec.dim), _groups(shards, SEGMENT_ROWS)))
+        made = _segments(engine, store, quantizer.name, spec.dim, shards)
     segments, files = [segment for segment, _ in made], [quantizer, *(record for _, record in made)]
     return _measured(engine, store, shards, segments, files, spec.kind, spec.nlist, spec.dim, live, queries)
 
@@ -246,7 +264,7 @@ def _extend(
     covered = {name for segment in kept for name in segment.shards}
     added = [shard for shard in shards if shard.name not in covered]
     with part("segments"):
-        made = list(engine.map(partial(_segment, store, info.quantizer, dim), _groups(added, SEGMENT_ROWS)))
+        made = _segments(engine, store, info.quantizer, dim, added)
     segments = [*kept, *(segment for segment, _ in made)]
     old = [parent.files[name] for name in (info.quantizer, *(segment.file for segment in kept))]
     files = [*old, *(record for _, record in made)]
@@ -307,21 +325,56 @@ def _tune(
 ) -> tuple[int, float]:
     """The least nprobe whose recall@10 suffices (else the largest), and that recall.
 
-    Workers search a segment each with several nprobes at a time; only their best hits come here.
+    Workers search a segment each, or a large one for a part of the queries each, with several nprobes at a time; only
+    their best hits come here.
     """
     exact = _true_hits(engine, store, segments, queries)
+    searches = [_Search(segment, part) for segment in segments for part in _parts(segment, len(segments), len(queries))]
     nprobe, recall = 1, 0.0
-    for nprobes in _batches(nprobe_values(nlist), _NPROBES_A_ROUND):
-        found = list(engine.map(partial(_hits, store=store, queries=queries, nprobes=nprobes), segments))
+    for nprobes in _rounds(nlist):
+        search = partial(_hits, store=store, queries=queries, nprobes=nprobes, beside=len(searches))
+        found = _by_segment(searches, engine.map(search, searches))
         for at, nprobe in enumerate(nprobes):
-            recall = recall_of(merge_segments((hits[at] for hits in found), RECALL_DEPTH), exact)
+            recall = recall_of(merge_segments((join_queries(hits[at]) for hits in found), RECALL_DEPTH), exact)
             if recall >= RECALL_TARGET:
                 return nprobe, recall
     return nprobe, recall
 
 
-def _batches(values: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    return (values[at : at + size] for at in range(0, len(values), size))
+def _rounds(nlist: int) -> Iterator[Sequence[int]]:
+    """The values of nprobe to try, in increasing order, as many at a time as a round of the workers takes."""
+    values = nprobe_values(nlist)
+    first = max(_FIRST_NPROBES, sum(value * _CHEAP_SHARE <= nlist for value in values))
+    yield values[:first]
+    yield from (values[at : at + _NPROBES_A_ROUND] for at in range(first, len(values), _NPROBES_A_ROUND))
+
+
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """A segment, and the queries to search it for."""
+
+    segment: SearchedSegment
+    asked: slice
+
+
+def _parts(segment: SearchedSegment, num_segments: int, num_queries: int) -> Iterator[slice]:
+    """The queries, cut so that a few large segments have work for many workers.
+
+    Many segments are as many searches already, and each part has the lists of all queries to choose anew.
+    """
+    rows = sum(shard.passages for shard in segment.shards)
+    parts = max(1, min(rows // _SEARCHED_ROWS, _SEARCHES // num_segments, num_queries))
+    bounds = [number * num_queries // parts for number in range(parts + 1)]
+    return (slice(first, stop) for first, stop in pairwise(bounds))
+
+
+def _by_segment(
+    searches: Sequence[_Search], found: Iterable[Sequence[SearchResult]]
+) -> list[list[tuple[SearchResult, ...]]]:
+    """What the searches found: for each segment and each nprobe, the results for the parts of the queries in order."""
+    pairs = zip(searches, found, strict=True)
+    groups = groupby(pairs, key=lambda pair: pair[0].segment.file)
+    return [list(zip(*(hits for _, hits in group), strict=True)) for _, group in groups]
 
 
 def _true_hits(
@@ -355,11 +408,13 @@ def _exact_hits(segment: SearchedSegment, *, store: Store, queries: npt.NDArray[
 
 
 def _hits(
-    segment: SearchedSegment, *, store: Store, queries: npt.NDArray[np.float32], nprobes: Sequence[int]
+    search: _Search, *, store: Store, queries: npt.NDArray[np.float32], nprobes: Sequence[int], beside: int
 ) -> list[SearchResult]:
-    """What the index finds in one segment, for each nprobe."""
+    """What the index finds in one segment for some of the queries, for each nprobe; `beside` such searches run."""
+    segment = search.segment
     index = VectorIndex.open([store.path(segment.file)], nprobe=1)
-    return [index.search(queries, RECALL_DEPTH, [segment.live], nprobe=nprobe) for nprobe in nprobes]
+    with core_share(beside):
+        return list(index.search_each(queries, RECALL_DEPTH, nprobes, [segment.live], asked=search.asked))
 
 
 def live_by_segment(
@@ -450,8 +505,7 @@ def regroup(
     kept = [segment for segment in whole if not (mergeable and segment in small)]
     covered = {name for segment in kept for name in segment.shards}
     added = [shard for shard in shards if shard.name not in covered]
-    work = partial(_segment, store, parent.vector_index.quantizer, parent.parameters.vector_dim)
-    made = list(engine.map(work, _groups(added, SEGMENT_ROWS)))
+    made = _segments(engine, store, parent.vector_index.quantizer, parent.parameters.vector_dim, added)
     return [*kept, *(segment for segment, _ in made)], [record for _, record in made]
 
 

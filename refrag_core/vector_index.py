@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from refrag_core.devices import available_cores
 from refrag_core.errors import (
     ConfigError,
     CorruptIndexError,
@@ -37,7 +38,9 @@ __all__ = [
     "VectorIndex",
     "build_segment",
     "choose_index",
+    "core_share",
     "exact_search",
+    "join_queries",
     "measure_recall",
     "merge_segments",
     "nprobe_values",
@@ -53,6 +56,7 @@ Floats = NDArray[np.float32]
 Vectors = NDArray[np.float16] | NDArray[np.float32]
 RowMask = NDArray[np.bool_]
 Masks = Sequence[RowMask | None]
+_ALL = slice(None)
 _Hits = tuple[Floats, NDArray[np.int64]]
 _Made = TypeVar("_Made")
 IndexKind = Literal["flat", "ivf_sqfp16", "ivf_sq8"]
@@ -72,6 +76,7 @@ _ADD_ROWS = 16_384  # fixed, so that how the caller cuts its blocks cannot chang
 _BLOCK_ROWS = 2_048  # compared with the centroids at once, by one thread; fixed for the same reason
 _LISTS_AT_ONCE = 32  # whose means one thread takes
 _TILE_ROWS = 8_192
+_MANY = 4  # times as many candidates as hits: then finding the tile's own k-th score first is cheaper
 _DEEPER = 8  # times as many hits, where ties ask for more
 _PREFILTER_SLACK = 1e-4  # far above the rounding of a float32 product of unit vectors (~1e-6)
 _ROW_BITS = 40
@@ -459,10 +464,46 @@ class VectorIndex:
         bitmaps = [self._bitmap(number, live, allowed) for number in range(self.num_segments)]
         with _no_idle_threads(self._faiss, len(queries)):
             lists = self._nearest_lists(queries, self.nprobe if nprobe is None else self._clamped(nprobe))
-            found = [
-                _resolve_ties(partial(self._raw_search, segment, queries, lists, bitmap), len(queries), k, rows)
-                for segment, bitmap, rows in zip(self._segments, bitmaps, self.rows_per_segment, strict=True)
-            ]
+            return self._search_lists(queries, k, lists, bitmaps)
+
+    def search_each(
+        self,
+        queries: Floats,
+        k: int,
+        nprobes: Sequence[int],
+        live: Masks | None = None,
+        *,
+        asked: slice = _ALL,
+    ) -> Iterator[SearchResult]:
+        """What `search` finds with each of `nprobes` in turn, for the queries `asked`: `[q of these, k]` each.
+
+        Where they increase, each visits only the lists that the one before did not. All `queries` are needed to
+        choose the lists: the scores of a part of them may be rounded differently.
+        Raises UsageError as `search` does.
+        """
+        queries = self._checked_queries(queries, k)
+        bitmaps = [self._bitmap(number, live, None) for number in range(self.num_segments)]
+        own = np.ascontiguousarray(queries[asked])
+        visited: _Hits | None = None
+        found: SearchResult | None = None
+        for nprobe in nprobes:
+            with _num_threads(self._faiss, 1):
+                lists = _rows_of(self._nearest_lists(queries, self._clamped(nprobe)), asked)
+            fresh = _beyond(lists, visited)
+            with _no_idle_threads(self._faiss, len(own)):
+                more = self._search_lists(own, k, lists if fresh is None else fresh, bitmaps)
+            found = more if found is None or fresh is None else _better(found, more)
+            visited = lists
+            yield found
+
+    def _search_lists(
+        self, queries: Floats, k: int, lists: _Hits | None, bitmaps: Sequence[NDArray[np.uint8] | None]
+    ) -> SearchResult:
+        """The `k` best rows of these lists (None for a flat index) in all segments."""
+        found = [
+            _resolve_ties(partial(self._raw_search, segment, queries, lists, bitmap), len(queries), k, rows)
+            for segment, bitmap, rows in zip(self._segments, bitmaps, self.rows_per_segment, strict=True)
+        ]
         return _merge(found, k)
 
     def _clamped(self, nprobe: int) -> int:
@@ -551,6 +592,16 @@ def _num_threads(faiss: ModuleType, num_threads: int) -> Iterator[None]:
         faiss.omp_set_num_threads(before)
 
 
+@contextmanager
+def core_share(beside: int) -> Iterator[None]:
+    """Let faiss use, in this thread, a share of the cores: one of `beside` that work side by side. Never more than
+    it would use anyway.
+    """
+    faiss = _faiss()
+    with _num_threads(faiss, max(1, min(faiss.omp_get_max_threads(), available_cores() // max(1, beside)))):
+        yield
+
+
 def _no_idle_threads(faiss: ModuleType, num_queries: int) -> AbstractContextManager[None]:
     """At most one thread a query: FAISS divides queries, and waiting for threads that have none to do costs
     a single search tens of milliseconds where other work wants the cores.
@@ -632,6 +683,29 @@ def _tied(scores: Floats, rows: NDArray[np.int64], k: int) -> NDArray[np.int64]:
     return np.flatnonzero((rows[:, -1] >= 0) & (scores[:, -1] == scores[:, min(k, scores.shape[1]) - 1]))
 
 
+def _rows_of(lists: _Hits | None, asked: slice) -> _Hits | None:
+    return None if lists is None else (lists[0][asked], lists[1][asked])
+
+
+def _beyond(lists: _Hits | None, visited: _Hits | None) -> _Hits | None:
+    """Of `lists`, those behind the `visited`, with which they begin; None where they do not, or nothing is left."""
+    if lists is None or visited is None or visited[1].shape[1] >= lists[1].shape[1]:
+        return None
+    width = visited[1].shape[1]
+    same = np.array_equal(lists[0][:, :width], visited[0]) and np.array_equal(lists[1][:, :width], visited[1])
+    return (lists[0][:, width:], lists[1][:, width:]) if same else None
+
+
+def _better(found: SearchResult, more: SearchResult) -> SearchResult:
+    """The best of two results for the same queries, as wide as the first, from rows that they do not share."""
+    return _best(
+        np.concatenate([found.scores, more.scores], axis=1),
+        np.concatenate([found.segments, more.segments], axis=1),
+        np.concatenate([found.rows, more.rows], axis=1),
+        found.rows.shape[1],
+    )
+
+
 def _merge(found: Sequence[_Hits], k: int) -> SearchResult:
     """The best `k` of all segments' hits `[q, depth]`; row -1 marks no hit."""
     segments = np.concatenate(
@@ -639,6 +713,11 @@ def _merge(found: Sequence[_Hits], k: int) -> SearchResult:
     )
     rows = np.concatenate([rows for _, rows in found], axis=1)
     scores = np.where(rows < 0, -np.inf, np.concatenate([scores for scores, _ in found], axis=1)).astype(np.float32)
+    return _best(scores, segments, rows, k)
+
+
+def _best(scores: Floats, segments: NDArray[np.int32], rows: NDArray[np.int64], k: int) -> SearchResult:
+    """The best `k` of each query's hits `[q, any number]`; no hit has score -inf."""
     best = np.arange(len(rows))[:, None], np.lexsort((rows, segments, -scores), axis=1)[:, :k]
     return SearchResult(
         scores=_filled(scores[best], k, -np.inf),
@@ -660,6 +739,15 @@ def merge_segments(found: Iterable[SearchResult], k: int) -> SearchResult:
     What searching all of them at once gives, hit for hit, from searches that ran in different processes.
     """
     return _merge([(result.scores, result.rows) for result in found], k)
+
+
+def join_queries(results: Sequence[SearchResult]) -> SearchResult:
+    """One result of those for consecutive parts of the queries, `[q of all, k]`."""
+    return SearchResult(
+        scores=np.concatenate([result.scores for result in results]),
+        segments=np.concatenate([result.segments for result in results]),
+        rows=np.concatenate([result.rows for result in results]),
+    )
 
 
 def nprobe_values(nlist: int) -> list[int]:
@@ -724,13 +812,10 @@ def _with_tile(best: SearchResult, number: int, rows: NDArray[np.int64], tile: F
     """`best` with the rows of `tile` `[n, d]` taken in; rows come in increasing (segment, row) order."""
     approximate = queries @ tile.T
     k = best.rows.shape[1]
-    floor = best.scores[:, -1] - np.float32(_PREFILTER_SLACK)
-    if len(rows) > k:
-        kth = np.partition(approximate, len(rows) - k, axis=1)[:, len(rows) - k]
-        floor = np.maximum(floor, kth - np.float32(_PREFILTER_SLACK))
+    passing = _candidates(approximate, best.scores[:, -1], k)
     scores, segments, kept_rows = best.scores.copy(), best.segments.copy(), best.rows.copy()
-    for query in range(len(queries)):
-        candidates = np.flatnonzero(approximate[query] >= floor[query])
+    for query in np.flatnonzero(passing.any(axis=1)):
+        candidates = np.flatnonzero(passing[query])
         # a matrix product rounds equal rows differently by their place in it; a sum along each row does not
         exact = np.concatenate([best.scores[query], (tile[candidates] * queries[query]).sum(axis=1)])
         order = np.argsort(-exact, kind="stable")[:k]
@@ -738,6 +823,20 @@ def _with_tile(best: SearchResult, number: int, rows: NDArray[np.int64], tile: F
         segments[query] = np.concatenate([best.segments[query], np.full(len(candidates), number, np.int32)])[order]
         kept_rows[query] = np.concatenate([best.rows[query], rows[candidates]])[order]
     return SearchResult(scores=scores, segments=segments, rows=kept_rows)
+
+
+def _candidates(approximate: Floats, kth: Floats, k: int) -> RowMask:
+    """Bool `[q, n]`: which rows may be among a query's best `k` by their `approximate` scores `[q, n]`.
+
+    `kth` `[q]` is the k-th best score so far, -inf before there are as many.
+    """
+    passing = approximate >= (kth - np.float32(_PREFILTER_SLACK))[:, None]
+    num_rows = approximate.shape[1]
+    if num_rows > k:
+        many = np.flatnonzero(np.count_nonzero(passing, axis=1) > _MANY * k)
+        own = np.partition(approximate[many], num_rows - k, axis=1)[:, num_rows - k]
+        passing[many] &= approximate[many] >= (own - np.float32(_PREFILTER_SLACK))[:, None]
+    return passing
 
 
 # --------------------------------------------------------------------------------------------- measuring

@@ -22,6 +22,7 @@ def main(folder: str, driver: str, threads: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's
     end_with_parent(int(driver))  # Beam's worker would go on with its bundle, and then wait for a driver that is gone
     os.environ.setdefault("OMP_NUM_THREADS", threads)
+    os.environ["OPENBLAS_NUM_THREADS"] = threads  # NumPy's, in each of as many workers, whatever is exported
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     sys.argv = ["sdk_worker"]
     runpy.run_module("apache_beam.runners.worker.sdk_worker_main", run_name="__main__")

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ Made = TypeVar("Made")
 _ATTEMPTS = 3
 _CLOSING_SECONDS = 5.0
 _GPU_THREADS = 3
+_PRODUCT_THREADS = "OPENBLAS_NUM_THREADS"  # for NumPy; goes before OMP_NUM_THREADS
 
 
 def default_workers() -> int:
@@ -38,6 +40,24 @@ def _start_worker(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the pool is the parallelism; each worker takes one core
     end_with_parent(parent)
+
+
+@contextmanager
+def _one_core_each() -> Iterator[None]:
+    """The environment of workers that start within: each multiplies matrices on one core, whatever is exported.
+
+    The library's threads start when NumPy is imported, which is before a worker runs a line of ours; and as many as
+    there are cores in each worker wait for one another, turn by turn, at every product.
+    """
+    before = os.environ.get(_PRODUCT_THREADS)
+    os.environ[_PRODUCT_THREADS] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_PRODUCT_THREADS]
+        else:
+            os.environ[_PRODUCT_THREADS] = before
 
 
 class _HangError(Exception):
@@ -93,7 +113,8 @@ class LocalEngine:
             self._others = frozenset(child.pid for child in multiprocessing.active_children())
             self._pool = ProcessPoolExecutor(self.workers, context, _start_worker, (os.getpid(),))
         try:
-            return self._pool.submit(function, item)
+            with _one_core_each():  # a pool starts its workers as work comes
+                return self._pool.submit(function, item)
         except BrokenProcessPool as error:
             lost: Future[Made] = Future()
             lost.set_exception(error)

@@ -341,7 +341,10 @@ def test_segments_searched_one_by_one_give_what_one_search_gives(
             assert np.array_equal(getattr(merged, name), getattr(exact, name))
     tuned = tune_nprobe(index, exact, queries, k=10, live=masks)
     assert (built.info.nprobe, built.info.recall_at_10) == (tuned.nprobe, round(tuned.recall, 4))
-    hits = [indexing._hits(segment, store=store, queries=queries, nprobes=[1, 4]) for segment in searched]
+    hits = [
+        indexing._hits(indexing._Search(segment, slice(None)), store=store, queries=queries, nprobes=[1, 4], beside=1)
+        for segment in searched
+    ]
     for at, nprobe in enumerate((1, 4)):
         merged, whole = (
             vector_index.merge_segments([h[at] for h in hits], 10),
