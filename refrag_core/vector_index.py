@@ -475,26 +475,41 @@ class VectorIndex:
         *,
         asked: slice = _ALL,
     ) -> Iterator[SearchResult]:
-        """What `search` finds with each of `nprobes` in turn, for the queries `asked`: `[q of these, k]` each.
+        """What `search` finds with each of `nprobes` (increasing), for the queries `asked`: `[q of these, k]` each.
 
-        Where they increase, each visits only the lists that the one before did not. All `queries` are needed to
-        choose the lists: the scores of a part of them may be rounded differently.
+        Each visits only the lists that the one before did not. All `queries` are needed to choose the lists: the
+        scores of a part of them may be rounded differently.
         Raises UsageError as `search` does.
         """
         queries = self._checked_queries(queries, k)
         bitmaps = [self._bitmap(number, live, None) for number in range(self.num_segments)]
         own = np.ascontiguousarray(queries[asked])
-        visited: _Hits | None = None
         found: SearchResult | None = None
-        for nprobe in nprobes:
-            with _num_threads(self._faiss, 1):
-                lists = _rows_of(self._nearest_lists(queries, self._clamped(nprobe)), asked)
-            fresh = _beyond(lists, visited)
+        visited: _Hits | None = None
+        for lists in self._lists_of_each(queries, [self._clamped(nprobe) for nprobe in nprobes], asked):
+            fresh = _unvisited(lists, visited, self.nlist)
             with _no_idle_threads(self._faiss, len(own)):
                 more = self._search_lists(own, k, lists if fresh is None else fresh, bitmaps)
             found = more if found is None or fresh is None else _better(found, more)
             visited = lists
             yield found
+
+    def _lists_of_each(self, queries: Floats, nprobes: Sequence[int], asked: slice) -> Iterator[_Hits | None]:
+        """The lists that `search` visits for each of `nprobes`, for the queries `asked`.
+
+        They are the first of those for the largest, unless lists at either side of the cut are equally near: which of
+        these is taken is only known by asking.
+        """
+        with _num_threads(self._faiss, 1):
+            most = self._nearest_lists(queries, max(nprobes, default=1))
+        for nprobe in nprobes:
+            lists = most
+            if most is not None and nprobe < most[0].shape[1]:
+                lists = (most[0][:, :nprobe], most[1][:, :nprobe])
+                if not (most[0][asked, nprobe - 1] > most[0][asked, nprobe]).all():
+                    with _num_threads(self._faiss, 1):
+                        lists = self._nearest_lists(queries, nprobe)
+            yield None if lists is None else (lists[0][asked], lists[1][asked])
 
     def _search_lists(
         self, queries: Floats, k: int, lists: _Hits | None, bitmaps: Sequence[NDArray[np.uint8] | None]
@@ -683,17 +698,18 @@ def _tied(scores: Floats, rows: NDArray[np.int64], k: int) -> NDArray[np.int64]:
     return np.flatnonzero((rows[:, -1] >= 0) & (scores[:, -1] == scores[:, min(k, scores.shape[1]) - 1]))
 
 
-def _rows_of(lists: _Hits | None, asked: slice) -> _Hits | None:
-    return None if lists is None else (lists[0][asked], lists[1][asked])
-
-
-def _beyond(lists: _Hits | None, visited: _Hits | None) -> _Hits | None:
-    """Of `lists`, those behind the `visited`, with which they begin; None where they do not, or nothing is left."""
-    if lists is None or visited is None or visited[1].shape[1] >= lists[1].shape[1]:
+def _unvisited(lists: _Hits | None, visited: _Hits | None, nlist: int) -> _Hits | None:
+    """Of each query's `lists`, those that are not among its `visited`; None where not all of these are among them."""
+    if lists is None or visited is None:
         return None
-    width = visited[1].shape[1]
-    same = np.array_equal(lists[0][:, :width], visited[0]) and np.array_equal(lists[1][:, :width], visited[1])
-    return (lists[0][:, width:], lists[1][:, width:]) if same else None
+    num_queries, width = lists[1].shape
+    seen = np.zeros((num_queries, nlist), dtype=np.bool_)
+    np.put_along_axis(seen, visited[1], True, axis=1)
+    fresh = ~np.take_along_axis(seen, lists[1], axis=1)
+    left = width - visited[1].shape[1]
+    if left < 1 or not (fresh.sum(axis=1) == left).all():
+        return None
+    return lists[0][fresh].reshape(num_queries, left), lists[1][fresh].reshape(num_queries, left)
 
 
 def _better(found: SearchResult, more: SearchResult) -> SearchResult:

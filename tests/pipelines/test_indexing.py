@@ -354,6 +354,45 @@ def test_segments_searched_one_by_one_give_what_one_search_gives(
             assert np.array_equal(getattr(merged, name), getattr(whole, name))
 
 
+@pytest.mark.parametrize("nlist", [0, 8, 128, 2048, 16_384])
+def test_rounds_try_every_nprobe_in_order(nlist: int) -> None:
+    rounds = list(indexing._rounds(nlist))
+    assert [value for values in rounds for value in values] == vector_index.nprobe_values(nlist)
+    assert len(rounds) <= 4
+
+
+def test_few_large_segments_are_searched_for_a_part_of_the_queries_each() -> None:
+    def parts(passages: int, segments: int, queries: int = 200) -> list[slice]:
+        shard = Shard("a", 16, "a", "a", passages, passages, passages, passages, {})
+        return list(indexing._parts(indexing.SearchedSegment("a", (shard,), DIM, None), segments, queries))
+
+    assert parts(1 << 20, 1, queries=1) == [slice(0, 1)]
+    for passages, segments, expected in ((100_000, 1, 1), (1 << 20, 1, 16), (1 << 20, 4, 8), (1 << 20, 40, 1)):
+        cut = parts(passages, segments)
+        assert len(cut) == expected
+        assert [query for part in cut for query in range(part.start, part.stop)] == list(range(200))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_nprobe_chosen_does_not_depend_on_how_queries_and_lists_are_cut(
+    store: Store, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    monkeypatch.setattr(vector_index, "FLAT_MAX_VECTORS", 10)
+    monkeypatch.setattr(indexing, "SEGMENT_ROWS", 1_000)
+    shards, asked = make_shards(store, a=700, b=900), Retriever()
+    built = build(store, shards, retriever=asked)
+    queries = np.concatenate([unit(1, zlib.crc32(text.encode())) for text in asked.sentences])
+    searched = [
+        indexing.SearchedSegment(segment.file, (shard,), DIM, None)
+        for segment, shard in zip(built.segments, shards, strict=True)
+    ]
+    monkeypatch.setattr(indexing, "_SEARCHED_ROWS", 50)
+    assert len(list(indexing._parts(searched[0], 2, len(queries)))) == 14
+    with LocalEngine(workers) as engine:
+        nprobe, recall = indexing._tune(engine, store, searched, queries, built.info.nlist)
+    assert (nprobe, round(recall, 4)) == (built.info.nprobe, built.info.recall_at_10)
+
+
 def test_training_and_measuring_happen_in_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same files and figures, bit for bit; nothing as large as the vectors comes back to the driver."""
     monkeypatch.setattr(vector_index, "FLAT_MAX_VECTORS", 10)

@@ -73,6 +73,24 @@ def test_results_come_in_the_order_of_the_items() -> None:
     assert children() == []
 
 
+def started_with(name: str) -> str | None:
+    """A variable of the environment that this process had before its first line ran."""
+    return psutil.Process().environ().get(name)
+
+
+@pytest.mark.parametrize("exported", [None, "2"])
+def test_a_worker_multiplies_on_one_core_whatever_is_exported(
+    monkeypatch: pytest.MonkeyPatch, exported: str | None
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    if exported:
+        monkeypatch.setenv("OPENBLAS_NUM_THREADS", exported)
+    with LocalEngine(1) as engine:
+        assert list(engine.map(started_with, ["OPENBLAS_NUM_THREADS"])) == ["1"]
+    assert os.environ.get("OPENBLAS_NUM_THREADS") == exported
+
+
 def test_it_looks_ahead_but_never_far() -> None:
     """A corpus of a million shards must not become a million futures."""
     pulled = consumed = furthest = 0

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from refrag_core import vector_index
 from refrag_core.errors import (
     ConfigError,
     CorruptIndexError,
@@ -23,7 +24,9 @@ from refrag_core.vector_index import (
     VectorIndex,
     build_segment,
     choose_index,
+    core_share,
     exact_search,
+    join_queries,
     measure_recall,
     sample_rows,
     train_quantizer,
@@ -452,6 +455,66 @@ def test_impossible_searches_are_refused(tmp_path: Path, arguments: dict, messag
         index.search(**({"queries": queries_of(1), "k": 1} | arguments))
 
 
+@pytest.mark.parametrize("twins", [False, True], ids=["lists apart", "lists equally near"])
+@pytest.mark.parametrize("kind", ["flat", "ivf_sqfp16", "ivf_sq8"])
+def test_visiting_more_and_more_lists_finds_what_separate_searches_find(tmp_path: Path, kind: IndexKind, twins: bool):
+    spec = IndexSpec(kind=kind, dim=DIM, nlist=0 if kind == "flat" else 16)
+    rows = unit_vectors(900, seed=3)
+    rows[100:200] = rows[100]  # ties: more than any search finds
+    rows[600:700:7] = rows[100]
+    queries = np.concatenate([unit_vectors(40, seed=4), rows[100:101]]).astype(np.float32)
+    quantizer = quantizer_for(spec)
+    if twins and kind != "flat":
+        index = faiss.deserialize_index(np.frombuffer(quantizer, dtype=np.uint8))
+        centroids = faiss.rev_swig_ptr(faiss.downcast_index(faiss.downcast_index(index).quantizer).get_xb(), 16 * DIM)
+        centroids[DIM : 2 * DIM] = centroids[:DIM]
+        quantizer = bytes(faiss.serialize_index(index).tobytes())
+    paths = [tmp_path / "0.faiss", tmp_path / "1.faiss"]
+    for path, part in zip(paths, (rows[:500], rows[500:]), strict=True):
+        build_segment(quantizer, [part], path)
+    opened = VectorIndex.open(paths, 1)
+    for live in (None, [np.arange(500) % 3 > 0, np.arange(400) > 50]):
+        for nprobes in ([1, 2, 4, 8, 16], [3, 4], [16, 16], [9, 99]):
+            with faiss_threads(1):
+                whole = [opened.search(queries, 10, live, nprobe=nprobe) for nprobe in nprobes]
+                for asked in (slice(None), slice(0, 7), slice(30, 41)):
+                    each = list(opened.search_each(queries, 10, nprobes, live, asked=asked))
+                    assert len(each) == len(nprobes)
+                    for found, expected in zip(each, whole, strict=True):
+                        for name in ("scores", "segments", "rows"):
+                            np.testing.assert_array_equal(getattr(found, name), getattr(expected, name)[asked])
+
+
+def test_each_list_is_visited_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    opened = open_segments(tmp_path, IndexSpec("ivf_sqfp16", DIM, 16), [unit_vectors(300, seed=3)])
+    visited: list[int] = []
+    search_lists = VectorIndex._search_lists
+
+    def counted(self: VectorIndex, queries: Any, k: int, lists: Any, bitmaps: Any) -> SearchResult:
+        visited.append(lists[1].shape[1])
+        return search_lists(self, queries, k, lists, bitmaps)
+
+    monkeypatch.setattr(VectorIndex, "_search_lists", counted)
+    list(opened.search_each(unit_vectors(30, seed=4).astype(np.float32), 5, [1, 2, 8, 16]))
+    assert visited == [1, 1, 6, 8]
+
+
+def test_results_for_parts_of_the_queries_are_joined(tmp_path: Path):
+    opened = open_segments(tmp_path, IndexSpec("flat", DIM, 0), [unit_vectors(50, seed=3)])
+    queries = unit_vectors(9, seed=4).astype(np.float32)
+    joined = join_queries([opened.search(queries[part], 3) for part in (slice(0, 2), slice(2, 9))])
+    assert_same_hits(joined, opened.search(queries, 3))
+
+
+def test_those_that_work_side_by_side_share_the_cores(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(vector_index, "available_cores", lambda: 8)
+    for allowed, beside, expected in ((8, 1, 8), (8, 3, 2), (8, 100, 1), (3, 2, 3), (1, 1, 1)):
+        with faiss_threads(allowed):
+            with core_share(beside):
+                assert faiss.omp_get_max_threads() == expected
+            assert faiss.omp_get_max_threads() == allowed
+
+
 def test_a_search_leaves_the_number_of_threads_as_it_was(tmp_path: Path):
     index = open_segments(tmp_path, SPECS["flat"], [unit_vectors(9)])
     threads = faiss.omp_get_max_threads()
@@ -483,6 +546,24 @@ def test_exact_search_equals_a_full_sort_however_the_rows_are_cut():
         blocks = [[s[start : start + cut] for start in range(0, len(s), cut)] for s in segments]
         result = exact_search(blocks, queries, 20)
         np.testing.assert_array_equal(result.rows + 9_000 * result.segments, order)
+
+
+@pytest.mark.parametrize("spread", [1e-2, 1e-5, 0.0])
+def test_exact_search_of_vectors_that_lie_close_to_each_other(spread: float):
+    """Nearly all, or all, are within the rounding of a product: then sums along each row decide, and ties their order.
+
+    A query is held against what it found so far, and against a tile's own best only where many rows pass.
+    """
+    random = np.random.default_rng(8)
+    rows = (unit_vectors(1, seed=1) + spread * random.standard_normal((20_000, DIM))).astype(np.float16)
+    rows[::17] = rows[5]
+    queries = unit_vectors(12, seed=2).astype(np.float32)
+    wide = rows.astype(np.float32)
+    scores = np.stack([(wide * query).sum(axis=1) for query in queries])
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :10]
+    found = exact_search([[rows[:9_000], rows[9_000:]]], queries, k=10)
+    np.testing.assert_array_equal(found.rows, order)
+    np.testing.assert_array_equal(found.scores, np.take_along_axis(scores, order, axis=1))
 
 
 def test_exact_search_sees_live_rows_only():
