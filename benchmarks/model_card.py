@@ -121,7 +121,7 @@ def _parts(checkpoint: Checkpoint) -> Iterator[str]:
     adapter = config.adapter.files if config.adapter else ()
     parts = {
         f"encoder body, {config.encoder.embedding}, {config.encoder.pooling}": [f.name for f in config.encoder_files],
-        f"decoder's update, rank {_rank(checkpoint)}": [file.name for file in adapter],
+        f"decoder's update, {_rank(checkpoint)}": [file.name for file in adapter],
         f"projection, {config.d_enc} to {config.d_dec}": [PROJECTION_FILE],
         _policy_name(checkpoint): [POLICY_FILE],
     }
@@ -136,14 +136,16 @@ def _parts(checkpoint: Checkpoint) -> Iterator[str]:
 
 def _part(checkpoint: Checkpoint, part: str, names: Sequence[str]) -> tuple[str, str, int]:
     paths = [Path(checkpoint.folder or ".", name) for name in names]
-    forms = {form for path in paths for form in stored_forms(load_file(path)).values()}
+    forms = {form for path in paths for form in stored_forms(load_file(path)).values()} - {"uint8"}  # signs
     coded = [f"{form} with a scale {step}, vectors float16" for form, step in _SCALE_STEPS.items() if form in forms]
     return part, ", ".join(coded or sorted(forms)), sum(path.stat().st_size for path in paths)
 
 
-def _rank(checkpoint: Checkpoint) -> int:
+def _rank(checkpoint: Checkpoint) -> str:
     adapter = checkpoint.load_adapter()
-    return adapter.rank if adapter else 0
+    if adapter is None:
+        return "none"
+    return f"rank {adapter.rank}" + (" and signs" if adapter.has_signs else "")
 
 
 def _policy_name(checkpoint: Checkpoint) -> str:

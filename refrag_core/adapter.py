@@ -115,8 +115,13 @@ class Adapter:
 
     @property
     def rank(self) -> int:
-        """The highest of its factors; 0 without any."""
-        return max((len(value) for name, value in self.state.items() if name.endswith(".down")), default=0)
+        """The highest of its factors; 0 without any. Raises ConfigError like `update`."""
+        return max((len(self.update(layer).down) for layer in self.layers), default=0)
+
+    @property
+    def has_signs(self) -> bool:
+        """Whether some layer has signs. Raises ConfigError like `update`."""
+        return any(self.update(layer).signs is not None for layer in self.layers)
 
     def update(self, layer: str) -> LayerUpdate:
         """That of a layer. Raises ConfigError where its tensors do not make one."""

@@ -38,11 +38,11 @@ class _CollectorPause:
     def begin(self) -> None:
         """Off, after one collection; whoever comes while it is off must not collect: that may be within a capture."""
         with self._lock:
-            self._inside += 1
-            if self._inside == 1:
+            if self._inside == 0:
                 self._was_on = gc.isenabled()
-                gc.disable()
                 gc.collect()
+                gc.disable()
+            self._inside += 1
 
     def end(self) -> None:
         """As it was, after the last."""
@@ -61,8 +61,8 @@ def collector_off() -> Iterator[None]:
 
     Around many captures it spares all but one of the collections, which take some tenths of a second each.
     """
+    _PAUSE.begin()
     try:
-        _PAUSE.begin()
         yield
     finally:
         _PAUSE.end()

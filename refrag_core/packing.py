@@ -53,11 +53,11 @@ class PartReport:
 
     dtype: str
     weights: int
-    """Numbers, without scales."""
+    """Numbers, without the scales of codes; a bit of signs is one."""
     bytes: int
     bytes_before: int
     relative_error: float
-    """‖stored − given‖ / ‖given‖ over all weights; of an adapter, of the updates that its factors multiply to."""
+    """‖stored − given‖ / ‖given‖ over all weights; of an adapter, of its layers' whole updates."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,7 +89,7 @@ def _packed(weights: Mapping[str, Tensor], dtype: StoredDtype, exact: Container[
     """What is stored of each weight; a matrix and its scales stay in one file."""
     for name, weight in sorted(weights.items()):
         if name.endswith(_BITS):
-            yield {name: weight.detach().to("cpu", torch.uint8).contiguous()}
+            yield {name: _bits(name, weight)}
             continue
         given = weight.detach().to("cpu", torch.float32).contiguous()
         form = "float16" if name in exact and dtype in _CODES else _form_for(given, dtype)
@@ -107,6 +107,12 @@ def _packed(weights: Mapping[str, Tensor], dtype: StoredDtype, exact: Container[
                 f"again"
             )
         yield made
+
+
+def _bits(name: str, weight: Tensor) -> Tensor:
+    if weight.dtype != torch.uint8:
+        raise ConfigError(f"weight {name!r} is {weight.dtype}; expected bits as uint8 under a name in {_BITS}")
+    return weight.detach().cpu().contiguous()
 
 
 def _form_for(weight: Tensor, dtype: StoredDtype) -> StoredDtype:
@@ -268,12 +274,18 @@ def _problem_of_weight(name: str, stored: Mapping[str, Tensor]) -> str:
     if name.endswith(_BITS):
         return "" if tensor.dtype == torch.uint8 and name + _SCALE not in stored else "for bits"
     if tensor.dtype not in _CODES.values():
-        return "" if tensor.dtype in _FLOATS else "entries"
+        return _problem_of_floats(tensor)
     if name + _SCALE not in stored:
         return "without scales"
     if tensor.dtype == torch.uint8:
         return _problem_of_packed(tensor)
     return "" if tensor.numel() == 0 or int(tensor.min()) >= -_CODE_LIMIT else f"with codes below -{_CODE_LIMIT}"
+
+
+def _problem_of_floats(tensor: Tensor) -> str:
+    if tensor.dtype not in _FLOATS:
+        return "entries"
+    return "" if bool(tensor.isfinite().all()) else "of which some are not finite"
 
 
 def _problem_of_packed(packed: Tensor) -> str:

@@ -373,7 +373,7 @@ def _check_fit(config: TrainingConfig) -> None:
     if config.adapter_signs and config.decoder_training != "full":
         raise ConfigError(
             f"adapter_signs is true with decoder_training {config.decoder_training!r}; expected full: signs are made "
-            f"of whole matrices, and a checkpoint's own stay without the setting"
+            f"of whole matrices; with lora a checkpoint's own stay without the setting"
         )
     if config.decoder_training == "frozen" and any(task.kind == "text" for task in config.tasks):
         raise ConfigError(

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -340,9 +340,13 @@ class Trainer:
 
     # --- state
 
-    @property
+    @cached_property
     def _bindings(self) -> Bindings:
-        return Bindings(self.config.resume_settings, {"data": ("token shards or instructions", self.data_fingerprint)})
+        # Signs are no part of the state: they come from the checkpoint again.
+        adapter = self.base.load_adapter()
+        base = self.base.fingerprint if adapter is not None and adapter.has_signs else None
+        fingerprints = {"data": ("token shards or instructions", self.data_fingerprint), "base": ("checkpoint", base)}
+        return Bindings(self.config.resume_settings, fingerprints)
 
     def save(self) -> None:
         """Write `state/`, the whole or nothing of it."""

@@ -20,7 +20,6 @@ DecoderTraining = Literal["frozen", "lora", "full"]
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-_SIGN_ROUNDS = 1
 _HEAD_TOLERANCE = 1e-2
 _CAUSAL = "refrag-causal-sdpa"
 _MASK_WHERE_GIVEN = "refrag-mask-where-given-sdpa"
@@ -69,7 +68,7 @@ class LoRALinear(AdaptedLinear):
     """The update is of low rank: scale · up @ down (LoRA, arXiv:2106.09685), beside signs that stay as they are."""
 
     signed: Tensor | None
-    """The base's weight with the signs added, in the base's dtype; None without signs."""
+    """Float32, the base's weight with the signs added; None without signs."""
 
     def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
         super().__init__(base, scale)
@@ -80,8 +79,10 @@ class LoRALinear(AdaptedLinear):
 
     def weight(self) -> Tensor:
         """`[out, in]`."""
-        fixed = self.base.weight if self.signed is None else self.signed
-        return torch.addmm(fixed, self.up, self.down, alpha=self.scale)
+        if self.signed is None:
+            return torch.addmm(self.base.weight, self.up, self.down, alpha=self.scale)
+        # Rounded once, as merged weights are: the factors would learn to correct another rounding of the signs.
+        return (self.signed + self.scale * (self.up @ self.down)).to(self.base.weight.dtype)
 
     def stored(self, rank: int, moment: Tensor | None = None, *, signs: bool = False) -> LayerUpdate:  # noqa: ARG002
         """Its own factors, and the signs that it started from. Raises ConfigError for another rank."""
@@ -94,7 +95,7 @@ class LoRALinear(AdaptedLinear):
         rank, down, up = len(self.down), update.down, update.up
         if update.signs is not None:
             self.signs, weight = update.signs, self.base.weight
-            self.signed = (weight.float() + update.signs.dense().to(weight.device)).to(weight.dtype)
+            self.signed = weight.float() + update.signs.dense().to(weight.device)
         if len(down) > rank:
             down, up = closest_factors(self.scale * (up.float() @ down.float()), rank, self.scale)
         down, up = balanced_factors(down.float(), up.float())
@@ -115,14 +116,13 @@ class FullLinear(AdaptedLinear):
         return (self.base.weight.float() + self.update).to(self.base.weight.dtype)
 
     def stored(self, rank: int, moment: Tensor | None = None, *, signs: bool = False) -> LayerUpdate:
-        """What comes closest to the update; factors and signs are fitted to what the other leaves, in turns."""
-        down, up = closest_factors(self.update, rank, self.scale, moment)
+        """What comes closest to the update; with signs the factors are fitted to what those leave, and they anew."""
+        whole = self.update.detach()
+        down, up = closest_factors(whole, rank, self.scale, moment)
         if not signs:
             return LayerUpdate(down, up)
-        whole = self.update.detach()
-        for _ in range(_SIGN_ROUNDS):
-            rest = closest_signs(whole - self.scale * (up @ down))
-            down, up = closest_factors(whole - rest.dense(), rank, self.scale, moment)
+        rest = closest_signs(whole - self.scale * (up @ down))
+        down, up = closest_factors(whole - rest.dense(), rank, self.scale, moment)
         return LayerUpdate(down, up, closest_signs(whole - self.scale * (up @ down)))
 
     def start_from(self, update: LayerUpdate) -> None:

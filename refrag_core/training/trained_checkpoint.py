@@ -22,6 +22,7 @@ from refrag_core.encoder import (
     random_gates,
     trained_layers,
 )
+from refrag_core.errors import ConfigError
 from refrag_core.stored_weights import write_weights
 from refrag_core.training.config import TrainingConfig
 from refrag_core.training.model import (
@@ -60,6 +61,11 @@ def load_training_model(checkpoint: Checkpoint, config: TrainingConfig) -> Train
     frozen = config.decoder_training == "frozen"
     adapter = checkpoint.load_adapter()
     decoder = Decoder.load(decoder_folder, dtype=dtype, adapter=adapter if frozen else None).model
+    if adapter is not None and adapter.has_signs and config.decoder_training == "full" and not config.adapter_signs:
+        raise ConfigError(
+            f"checkpoint {checkpoint.folder} holds signs beside its low rank, and adapter_signs is false with "
+            f"decoder_training 'full', which would lose them; expected adapter_signs = true, or lora beside them"
+        )
     width = checkpoint.config.decoder.dim
     readout = ChunkReadout(max(config.chunk_sizes), width, config.seed + 4) if config.readout else None
     model = TrainingModel(encoder, deepcopy(checkpoint.projection).requires_grad_(True), decoder, readout)

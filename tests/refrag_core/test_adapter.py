@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from refrag_core.adapter import Adapter, LayerUpdate, SignMatrix, closest_signs
 from refrag_core.errors import ConfigError
@@ -39,7 +40,7 @@ def test_an_update_is_factors_and_signs() -> None:
     assert update.dense(2.0).tolist() == [[7.0, 5.0], [5.0, 7.0]]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8", "int5"])
 def test_signs_are_stored_bit_for_bit(tmp_path: Path, dtype: str) -> None:
     generator = torch.Generator().manual_seed(1)
     signs = closest_signs(torch.randn((6, 21), generator=generator))
@@ -53,6 +54,26 @@ def test_signs_are_stored_bit_for_bit(tmp_path: Path, dtype: str) -> None:
     assert update.signs is not None
     assert torch.equal(update.signs.bits, signs.bits)
     assert torch.allclose(update.signs.dense(), signs.dense(), rtol=2e-3)
+
+
+def test_bits_are_no_other_type(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="expected bits as uint8"):
+        write_weights(tmp_path, "adapter", {"layer.signs": torch.ones((2, 2))}, dtype="float16")
+
+
+def test_numbers_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    save_file({"layer.rows": torch.tensor([1.0, float("nan")])}, tmp_path / "w.safetensors")
+    with pytest.raises(ConfigError, match="of which some are not finite"):
+        read_weights([tmp_path / "w.safetensors"])
+
+
+def test_scales_are_fitted_to_each_other() -> None:
+    """Rows and columns that are not evenly filled: means of rows and columns would leave more."""
+    sizes = torch.tensor([[4.0, 1.0, 1.0], [1.0, 1.0, 1.0], [1.0, 1.0, 8.0]])
+    found = closest_signs(sizes).dense()
+    rows = sizes.mean(dim=1, keepdim=True)
+    means = rows * (sizes.mean(dim=0) / sizes.mean())
+    assert (found - sizes).norm() < 0.95 * (means - sizes).norm()
 
 
 @pytest.mark.parametrize(

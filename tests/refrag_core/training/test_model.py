@@ -1,5 +1,7 @@
 import json
 import math
+import shutil
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from refrag_core.adapter import Adapter, LayerUpdate, closest_signs
 from refrag_core.checkpoint import Checkpoint
 from refrag_core.decoder import Decoder, merge_adapter
 from refrag_core.errors import ConfigError
+from refrag_core.packing import PackOptions, pack_checkpoint
 from refrag_core.training.batches import NO_TOKEN, next_paragraph_batch
 from refrag_core.training.loop import Trainer, base_checkpoint
 from refrag_core.training.model import (
@@ -131,6 +134,24 @@ def test_low_rank_training_goes_on_beside_signs() -> None:
     assert torch.equal(layer(ones), layer.base(ones))
 
 
+def test_what_is_trained_beside_signs_is_what_is_merged() -> None:
+    """In bfloat16 too: one rounding of the same sum."""
+    generator = torch.Generator().manual_seed(0)
+    base = nn.Linear(64, 48, bias=False, dtype=torch.bfloat16)
+    stored = LayerUpdate(
+        torch.randn((4, 64), generator=generator) * 1e-2,
+        torch.randn((48, 4), generator=generator) * 1e-2,
+        closest_signs(torch.randn((48, 64), generator=generator) * 1e-3),
+    )
+    layer = LoRALinear(base, rank=4, scale=2.0)
+    with torch.no_grad():
+        layer.start_from(stored)
+    merged = nn.Sequential(OrderedDict(layer=nn.Linear(64, 48, bias=False, dtype=torch.bfloat16)))
+    merged.layer.load_state_dict(base.state_dict())
+    merge_adapter(merged, Adapter(layer.stored(4).state("layer"), 2.0))
+    assert torch.equal(layer.weight(), merged.layer.weight)
+
+
 @pytest.mark.parametrize("then", ["lora", "full"])
 def test_a_checkpoint_with_signs_is_trained_on(
     tmp_path: Path, data: Path, models: tuple[Path, Path], then: str
@@ -154,6 +175,9 @@ def test_a_checkpoint_with_signs_is_trained_on(
     with without_adapter(trainer.model.decoder):
         expected = Decoder.load(made.verified_decoder_folder()).model(input_ids=ids).logits
         assert torch.allclose(trainer.model.decoder(input_ids=ids).logits, expected, atol=1e-5)
+    if then == "full":
+        with pytest.raises(ConfigError, match="which would lose them"):
+            Trainer(settings(data, models, tmp_path / "lost", **exact | changes | {"adapter_signs": False}))
     assert trainer.run()
     again = Checkpoint.load(tmp_path / "then" / "checkpoint")
     trained = trainer.model.decoder(input_ids=ids).logits
@@ -162,6 +186,28 @@ def test_a_checkpoint_with_signs_is_trained_on(
     assert kept is not None
     if then == "lora":
         assert all(torch.equal(kept.state[name], bits) for name, bits in adapter.state.items() if "signs" in name)
+        packed = tmp_path / "packed"
+        pack_checkpoint(again, packed, PackOptions(adapter="int5", adapter_rank=1))
+        small = Checkpoint.load(packed).load_adapter()
+        assert small is not None
+        assert small.rank == 1
+        assert all(torch.equal(small.state[name], bits) for name, bits in kept.state.items() if "signs" in name)
+
+
+def test_a_run_beside_signs_resumes_with_these_alone(tmp_path: Path, data: Path, models: tuple[Path, Path]) -> None:
+    changes: dict[str, Any] = {"adapter_dtype": "float32", "adapter_rank": 2, "steps": 2}
+    for name, seed in (("one", 0), ("other", 1)):
+        whole = {"decoder_training": "full", "adapter_signs": True, "seed": seed}
+        assert Trainer(settings(data, models, tmp_path / name, **changes | whole)).run()
+    base = tmp_path / "base"
+    shutil.copytree(tmp_path / "one" / "checkpoint", base)
+    config = settings(data, models, tmp_path / "run", **changes | {"checkpoint": str(base)})
+    assert Trainer(config).run()
+    Trainer(config)
+    shutil.rmtree(base)
+    shutil.copytree(tmp_path / "other" / "checkpoint", base)
+    with pytest.raises(ConfigError, match="saved by a run with other checkpoint"):
+        Trainer(config)
 
 
 def test_full_training_is_what_the_checkpoint_holds(tmp_path: Path, data: Path, models: tuple[Path, Path]) -> None:
