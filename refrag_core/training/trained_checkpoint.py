@@ -79,9 +79,18 @@ def load_training_model(checkpoint: Checkpoint, config: TrainingConfig) -> Train
     if adapter is not None and not frozen:
         start_adapter(decoder, adapter)
     if config.gradient_checkpointing:
-        decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        decoder.train()
+        _checkpoint_gradients(decoder)
     return model
+
+
+def _checkpoint_gradients(decoder: Any) -> None:
+    """Let the decoder's layers be computed again in the backward pass; transformers renamed the call in version 5."""
+    options = {"use_reentrant": False}
+    if hasattr(decoder, "activation_checkpointing_enable"):
+        decoder.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    decoder.train()
 
 
 def save_trained_checkpoint(

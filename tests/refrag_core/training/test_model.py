@@ -4,6 +4,7 @@ import shutil
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -192,6 +193,23 @@ def test_a_checkpoint_with_signs_is_trained_on(
         assert small is not None
         assert small.rank == 1
         assert all(torch.equal(small.state[name], bits) for name, bits in kept.state.items() if "signs" in name)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(
+    tmp_path: Path, data: Path, models: tuple[Path, Path]
+) -> None:
+    found, counts = [], []
+    for name, on in (("plain", False), ("checkpointed", True)):
+        trainer = Trainer(settings(data, models, tmp_path / name, gradient_checkpointing=on))
+        norm = Mock(wraps=trainer.model.decoder.base_model.layers[0].input_layernorm.forward)
+        trainer.model.decoder.base_model.layers[0].input_layernorm.forward = norm
+        assert trainer.run()
+        counts.append(norm.call_count)
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        found.append([loss for line in lines for loss in json.loads(line).get("losses", {}).values()])
+    assert len(found[0]) >= 4
+    assert found[1] == pytest.approx(found[0], abs=1e-5)
+    assert counts[1] > counts[0]
 
 
 def test_a_run_beside_signs_resumes_with_these_alone(tmp_path: Path, data: Path, models: tuple[Path, Path]) -> None:
