@@ -188,7 +188,9 @@ def test_a_checkpoint_with_signs_is_trained_on(
     if then == "lora":
         assert all(torch.equal(kept.state[name], bits) for name, bits in adapter.state.items() if "signs" in name)
         packed = tmp_path / "packed"
-        pack_checkpoint(again, packed, PackOptions(adapter="int5", adapter_rank=1))
+        report = pack_checkpoint(again, packed, PackOptions(adapter="int5", adapter_rank=1))
+        shapes = [kept.update(name).shape for name in kept.layers]
+        assert report.parts["adapter"].weights == sum(2 * (o + i) + o * 8 * -(-i // 8) for o, i in shapes)
         small = Checkpoint.load(packed).load_adapter()
         assert small is not None
         assert small.rank == 1
