@@ -267,13 +267,14 @@ def _copy_record(source: Path, folder: Path) -> None:
 
 
 def _part_report(part: str, dtype: str, before: Checkpoint, after: Checkpoint) -> PartReport:
+    given, stored = _weights(part, before), _weights(part, after)
     error = size = 0.0
-    for own, other in zip(_compared(part, before), _compared(part, after), strict=True):
+    for own, other in zip(_compared(part, before, given), _compared(part, after, stored), strict=True):
         error += float((other.double() - own.double()).square().sum())
         size += float(own.double().square().sum())
     return PartReport(
         dtype=dtype,
-        weights=sum(_count(weight) for weight in _weights(part, after).values()),
+        weights=sum(_count(weight) for weight in stored.values()),
         bytes=_size(after, _files(part, after)),
         bytes_before=_size(before, _files(part, before)),
         relative_error=math.sqrt(error / size) if size else 0.0,
@@ -296,11 +297,9 @@ def _count(weight: Tensor) -> int:
     return weight.numel() * (8 if weight.dtype == torch.uint8 else 1)
 
 
-def _compared(part: str, checkpoint: Checkpoint) -> Iterator[Tensor]:
-    """The tensors that say what a part does, by name."""
-    if part == "adapter":
-        adapter = checkpoint.load_adapter()
-        yield from () if adapter is None else (adapter.update(name).dense(adapter.scale) for name in adapter.layers)
-    else:
-        weights = _weights(part, checkpoint)
-        yield from (weights[name] for name in sorted(weights))
+def _compared(part: str, checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    """The tensors that say what a part of the checkpoint with these weights does, by name."""
+    if part == "adapter" and checkpoint.config.adapter is not None:
+        adapter = Adapter(weights, checkpoint.config.adapter.scale)
+        return (adapter.update(name).dense(adapter.scale) for name in adapter.layers)
+    return (weights[name] for name in sorted(weights))
