@@ -2309,6 +2309,53 @@ def checkpoint_pack(
     _print_rows([("checkpoint", report.output), ("size", size), *rows, ("fingerprint", report.fingerprint)])
 
 
+@checkpoint_app.command("average")
+def checkpoint_average(
+    checkpoints: Annotated[list[str], typer.Argument(help="Folders of trained checkpoints.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of their mean.", show_default=False)],
+    weights: Annotated[
+        str, typer.Option(help="A weight for each, separated by commas; default: all equal.", show_default=False)
+    ] = "",
+    adapter_rank: Annotated[
+        int | None, typer.Option(help="Rank of the decoder's update; default: the highest of theirs.", min=1)
+    ] = None,
+    adapter_signs: Annotated[
+        bool | None,
+        typer.Option(
+            "--adapter-signs/--no-adapter-signs",
+            help="Store signs for what the rank leaves out; default: where one of them has signs.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Average the weights of trained checkpoints that began from one, as float16; pack it to ship it."""
+    from refrag_core.averaging import AverageOptions, average_checkpoints
+    from refrag_core.checkpoint import load_checkpoint
+
+    options = AverageOptions(
+        weights=_weights("--weights", weights), adapter_rank=adapter_rank, adapter_signs=adapter_signs
+    )
+    report = average_checkpoints([load_checkpoint(name) for name in checkpoints], output, options)
+    if as_json:
+        _print_json(report)
+        return
+    far = report.distances or [0.0] * len(checkpoints)
+    rows = [
+        (f"  {name}", f"weight {weight:.3g}, its update {distance:.1%} from the mean")
+        for name, weight, distance in zip(checkpoints, report.weights, far, strict=True)
+    ]
+    lost = f"{report.relative_error:.2%} of the mean update"
+    _print_rows([("checkpoint", report.output), *rows, ("not stored", lost), ("fingerprint", report.fingerprint)])
+
+
+def _weights(option: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")] if text else []
+    except ValueError as error:
+        raise UsageError(f"{option} is {text!r}; expected numbers separated by commas, like 1,2") from error
+
+
 # --- refrag bench -------------------------------------------------------------------------------------
 
 PlotFile = Annotated[Path | None, typer.Option(help="Draw the result into this PNG file.", show_default=False)]

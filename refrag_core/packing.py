@@ -17,6 +17,7 @@ from torch import Tensor
 
 from refrag_core.adapter import Adapter, LayerUpdate
 from refrag_core.checkpoint import CONFIG_FILE, POLICY_FILE, PROJECTION_FILE, AdapterConfig, Checkpoint
+from refrag_core.checkpoint_folder import expect_checkpoint_folder, install_checkpoint
 from refrag_core.encoder import ENTRYWISE
 from refrag_core.errors import ConfigError, ModelNotFoundError, UsageError
 from refrag_core.models import SHORT_NAMES, fingerprint_model, resolve_model
@@ -24,7 +25,6 @@ from refrag_core.stored_weights import StoredDtype, write_weights
 from refrag_core.training.low_rank import closest_factors
 from refrag_core.training.run_state import TRAINING_FILE
 
-_MODEL_CARD = "README.md"
 _ORTHOGONAL = 1e-2
 """Of columns stored in float16."""
 _INSIDE = "./"
@@ -122,7 +122,7 @@ def pack_checkpoint(checkpoint: Checkpoint, output: Path, options: PackOptions |
             notes=notes,
         )
         _copy_record(source, Path(folder))
-        _install(Path(folder), output)
+        install_checkpoint(Path(folder), output)
     return report
 
 
@@ -139,10 +139,7 @@ def _source(checkpoint: Checkpoint, output: Path) -> Path:
         )
     if folder.resolve() == output.resolve():
         raise UsageError(f"{output} is the checkpoint that is to be packed; expected another folder for --output")
-    held = {path.name for path in output.iterdir()} if output.is_dir() else set()
-    strange = {name for name in held - {_MODEL_CARD, TRAINING_FILE} if not name.endswith(".safetensors")}
-    if output.is_file() or (strange and CONFIG_FILE not in held):
-        raise UsageError(f"{output} holds files and no checkpoint; expected a new folder, or a checkpoint to replace")
+    expect_checkpoint_folder(output)
     return folder
 
 
@@ -238,29 +235,22 @@ def _whole_size(checkpoint: Checkpoint) -> int:
     return _size(checkpoint, [CONFIG_FILE, *(name for part in _PARTS for name in _files(part, checkpoint))])
 
 
-def _install(made: Path, output: Path) -> None:
-    """Move all files over, the config last, then drop what it does not name. Without a config it is no checkpoint."""
-    output.mkdir(exist_ok=True)
-    (output / CONFIG_FILE).unlink(missing_ok=True)
-    names = sorted((path.name for path in made.iterdir()), key=lambda name: name == CONFIG_FILE)
-    for name in names:
-        (made / name).replace(output / name)
-    for path in (*output.glob("*.safetensors"), output / TRAINING_FILE):
-        if path.name not in names:
-            path.unlink(missing_ok=True)
-
-
 def _copy_record(source: Path, folder: Path) -> None:
     """What the checkpoint was trained on, without the places of the machine that trained it."""
     path = source / TRAINING_FILE
     if path.is_file():
-        record = json.loads(path.read_text(encoding="utf-8"))
-        for run in (record, record.get("policy") or {}):
-            config = run.get("config") or {}
-            for key in _PATHS:
-                if isinstance(config.get(key), str) and Path(config[key]).is_absolute():
-                    config[key] = Path(config[key]).name
+        record = _without_places(json.loads(path.read_text(encoding="utf-8")))
         (folder / TRAINING_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _without_places(value: Any, name: str = "") -> Any:
+    """A record, or a part of it under that name, whose settings name files and folders alone."""
+    if isinstance(value, dict):
+        return {key: _without_places(item, key) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_places(item) for item in value]
+    is_place = name in _PATHS and isinstance(value, str) and Path(value).is_absolute()
+    return Path(value).name if is_place else value
 
 
 # --- what was lost

@@ -1,4 +1,4 @@
-"""The low-rank update that is closest to a whole matrix's: by its entries, or by what it does to a layer's inputs."""
+"""The stored update that is closest to a whole matrix's: by its entries, or by what it does to a layer's inputs."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from refrag_core.adapter import LayerUpdate, closest_signs
 
 _RIDGE = 1e-3
 """Added to the inputs' second moment, as a share of its mean: no direction counts for nothing."""
@@ -38,6 +40,22 @@ def closest_factors(update: Tensor, rank: int, scale: float, moment: Tensor | No
     if root is not None:
         down = torch.linalg.solve_triangular(root, down, upper=False, left=False)
     return down.float(), up.float()
+
+
+def closest_update(
+    update: Tensor, rank: int, scale: float, moment: Tensor | None = None, *, signs: bool = False
+) -> LayerUpdate:
+    """`update` `[out, in]` as an adapter holds it: `closest_factors`, and with `signs` those of the rest.
+
+    With signs the factors are fitted to what those leave, and they anew to what the factors leave.
+    """
+    whole = update.detach()
+    down, up = closest_factors(whole, rank, scale, moment)
+    if not signs:
+        return LayerUpdate(down, up)
+    rest = closest_signs(whole - scale * (up @ down))
+    down, up = closest_factors(whole - rest.dense(), rank, scale, moment)
+    return LayerUpdate(down, up, closest_signs(whole - scale * (up @ down)))
 
 
 def balanced_factors(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:

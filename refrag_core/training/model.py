@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from refrag_core.adapter import Adapter, LayerUpdate, SignMatrix, closest_signs
+from refrag_core.adapter import Adapter, LayerUpdate, SignMatrix
 from refrag_core.encoder import EncoderModule
 from refrag_core.errors import ConfigError, UnsupportedDecoderError
-from refrag_core.training.low_rank import balanced_factors, closest_factors
+from refrag_core.training.low_rank import balanced_factors, closest_factors, closest_update
 
 DecoderTraining = Literal["frozen", "lora", "full"]
 
@@ -116,14 +116,8 @@ class FullLinear(AdaptedLinear):
         return (self.base.weight.float() + self.update).to(self.base.weight.dtype)
 
     def stored(self, rank: int, moment: Tensor | None = None, *, signs: bool = False) -> LayerUpdate:
-        """What comes closest to the update; with signs the factors are fitted to what those leave, and they anew."""
-        whole = self.update.detach()
-        down, up = closest_factors(whole, rank, self.scale, moment)
-        if not signs:
-            return LayerUpdate(down, up)
-        rest = closest_signs(whole - self.scale * (up @ down))
-        down, up = closest_factors(whole - rest.dense(), rank, self.scale, moment)
-        return LayerUpdate(down, up, closest_signs(whole - self.scale * (up @ down)))
+        """What comes closest to the update."""
+        return closest_update(self.update, rank, self.scale, moment, signs=signs)
 
     def start_from(self, update: LayerUpdate) -> None:
         """Multiply the stored one out."""
