@@ -52,6 +52,7 @@ _MAY_BE_ZERO = (
     "weight",
     "final_weight",
     "last_share",
+    "exchanged_share",
     "shuffled_share",
     "warm_start_share",
     "entropy_weight",
@@ -60,7 +61,12 @@ _MAY_BE_ZERO = (
     "match_dim",
 )
 
-ADDED_SETTINGS: dict[str, JSON] = {"last_share": 0.0, "match_dim": 0, "adapter_signs": False}
+ADDED_SETTINGS: dict[str, JSON] = {
+    "last_share": 0.0,
+    "match_dim": 0,
+    "adapter_signs": False,
+    "exchanged_share": 0.0,
+}
 """Settings that came later, with what runs did before them: a state that was saved then can still be resumed."""
 
 _NOT_RESUMED = (
@@ -94,9 +100,13 @@ class TaskConfig:
     """Of the lengths of reconstructions: `refrag_core.training.schedule.length_weights`."""
     expansion_fractions: tuple[float, ...] = (0.0, 0.1, 0.25)
     """p of the contexts of recall, next-paragraph and instruct, each equally likely, with expanded chunks drawn at
-    random; of the whole windows of interleaved, where they stand in runs and are what is predicted."""
+    random (1, in instruct alone: all of them); of the whole windows of interleaved, where they stand in runs and are
+    what is predicted."""
     gold_expansion_weight: float = 1.0
     """How many times as readily chunks of passages that hold the answer are drawn, in instruct."""
+    exchanged_share: float = 0.0
+    """Share of instruct's examples in which the answer, and its places in gold passages, are exchanged for a random
+    answer to a question of the same kind: it can only be read then, however often the question came."""
     last_share: float = 0.0
     """Share of the contexts of recall and next-paragraph whose last chunks are expanded, and not random ones."""
     span_tokens: int = 32
@@ -333,7 +343,7 @@ def _scalar(key: str, value: Any, annotation: str) -> Any:
     if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
         raise ConfigError(f"setting {key} is {value!r}; expected {annotation}")
     if key == "expansion_fractions":
-        in_range = 0.0 <= number < 1.0
+        in_range = 0.0 <= number <= 1.0
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         in_range = number > 0 or (number == 0 and key in _MAY_BE_ZERO)
     else:
@@ -368,8 +378,13 @@ def _check_fit(config: TrainingConfig) -> None:
             )
     if any(task.distillation > 1.0 for task in config.tasks):
         raise ConfigError("distillation must be 0 to 1, the divergence's share of the loss")
-    if any(task.last_share > 1.0 for task in config.tasks):
-        raise ConfigError("last_share must be 0 to 1, a share of the rows")
+    if any(max(task.last_share, task.exchanged_share) > 1.0 for task in config.tasks):
+        raise ConfigError("last_share and exchanged_share must be 0 to 1, shares of the rows")
+    if any(task.kind != "instruct" and 1.0 in task.expansion_fractions for task in config.tasks):
+        raise ConfigError(
+            "expansion_fractions has 1, all chunks, in a task that is not instruct; expected fractions below 1: "
+            "a text task reads all of it as tokens"
+        )
     if config.adapter_signs and config.decoder_training != "full":
         raise ConfigError(
             f"adapter_signs is true with decoder_training {config.decoder_training!r}; expected full: signs are made "

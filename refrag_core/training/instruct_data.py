@@ -6,15 +6,15 @@ One example a line of a JSON Lines file:
 An empty `answer` cannot be answered from the passages: what is learnt then is `ABSTENTION`. `answers` (accepted
 forms), `gold` (numbers of the passages that hold the answer) and `kind` may be left out.
 
-Notation as in `refrag_core.training.batches`. All batches of one chunk size have one shape, whatever is in them and
-whatever is expanded, since every shape has to be compiled: rows are filled up on the right, where a causal decoder's
+Notation as in `refrag_core.training.batches`. All batches of one chunk size and expansion fraction have one shape,
+whatever is in them, since every shape has to be captured: rows are filled up on the right, where a causal decoder's
 predictions do not see it.
 """
 
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -182,22 +182,23 @@ class InstructionSet:
         self.fingerprint = digest_json([_plain(made) for made in instructions])
         self._seed = seed
         self._orders: dict[int, npt.NDArray[np.int64]] = {}
-        self._shapes: dict[int, BatchShape] = {}
+        self._shapes: dict[tuple[int, float], BatchShape] = {}
         self._fractions = sorted(set(expansion_fractions))
-        tokenized = _tokenized(
-            instructions,
-            tokenizer,
-            end=end_of_turn(template, eos_ids),
-            space=_answers_after_text(template, tokenizer),
-            options=ChunkingOptions(1, max_passage_tokens),
-        )
-        fitting = [_fitted(made, context_tokens) for made in tokenized if len(made.answer) <= max_answer_tokens]
-        self.examples = [example for example in fitting if example is not None]
-        self.num_left_out = len(tokenized) - len(self.examples)
+        self._tokenizer = tokenizer
+        self._end = end_of_turn(template, eos_ids)
+        self._space = _answers_after_text(template, tokenizer)
+        self._options = ChunkingOptions(1, max_passage_tokens)
+        self._limits = context_tokens, max_answer_tokens
+        fitting = zip(instructions, self._fitting(instructions), strict=True)
+        kept = [(made, example) for made, example in fitting if example is not None]
+        self.examples = [example for _, example in kept]
+        self._texts = [made for made, _ in kept]
+        self._answers = answers_by_kind(self._texts)
+        self.num_left_out = len(instructions) - len(self.examples)
         if not self.examples:
             raise CorpusError(
-                f"all {len(tokenized)} examples need more than {context_tokens} context tokens or {max_answer_tokens} "
-                f"tokens of an answer; expected shorter ones, or larger context_tokens"
+                f"all {len(instructions)} examples need more than {context_tokens} context tokens or "
+                f"{max_answer_tokens} tokens of an answer; expected shorter ones, or larger context_tokens"
             )
 
     @classmethod
@@ -214,8 +215,11 @@ class InstructionSet:
 
     def take(self, position: int, count: int) -> list[TokenizedExample]:
         """Examples number `position` to `position + count` of all epochs, each shuffled by the seed alone."""
+        return [self.examples[number] for number in self._numbers(position, count)]
+
+    def _numbers(self, position: int, count: int) -> list[int]:
         size = len(self.examples)
-        return [self.examples[self._order(n // size)[n % size]] for n in range(position, position + count)]
+        return [int(self._order(n // size)[n % size]) for n in range(position, position + count)]
 
     def _order(self, epoch: int) -> npt.NDArray[np.int64]:
         if epoch not in self._orders:
@@ -232,33 +236,70 @@ class InstructionSet:
         expansion_fraction: float,
         gold_weight: float,
         random: np.random.Generator,
+        exchanged_share: float = 0.0,
     ) -> TrainingBatch:
         """Examples number `position` to `position + rows`, a random `expansion_fraction` of their chunks expanded.
 
         Args:
             gold_weight: how many times as readily a chunk of a gold passage is drawn as another.
+            exchanged_share: share of the examples whose answer is exchanged (`exchanged`) for a random one of their
+                kind, wherever it can be and what is made fits the shape.
 
         Raises ConfigError for a fraction that the shapes were not made for.
         """
         if expansion_fraction not in self._fractions:
             raise ConfigError(f"expansion_fraction {expansion_fraction} is none of {self._fractions}; expected one")
+        shape = self.shape(chunk_size, expansion_fraction)
+        numbers = self._numbers(position, rows)
+        others = self._exchanged(numbers, exchanged_share, random)
         made = []
-        for example in self.take(position, rows):
+        for number in numbers:
+            example = others.get(number, self.examples[number])
+            if not self._fits(example, chunk_size, expansion_fraction, shape):
+                example = self.examples[number]
             mask = drawn_mask(example, chunk_size, expansion_fraction, gold_weight, random)
             made.append((compose_example(self.template, example, chunk_size, mask), example))
-        return instruction_batch(made, chunk_size=chunk_size, shape=self.shape(chunk_size))
+        return instruction_batch(made, chunk_size=chunk_size, shape=shape)
 
-    def shape(self, chunk_size: int) -> BatchShape:
-        """What every example fits at every fraction, with one padding slot and one padding chunk more."""
-        if chunk_size not in self._shapes:
-            sizes = [self._sizes(made, chunk_size, p) for made in self.examples for p in self._fractions]
+    def shape(self, chunk_size: int, expansion_fraction: float) -> BatchShape:
+        """What every example fits at that fraction, with one padding slot and one padding chunk more."""
+        key = chunk_size, expansion_fraction
+        if key not in self._shapes:
+            sizes = [self._sizes(made, chunk_size, expansion_fraction) for made in self.examples]
             slots, chunks, targets = (int(size) for size in np.asarray(sizes).max(axis=0))
-            self._shapes[chunk_size] = BatchShape(
+            self._shapes[key] = BatchShape(
                 slots=_rounded_up(slots + 1, _SLOT_STEP),
                 chunks=_rounded_up(chunks + 1, _CHUNK_STEP),
                 targets=_rounded_up(targets, _TARGET_STEP),
             )
-        return self._shapes[chunk_size]
+        return self._shapes[key]
+
+    def _fits(self, example: TokenizedExample, chunk_size: int, expansion_fraction: float, shape: BatchShape) -> bool:
+        slots, chunks, targets = self._sizes(example, chunk_size, expansion_fraction)
+        return slots < shape.slots and chunks < shape.chunks and targets <= shape.targets
+
+    def _exchanged(
+        self, numbers: Sequence[int], share: float, random: np.random.Generator
+    ) -> dict[int, TokenizedExample]:
+        """Of a random share of these examples one with another answer, by number; not of those that cannot have one."""
+        if not share:
+            return {}
+        made: dict[int, Instruction] = {}
+        for number in numbers:
+            known = self._texts[number]
+            answers = self._answers.get(known.kind, [])
+            if answers and random.random() < share:
+                other = exchanged(known, answers[int(random.integers(len(answers)))])
+                if other is not None:
+                    made[number] = other
+        examples = zip(made, self._fitting(list(made.values())), strict=True) if made else ()
+        return {number: example for number, example in examples if example is not None}
+
+    def _fitting(self, instructions: Sequence[Instruction]) -> list[TokenizedExample | None]:
+        """Each in tokens, with the distractors that fit; None for those whose gold passages or answers are too long."""
+        context_tokens, max_answer_tokens = self._limits
+        tokenized = _tokenized(instructions, self._tokenizer, end=self._end, space=self._space, options=self._options)
+        return [_fitted(made, context_tokens) if len(made.answer) <= max_answer_tokens else None for made in tokenized]
 
     def _sizes(self, example: TokenizedExample, chunk_size: int, expansion_fraction: float) -> tuple[int, int, int]:
         """Slots at most (all expanded chunks full), compressed chunks and targets of one example."""
@@ -331,9 +372,42 @@ def _spelling(text: str, tokens: TokenizedText, answer: str) -> Mask:
     """Bool, one a token: whether it overlaps a place in `text` where `answer` stands as whole words, in either case."""
     mask = np.zeros(len(tokens.ids), dtype=np.bool_)
     if answer:
-        for found in re.finditer(rf"(?<!\w){re.escape(answer)}(?!\w)", text, re.IGNORECASE):
+        for found in _whole_words(answer).finditer(text):
             mask |= (tokens.starts < found.end()) & (tokens.ends > found.start())
     return mask
+
+
+def _whole_words(answer: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<!\w){re.escape(answer)}(?!\w)", re.IGNORECASE)
+
+
+def answers_by_kind(instructions: Sequence[Instruction]) -> dict[str, list[str]]:
+    """The different answers to questions of each kind, in their order; kinds with one alone are left out."""
+    found: dict[str, dict[str, None]] = {}
+    for made in instructions:
+        if made.answer:
+            found.setdefault(made.kind, {})[made.answer] = None
+    return {kind: list(answers) for kind, answers in found.items() if len(answers) > 1}
+
+
+def exchanged(made: Instruction, answer: str) -> Instruction | None:
+    """The example as if `answer` were its answer: the old one's places in gold passages hold the new one.
+
+    What is so can only be read, not known (entity substitution, arXiv:2109.05052). None where the old answer stands
+    word for word in no gold passage, or in the question, or where the new one stands somewhere already.
+    """
+    if not made.answer:
+        return None
+    old, new = _whole_words(made.answer), _whole_words(answer)
+    gold = [made.passages[number] for number in made.gold]
+    if old.search(made.question) or not any(map(old.search, gold)):
+        return None
+    if any(map(new.search, (made.question, *made.passages))):
+        return None
+    passages = tuple(
+        old.sub(lambda _: answer, text) if number in made.gold else text for number, text in enumerate(made.passages)
+    )
+    return replace(made, answer=answer, passages=passages)
 
 
 def _fitted(example: TokenizedExample, context_tokens: int) -> TokenizedExample | None:

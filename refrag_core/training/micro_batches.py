@@ -137,6 +137,7 @@ def instruct_example(instructions: InstructionSet | None, planned: MicroBatch) -
         chunk_size=planned.chunk_size,
         expansion_fraction=planned.expansion_fraction,
         gold_weight=planned.task.gold_expansion_weight,
+        exchanged_share=planned.task.exchanged_share,
         random=planned.random,
     )
     name = f"instruct/k{planned.chunk_size}/p{planned.expansion_fraction:g}"

@@ -19,9 +19,11 @@ from refrag_core.training.instruct_data import (
     Instruction,
     InstructionSet,
     TokenizedExample,
+    answers_by_kind,
     compose_example,
     drawn_mask,
     end_of_turn,
+    exchanged,
     instruction_batch,
     padded_chunks,
     parse_instruction,
@@ -189,7 +191,7 @@ def test_the_prompt_is_what_the_runtime_composes(file: Path, models: tuple[Path,
     arrangement = compose_example(instructions.template, made, 8, mask)
     assert arrangement.ids.tolist() == expected.ids.tolist()
     assert arrangement.compressed.tolist() == expected.compressed.tolist()
-    batch = instruction_batch([(arrangement, made)], chunk_size=8, shape=instructions.shape(8))
+    batch = instruction_batch([(arrangement, made)], chunk_size=8, shape=instructions.shape(8, 0.99))
     count = len(expected.ids)
     assert batch.ids[0, :count].tolist() == expected.ids.tolist()
     assert tokenizer.decode(made.answer[:-1].tolist()) == "Paris"
@@ -256,23 +258,121 @@ def test_the_turn_ends_as_in_the_template() -> None:
         end_of_turn(TEMPLATE, [])
 
 
-def test_batches_of_a_chunk_size_have_one_shape(file: Path, models: tuple[Path, Path]) -> None:
-    instructions = opened(file, models)
+def test_batches_of_a_chunk_size_and_fraction_have_one_shape(file: Path, models: tuple[Path, Path]) -> None:
+    fractions = [0.0, 0.25, 0.99, 1.0]
+    instructions = opened(file, models, expansion_fractions=fractions)
     for size in (2, 4, 8):
         random = np.random.default_rng(0)
-        shapes, short = set(), []
-        for position, fraction in enumerate([0.0, 0.25, 0.99] * 3):
-            batch = instructions.batch(
-                position, 2, chunk_size=size, expansion_fraction=fraction, gold_weight=2.0, random=random
-            )
-            shapes.add((batch.ids.shape, batch.chunk_ids.shape, batch.places.shape, batch.predict_at.shape))
-            short.append(batch.ragged)
-            assert (batch.ids[:, -1] == NO_TOKEN).all()
-            assert (batch.places[:, -1] == batch.ids.shape[1] - 1).all()
-        assert len(shapes) == 1
-        assert all(short)
+        chunks = []
+        for fraction in fractions:
+            shapes = set()
+            for position in range(3):
+                batch = instructions.batch(
+                    position, 2, chunk_size=size, expansion_fraction=fraction, gold_weight=2.0, random=random
+                )
+                shapes.add((batch.ids.shape, batch.chunk_ids.shape, batch.places.shape, batch.predict_at.shape))
+                assert batch.ragged
+                assert (batch.ids[:, -1] == NO_TOKEN).all()
+                assert (batch.places[:, -1] == batch.ids.shape[1] - 1).all()
+            assert len(shapes) == 1
+            chunks.append(batch.chunk_ids.shape[1])
+        assert chunks == sorted(chunks, reverse=True)
+        assert chunks[-1] == 8  # none but padding
+        assert size > 2 or chunks[0] > 8
     with pytest.raises(ConfigError, match=r"expansion_fraction 0\.5 is none of"):
         instructions.batch(0, 1, chunk_size=2, expansion_fraction=0.5, gold_weight=1.0, random=random)
+
+
+def test_with_all_chunks_expanded_a_prompt_is_the_full_text(file: Path, models: tuple[Path, Path]) -> None:
+    instructions = opened(file, models, expansion_fractions=[1.0])
+    batch = instructions.batch(
+        0, 3, chunk_size=4, expansion_fraction=1.0, gold_weight=1.0, random=np.random.default_rng(0)
+    )
+    assert (batch.places == batch.ids.shape[1] - 1).all()
+    for row, made in zip(batch.ids.tolist(), instructions.take(0, 3), strict=True):
+        text = " ".join(map(str, row))
+        assert all(" ".join(map(str, ids.tolist())) in text for ids in made.passages)
+
+
+def instruction(**changes: Any) -> Instruction:
+    values: dict[str, Any] = {
+        "id": "a",
+        "question": "What is the capital of France?",
+        "answer": "Paris",
+        "passages": ("Rome is not Paris.", "PARIS, in France, is not Parisian: Paris is large."),
+        "gold": (1,),
+        "kind": "capital",
+    }
+    return Instruction(**values | changes)
+
+
+def test_an_answer_is_exchanged_as_whole_words_in_gold_passages_alone() -> None:
+    other = exchanged(instruction(), r"Lyon \1")  # nothing in it is a pattern
+    assert other is not None
+    assert other.answer == r"Lyon \1"
+    assert other.passages == ("Rome is not Paris.", r"Lyon \1, in France, is not Parisian: Lyon \1 is large.")
+    assert (other.id, other.question, other.gold, other.kind) == ("a", instruction().question, (1,), "capital")
+
+
+@pytest.mark.parametrize(
+    ("changes", "answer"),
+    [
+        ({"answer": ""}, "Lyon"),  # there is nothing to exchange
+        ({"gold": (0,), "passages": ("Rome is here.", "Paris")}, "Lyon"),  # not in a gold passage
+        ({"question": "Is Paris large?"}, "Lyon"),
+        ({}, "paris"),  # its own
+        ({}, "Rome"),  # a distractor has it
+        ({}, "France"),  # the question has it
+    ],
+)
+def test_what_cannot_be_exchanged_stays(changes: dict[str, Any], answer: str) -> None:
+    assert exchanged(instruction(**changes), answer) is None
+
+
+def test_answers_are_gathered_by_kind() -> None:
+    rows = [("Paris", "capital"), ("Rome", "capital"), ("Paris", "capital"), ("blue", "colour"), ("", "capital")]
+    given = [instruction(id=str(n), answer=answer, kind=kind) for n, (answer, kind) in enumerate(rows)]
+    assert answers_by_kind(given) == {"capital": ["Paris", "Rome"]}
+
+
+def test_a_share_of_the_examples_has_another_answer(tmp_path: Path, models: tuple[Path, Path]) -> None:
+    """Over many draws: each row either as it is, or with an answer of its kind in its passage too."""
+    records = [
+        {"id": f"{n}", "question": "Which?", "answer": word, "passages": [f"It is {word}."], "gold": [0], "kind": "w"}
+        for n, word in enumerate(["river", "mountain", "stone"])
+    ] + [{"id": "x", "question": "Which?", "answer": "alone", "passages": ["It is alone."], "gold": [0], "kind": "x"}]
+    instructions = opened(written(tmp_path / "words.jsonl", records), models, expansion_fractions=[0.0])
+    tokenizer = load_tokenizer(models[1])
+
+    def rows(share: float, seed: int) -> list[tuple[str, str]]:
+        batch = instructions.batch(
+            0,
+            4,
+            chunk_size=64,
+            expansion_fraction=0.0,
+            gold_weight=1.0,
+            random=np.random.default_rng(seed),
+            exchanged_share=share,
+        )
+        answers = [
+            tokenizer.decode([t for t in row if t not in (1, IGNORED)]).strip() for row in batch.targets.tolist()
+        ]
+        first = batch.chunk_ids[:, 0].tolist()
+        return [
+            (answer, tokenizer.decode([token for token in ids if token != NO_TOKEN]).strip())
+            for answer, ids in zip(answers, first, strict=True)
+        ]
+
+    own = rows(0.0, 0)
+    changed = 0
+    for seed in range(60):
+        for (answer, passage), (before, _) in zip(rows(0.5, seed), own, strict=True):
+            assert passage == f"It is {answer}."
+            assert before != "alone" or answer == "alone"  # no other answer of its kind
+            changed += answer != before
+        assert rows(0.5, seed) == rows(0.5, seed)
+    # Three of four rows can change, each with probability 1/2 · 2/3: one of the three words is its own.
+    assert changed / 60 == pytest.approx(1.0, abs=0.3)
 
 
 def with_instructions(data: Path, models: tuple[Path, Path], output: Path, file: Path, **changes: Any) -> Any:
