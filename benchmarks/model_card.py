@@ -173,7 +173,7 @@ def _training(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         )
         splits = (f"{name} {split['tokens']:,}" for name, split in data.get("splits", {}).items() if "tokens" in split)
         yield from ("", f"Tokens by split: {', '.join(splits)}.")
-    yield from _gap_to_training(runs[-1].get("evaluation") or {})
+    yield from _gap_to_training(runs)
 
 
 def _corpora(corpora: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
@@ -190,13 +190,20 @@ def _corpora(corpora: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
 
 def _all_rows(runs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[object, ...]]:
     """Rows of all runs; a run whose policy was trained twice has two records and one row of its own."""
+    before = 0
+    for number, run in _numbered(runs):
+        yield from list(_run_rows(number, run))[number == before :]
+        before = number
+
+
+def _numbered(runs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """From 1 on; records of one run whose policies differ have one number."""
     number, before = 0, None
     for run in runs:
         same = {key: run.get(key) for key in ("config", "step", "seconds")}
         number += same != before
-        rows = list(_run_rows(number, run))
-        yield from rows[same == before :]
         before = same
+        yield number, run
 
 
 def _run_rows(number: int, run: Mapping[str, Any]) -> Iterator[tuple[object, ...]]:
@@ -216,16 +223,20 @@ def _time(run: Mapping[str, Any]) -> tuple[str, str]:
     return (f"{run['step']:,}" if "step" in run else "", f"{run['seconds']:,.0f}" if "seconds" in run else "")
 
 
-def _gap_to_training(evaluation: Mapping[str, Any]) -> Iterator[str]:
-    """Losses on what was trained on beside those on held-out documents, as the run's own evaluation has them."""
-    if not {"train", "held_out"} <= evaluation.keys():
+def _gap_to_training(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Losses on what was trained on beside those on held-out documents, as the last run that has both has them."""
+    both = [
+        (n, run["evaluation"]) for n, run in _numbered(runs) if {"train", "held_out"} <= {*run.get("evaluation", ())}
+    ]
+    if not both:
         return
+    number, evaluation = both[-1]
     rows = []
     for key in (name for name in evaluation["held_out"] if name.startswith("chunk_size_")):
         for p, by_policy in evaluation["held_out"][key]["refrag"].items():
             trained, held = evaluation["train"][key]["refrag"][p]["random"], by_policy["random"]
             rows.append((key.removeprefix("chunk_size_"), p, f"{trained:.3f}", f"{held:.3f}", f"{held - trained:+.3f}"))
-    yield from ("", "Nats a token of compressed context, random chunks expanded, after the last run:", "")
+    yield from ("", f"Nats a token of compressed context, random chunks expanded, after run {number}:", "")
     yield from _table(("k", "p", "training documents", "held-out documents", "difference"), rows)
 
 

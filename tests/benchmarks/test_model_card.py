@@ -185,3 +185,10 @@ def test_a_policy_that_was_trained_twice_is_two_rows_of_one_run() -> None:
     rows = list(model_card._all_rows([RUN, again, RUN | {"step": 5}]))
     assert [row[0] for row in rows] == [1, "1, policy", "1, policy", 2, "2, policy"]
     assert [row[5] for row in rows] == ["NVIDIA H100", "NVIDIA H100", "cpu", "NVIDIA H100", "NVIDIA H100"]
+
+
+def test_losses_on_training_documents_are_those_of_the_last_run_that_has_them() -> None:
+    lines = list(model_card._gap_to_training([RUN, RUN | {"step": 9}, RUN | {"step": 10, "evaluation": {}}]))
+    assert lines[1] == "Nats a token of compressed context, random chunks expanded, after run 2:"
+    assert lines[-1] == "| 8 | 0 | 2.100 | 2.300 | +0.200 |"
+    assert list(model_card._gap_to_training([{"step": 1}])) == []
