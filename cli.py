@@ -2340,13 +2340,14 @@ def checkpoint_average(
     if as_json:
         _print_json(report)
         return
-    far = report.distances or [0.0] * len(checkpoints)
+    apart = [f", its update {distance:.1%} from the mean" for distance in report.distances] or [""] * len(checkpoints)
     rows = [
-        (f"  {name}", f"weight {weight:.3g}, its update {distance:.1%} from the mean")
-        for name, weight, distance in zip(checkpoints, report.weights, far, strict=True)
+        (f"  {name}", f"weight {weight:.3g}{distance}")
+        for name, weight, distance in zip(checkpoints, report.weights, apart, strict=True)
     ]
-    lost = f"{report.relative_error:.2%} of the mean update"
-    _print_rows([("checkpoint", report.output), *rows, ("not stored", lost), ("fingerprint", report.fingerprint)])
+    if report.distances:
+        rows.append(("not stored", f"{report.relative_error:.2%} of the mean update"))
+    _print_rows([("checkpoint", report.output), *rows, ("fingerprint", report.fingerprint)])
 
 
 def _weights(option: str, text: str) -> list[float]:

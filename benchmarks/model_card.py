@@ -207,6 +207,10 @@ def _numbered(runs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, Mapping[
 
 
 def _run_rows(number: int, run: Mapping[str, Any]) -> Iterator[tuple[object, ...]]:
+    if "averaged" in run:
+        origins = (f"{origin['weight']:.3g} × {origin['fingerprint'][:12]}" for origin in run["averaged"])
+        yield (number, "", "", "", "", "", f"mean of {', '.join(origins)}")
+        return
     config = run.get("config") or {}
     tasks = ", ".join(f"{task['kind']} {task.get('weight', 1.0):g}" for task in config.get("tasks", []))
     sizes = ", ".join(map(str, config.get("chunk_sizes", [])))
@@ -226,7 +230,9 @@ def _time(run: Mapping[str, Any]) -> tuple[str, str]:
 def _gap_to_training(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Losses on what was trained on beside those on held-out documents, as the last run that has both has them."""
     both = [
-        (n, run["evaluation"]) for n, run in _numbered(runs) if {"train", "held_out"} <= {*run.get("evaluation", ())}
+        (n, run["evaluation"])
+        for n, run in _numbered(runs)
+        if {"train", "held_out"} <= {*(run.get("evaluation") or ())}
     ]
     if not both:
         return

@@ -8,7 +8,7 @@ stored as what comes closest to them again.
 import json
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from refrag_core.adapter import Adapter
 from refrag_core.checkpoint import AdapterConfig, Checkpoint
-from refrag_core.checkpoint_folder import expect_checkpoint_folder, install_checkpoint
+from refrag_core.checkpoint_folder import expect_checkpoint_folder, install_checkpoint, trained_folder
 from refrag_core.encoder import ENTRYWISE
 from refrag_core.errors import ConfigError, UsageError
 from refrag_core.stored_weights import write_weights
@@ -27,6 +27,7 @@ from refrag_core.training.low_rank import closest_update
 from refrag_core.training.run_state import TRAINING_FILE
 
 _FEWEST = 2
+_REMEDY = "average runs that began from one checkpoint"
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -53,9 +54,11 @@ class AverageReport:
     weights: Sequence[float]
     """Of each checkpoint, 1 together."""
     distances: Sequence[float]
-    """Of each checkpoint, ‖own − mean‖ / ‖mean‖ over the decoder's whole updates; empty without an adapter."""
+    """Of each checkpoint, ‖own − mean‖ / ‖mean‖ over the decoder's whole updates; empty without an adapter, infinite
+    where the mean is nothing and the own one is not."""
     relative_error: float
-    """‖stored − mean‖ / ‖mean‖ over the decoder's whole updates: what rank and signs could not hold."""
+    """‖stored − mean‖ / ‖mean‖ over the decoder's whole updates: what rank and signs could not hold, before what is
+    stored is rounded to float16; 0 without an adapter."""
 
 
 def average_checkpoints(
@@ -63,23 +66,28 @@ def average_checkpoints(
 ) -> AverageReport:
     """Write the weighted mean of trained checkpoints to the folder `output`, its config last.
 
-    Encoder body, projection, policy and the decoder's update are averaged; encoder and update are stored in float16,
-    the projection in float32. What each was trained on goes into its training.json. A checkpoint that is in `output`
-    is replaced.
+    Encoder body, projection, policy and the decoder's update are averaged; encoder, update and a trained policy are
+    stored in float16, the projection in float32. All else, such as the default chunk size and how encoder and decoder
+    are named, is the first one's. What each was trained on goes into its training.json. A checkpoint that is in
+    `output` is replaced.
 
     Raises UsageError for fewer than two checkpoints, for weights that do not fit them and for an output that is
     something else, ConfigError for checkpoints that differ in more than their weights, and what loading them raises.
     """
     options = options or AverageOptions()
     weights = _shares(options.weights, len(checkpoints))
-    for checkpoint in checkpoints:
+    folders = [trained_folder(checkpoint, "to average") for checkpoint in checkpoints]
+    origins = [_origin(*each) for each in zip(checkpoints, folders, weights, strict=True)]
+    for checkpoint, own in zip(checkpoints, folders, strict=True):
         _expect_alike(checkpoints[0], checkpoint)
-        if checkpoint.folder is not None and checkpoint.folder.resolve() == output.resolve():
+        if own.resolve() == output.resolve():
             raise UsageError(f"{output} is one of the checkpoints; expected another folder for --output")
     expect_checkpoint_folder(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
         distances, error = _write(checkpoints, weights, Path(folder), options)
+        record = json.dumps({"averaged": origins}, indent=2)
+        (Path(folder) / TRAINING_FILE).write_text(f"{record}\n", encoding="utf-8")
         made = Checkpoint.load(Path(folder))
         report = AverageReport(
             output=str(output),
@@ -96,7 +104,7 @@ def average_checkpoints(
 def _shares(weights: Sequence[float], count: int) -> list[float]:
     """The weights as parts of 1."""
     if count < _FEWEST:
-        raise UsageError(f"{count} checkpoint is given; expected at least {_FEWEST} to average")
+        raise UsageError(f"checkpoints given: {count}; expected at least {_FEWEST} to average")
     given = list(weights) or [1.0] * count
     if len(given) != count or not all(math.isfinite(weight) and weight > 0 for weight in given):
         raise UsageError(
@@ -107,15 +115,12 @@ def _shares(weights: Sequence[float], count: int) -> list[float]:
 
 def _expect_alike(first: Checkpoint, other: Checkpoint) -> None:
     """Raise ConfigError unless their weights mean the same things."""
-    for checkpoint in (first, other):
-        if checkpoint.folder is None or not checkpoint.config.trained:
-            raise ConfigError(f"checkpoint {checkpoint.folder} is not trained; expected trained weights to average")
     own, its = _meaning(first), _meaning(other)
-    odd = [name for name in own if own[name] != its[name]]
-    if odd:
+    odd = next((name for name in own if own[name] != its[name]), None)
+    if odd is not None:
         raise ConfigError(
-            f"checkpoints {first.folder} and {other.folder} differ in {', '.join(odd)}; expected the same but for "
-            f"their weights: average runs that began from one checkpoint"
+            f"checkpoints {first.folder} and {other.folder} differ in {odd} ({own[odd]} and {its[odd]}); expected the "
+            f"same but for their weights: {_REMEDY}"
         )
 
 
@@ -125,8 +130,8 @@ def _meaning(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "encoder": replace(config.encoder, reference=""),
         "decoder": replace(config.decoder, reference=""),
-        "trained encoder layers": bool(config.encoder_files),
-        "adapter": None if config.adapter is None else config.adapter.scale,
+        "a trained encoder": bool(config.encoder_files),
+        "a trained decoder update": config.adapter is not None,
         "policy": replace(config.policy, dtype=None),
         "prompt template": config.template.to_json(),
         "chunk sizes": config.chunk_sizes,
@@ -154,18 +159,19 @@ def _write(
     config = replace(config, projection_dtype="float32", policy=replace(config.policy, dtype=None))
     Checkpoint(
         config=config,
-        projection=_mean_module([checkpoint.projection for checkpoint in checkpoints], weights),
-        policy=_mean_module([checkpoint.policy for checkpoint in checkpoints], weights),
+        projection=_mean_module([checkpoint.projection for checkpoint in checkpoints], weights, "projection"),
+        policy=_mean_module([checkpoint.policy for checkpoint in checkpoints], weights, "policy"),
         folder=folder,
     ).save(folder)
-    record = {"averaged": [_origin(*pair) for pair in zip(checkpoints, weights, strict=True)]}
-    (folder / TRAINING_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return distances, error
 
 
-def _origin(checkpoint: Checkpoint, weight: float) -> dict[str, Any]:
-    path = Path(checkpoint.folder or ".", TRAINING_FILE)
-    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def _origin(checkpoint: Checkpoint, folder: Path, weight: float) -> dict[str, Any]:
+    path = folder / TRAINING_FILE
+    try:
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON ({error}); expected a record: get it again, or delete it") from error
     return {"fingerprint": checkpoint.fingerprint, "weight": weight, "training": record}
 
 
@@ -182,13 +188,15 @@ def _mean(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 def _mean_state(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float], part: str) -> dict[str, Tensor]:
     shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in states]
     if any(shape != shapes[0] for shape in shapes):
-        raise ConfigError(f"the checkpoints' {part} has other weights; expected the same names and shapes in each")
+        raise ConfigError(
+            f"the checkpoints' {part} weights differ in names or shapes; expected the same in each: {_REMEDY}"
+        )
     return {name: _mean([state[name] for state in states], weights) for name in states[0]}
 
 
-def _mean_module(modules: Sequence[Module], weights: Sequence[float]) -> Module:
+def _mean_module(modules: Sequence[Module], weights: Sequence[float], part: str) -> Module:
     made = deepcopy(modules[0])
-    made.load_state_dict(_mean_state([module.state_dict() for module in modules], weights, type(made).__name__))
+    made.load_state_dict(_mean_state([module.state_dict() for module in modules], weights, part))
     return made
 
 
@@ -198,7 +206,7 @@ def _mean_adapter(
 ) -> tuple[dict[str, Tensor], list[float], float]:
     """The stored mean, each adapter's distance from the mean, and the stored one's; one layer at a time."""
     names, scale = adapters[0].layers, adapters[0].scale
-    rank = options.adapter_rank or max(adapter.rank for adapter in adapters)
+    rank = max(adapter.rank for adapter in adapters) if options.adapter_rank is None else options.adapter_rank
     signs = any(adapter.has_signs for adapter in adapters) if options.adapter_signs is None else options.adapter_signs
     state: dict[str, Tensor] = {}
     apart, lost, size = [0.0] * len(adapters), 0.0, 0.0
@@ -210,19 +218,25 @@ def _mean_adapter(
         apart = [total + _squares(update - mean) for total, update in zip(apart, updates, strict=True)]
         lost += _squares(stored.dense(scale) - mean)
         size += _squares(mean)
-    share: Callable[[float], float] = lambda squares: math.sqrt(squares / size) if size else 0.0  # noqa: E731
-    return state, [share(squares) for squares in apart], share(lost)
+    return state, [_share(squares, size) for squares in apart], _share(lost, size)
+
+
+def _share(squares: float, whole: float) -> float:
+    """Of a length in another, by their squares."""
+    if not squares:
+        return 0.0
+    return math.sqrt(squares / whole) if whole else math.inf
 
 
 def _updates(adapters: Sequence[Adapter], name: str) -> list[Tensor]:
     """Each adapter's whole update of a layer. Raises ConfigError where they adapt other layers."""
     if any(adapter.layers != adapters[0].layers for adapter in adapters):
         raise ConfigError(
-            "the checkpoints adapt other layers of the decoder; expected the same adapter_targets in each"
+            f"the checkpoints adapt other layers of the decoder; expected the same adapter_targets in each: {_REMEDY}"
         )
     found = [adapter.update(name).dense(adapter.scale) for adapter in adapters]
     if any(update.shape != found[0].shape for update in found):
-        raise ConfigError(f"the checkpoints' updates of {name!r} have other shapes; expected the same decoder")
+        raise ConfigError(f"the checkpoints' updates of {name!r} differ in shape; expected the same: {_REMEDY}")
     return found
 
 

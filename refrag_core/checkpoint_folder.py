@@ -1,20 +1,57 @@
-"""Putting a finished checkpoint in the place of an older one."""
+"""Folders of checkpoints that are made of others: where they may come from, and putting one in an older one's place."""
 
+import json
+import re
 from pathlib import Path
 
-from refrag_core.checkpoint import CONFIG_FILE
-from refrag_core.errors import UsageError
+from refrag_core.checkpoint import CONFIG_FILE, FORMAT, POLICY_FILE, PROJECTION_FILE, Checkpoint
+from refrag_core.errors import ConfigError, UsageError
 from refrag_core.training.run_state import TRAINING_FILE
 
 _MODEL_CARD = "README.md"
+_WEIGHTS = re.compile(rf"{re.escape(PROJECTION_FILE)}|{re.escape(POLICY_FILE)}|(encoder|adapter)-\d{{5}}\.safetensors")
+_INSIDE = "./"
+_EXPECTED = "expected a new folder, or a checkpoint to replace"
+
+
+def trained_folder(checkpoint: Checkpoint, purpose: str) -> Path:
+    """The checkpoint's folder, when it holds trained weights over models that others can follow.
+
+    Args:
+        purpose: what they are wanted for, like "to pack".
+
+    Raises ConfigError for any other.
+    """
+    folder = checkpoint.folder
+    if folder is None or not checkpoint.config.trained:
+        raise ConfigError(f"checkpoint {folder} is not trained; expected trained weights {purpose}: train it first")
+    references = (checkpoint.config.encoder.reference, checkpoint.config.decoder.reference)
+    if any(reference.startswith(_INSIDE) for reference in references):
+        raise ConfigError(
+            f"checkpoint {folder} carries a model of its own; expected references that others can follow {purpose}: "
+            f"name a package, a hub id or a short name in its {CONFIG_FILE}"
+        )
+    return folder
 
 
 def expect_checkpoint_folder(output: Path) -> None:
     """Raise UsageError unless `output` is new, empty, or holds a checkpoint, which `install_checkpoint` replaces."""
+    if output.is_file():
+        raise UsageError(f"{output} is a file; {_EXPECTED}")
     held = {path.name for path in output.iterdir()} if output.is_dir() else set()
-    strange = {name for name in held - {_MODEL_CARD, TRAINING_FILE} if not name.endswith(".safetensors")}
-    if output.is_file() or (strange and CONFIG_FILE not in held):
-        raise UsageError(f"{output} holds files and no checkpoint; expected a new folder, or a checkpoint to replace")
+    if CONFIG_FILE in held:
+        if not _is_ours(output / CONFIG_FILE):
+            raise UsageError(f"{output / CONFIG_FILE} is no checkpoint's; {_EXPECTED}")
+    elif strange := sorted(name for name in held - {_MODEL_CARD, TRAINING_FILE} if not _WEIGHTS.fullmatch(name)):
+        raise UsageError(f"{output} holds {strange[0]} and no checkpoint; {_EXPECTED}")
+
+
+def _is_ours(config: Path) -> bool:
+    try:
+        value = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(value, dict) and value.get("format") == FORMAT
 
 
 def install_checkpoint(made: Path, output: Path) -> None:
@@ -27,6 +64,7 @@ def install_checkpoint(made: Path, output: Path) -> None:
     names = sorted((path.name for path in made.iterdir()), key=lambda name: name == CONFIG_FILE)
     for name in names:
         (made / name).replace(output / name)
-    for path in (*output.glob("*.safetensors"), output / TRAINING_FILE):
+    held = [path for path in output.iterdir() if path.name == TRAINING_FILE or _WEIGHTS.fullmatch(path.name)]
+    for path in held:
         if path.name not in names:
             path.unlink(missing_ok=True)

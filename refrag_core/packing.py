@@ -17,7 +17,7 @@ from torch import Tensor
 
 from refrag_core.adapter import Adapter, LayerUpdate
 from refrag_core.checkpoint import CONFIG_FILE, POLICY_FILE, PROJECTION_FILE, AdapterConfig, Checkpoint
-from refrag_core.checkpoint_folder import expect_checkpoint_folder, install_checkpoint
+from refrag_core.checkpoint_folder import expect_checkpoint_folder, install_checkpoint, trained_folder
 from refrag_core.encoder import ENTRYWISE
 from refrag_core.errors import ConfigError, ModelNotFoundError, UsageError
 from refrag_core.models import SHORT_NAMES, fingerprint_model, resolve_model
@@ -27,7 +27,6 @@ from refrag_core.training.run_state import TRAINING_FILE
 
 _ORTHOGONAL = 1e-2
 """Of columns stored in float16."""
-_INSIDE = "./"
 _PARTS = ("encoder", "adapter", "projection", "policy")
 _PATHS = ("data", "output", "instructions", "held_out_instructions", "checkpoint", "encoder", "decoder", "retriever")
 """Settings of a training config that may name places of the machine that trained."""
@@ -128,15 +127,7 @@ def pack_checkpoint(checkpoint: Checkpoint, output: Path, options: PackOptions |
 
 def _source(checkpoint: Checkpoint, output: Path) -> Path:
     """Where the checkpoint is, when it can be packed to `output`."""
-    folder = checkpoint.folder
-    if folder is None or not checkpoint.config.trained:
-        raise ConfigError(f"checkpoint {folder} is not trained; expected trained weights to pack: train it first")
-    references = (checkpoint.config.encoder.reference, checkpoint.config.decoder.reference)
-    if any(reference.startswith(_INSIDE) for reference in references):
-        raise ConfigError(
-            f"checkpoint {folder} carries a model of its own; expected references that others can follow: name a "
-            f"package, a hub id or a short name in its {CONFIG_FILE}"
-        )
+    folder = trained_folder(checkpoint, "to pack")
     if folder.resolve() == output.resolve():
         raise UsageError(f"{output} is the checkpoint that is to be packed; expected another folder for --output")
     expect_checkpoint_folder(output)

@@ -105,8 +105,8 @@ class TaskConfig:
     gold_expansion_weight: float = 1.0
     """How many times as readily chunks of passages that hold the answer are drawn, in instruct."""
     exchanged_share: float = 0.0
-    """Share of instruct's examples in which the answer, and its places in gold passages, are exchanged for a random
-    answer to a question of the same kind: it can only be read then, however often the question came."""
+    """Share, at most, of instruct's examples in which the answer, and its places in gold passages, are exchanged for a
+    random answer to a question of the same kind: it can only be read then, however often the question came."""
     last_share: float = 0.0
     """Share of the contexts of recall and next-paragraph whose last chunks are expanded, and not random ones."""
     span_tokens: int = 32
@@ -378,13 +378,17 @@ def _check_fit(config: TrainingConfig) -> None:
             )
     if any(task.distillation > 1.0 for task in config.tasks):
         raise ConfigError("distillation must be 0 to 1, the divergence's share of the loss")
-    if any(max(task.last_share, task.exchanged_share) > 1.0 for task in config.tasks):
-        raise ConfigError("last_share and exchanged_share must be 0 to 1, shares of the rows")
-    if any(task.kind != "instruct" and 1.0 in task.expansion_fractions for task in config.tasks):
-        raise ConfigError(
-            "expansion_fractions has 1, all chunks, in a task that is not instruct; expected fractions below 1: "
-            "a text task reads all of it as tokens"
-        )
+    for name in ("last_share", "exchanged_share"):
+        if any(getattr(task, name) > 1.0 for task in config.tasks):
+            raise ConfigError(f"{name} must be 0 to 1, a share of the rows")
+    for task in config.tasks:
+        if task.kind != "instruct" and 1.0 in task.expansion_fractions:
+            raise ConfigError(
+                f"{task.kind} has expansion_fractions with 1, all chunks, which instruct alone may have; expected "
+                f"fractions below 1: a text task reads all of it as tokens"
+            )
+        if task.kind != "instruct" and task.exchanged_share:
+            raise ConfigError(f"{task.kind} has an exchanged_share, but no answers; expected it in instruct alone")
     if config.adapter_signs and config.decoder_training != "full":
         raise ConfigError(
             f"adapter_signs is true with decoder_training {config.decoder_training!r}; expected full: signs are made "

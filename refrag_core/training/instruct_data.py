@@ -53,6 +53,8 @@ class Instruction:
     gold: tuple[int, ...]
     """Numbers, from 0, of the passages that hold the answer."""
     kind: str
+    answers: tuple[str, ...] = ()
+    """Other accepted forms of the answer."""
 
 
 def read_instructions(path: Path) -> list[Instruction]:
@@ -94,6 +96,7 @@ def parse_instruction(line: str, *, where: str) -> Instruction:
         passages=_passages(record, where),
         gold=_gold(record, where),
         kind=_text(record, "kind", where, may_be_empty=True) if "kind" in record else "",
+        answers=_answers(record, where),
     )
     if made.answer and not made.passages:
         raise CorpusError(f"{where}: an answer without passages; expected passages, or an empty answer")
@@ -112,6 +115,13 @@ def _passages(record: dict[str, Any], where: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
         raise CorpusError(f"{where}: passages is not a list of texts that are not blank; expected one")
     return tuple(value)
+
+
+def _answers(record: dict[str, Any], where: str) -> tuple[str, ...]:
+    value = record.get("answers", [])
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise CorpusError(f"{where}: answers is {value!r}; expected a list of texts")
+    return tuple(text.strip() for text in value if text.strip())
 
 
 def _gold(record: dict[str, Any], where: str) -> tuple[int, ...]:
@@ -141,7 +151,7 @@ class TokenizedExample:
 
 @dataclass(frozen=True, slots=True)
 class BatchShape:
-    """t, n and m of every batch of one chunk size."""
+    """t, n and m of every batch of one chunk size and expansion fraction."""
 
     slots: int
     chunks: int
@@ -149,7 +159,7 @@ class BatchShape:
 
 
 class InstructionSet:
-    """The examples of a file, tokenised once.
+    """The examples of a file, tokenised once; those whose answer is exchanged, as they come.
 
     Args:
         template: the checkpoint's.
@@ -160,6 +170,7 @@ class InstructionSet:
             examples whose gold passages alone are longer are left out themselves (`num_left_out`).
         max_answer_tokens: examples with longer answers are left out, since all rows are as long as the longest.
         max_passage_tokens: longer passages are cut as an index build cuts them.
+        exchange: whether answers will be exchanged, so that kinds and accepted forms are part of the fingerprint.
         seed: of the order.
 
     Raises CorpusError when no example is left, and ConfigError for a decoder without an id that ends an answer.
@@ -176,10 +187,11 @@ class InstructionSet:
         context_tokens: int,
         max_answer_tokens: int = 48,
         max_passage_tokens: int = 256,
+        exchange: bool = False,
         seed: int = 0,
     ) -> None:
         self.template = template
-        self.fingerprint = digest_json([_plain(made) for made in instructions])
+        self.fingerprint = digest_json([_plain(made, whole=exchange) for made in instructions])
         self._seed = seed
         self._orders: dict[int, npt.NDArray[np.int64]] = {}
         self._shapes: dict[tuple[int, float], BatchShape] = {}
@@ -243,7 +255,7 @@ class InstructionSet:
         Args:
             gold_weight: how many times as readily a chunk of a gold passage is drawn as another.
             exchanged_share: share of the examples whose answer is exchanged (`exchanged`) for a random one of their
-                kind, wherever it can be and what is made fits the shape.
+                kind, but for those where it cannot be or what is made does not fit the shape.
 
         Raises ConfigError for a fraction that the shapes were not made for.
         """
@@ -253,8 +265,8 @@ class InstructionSet:
         numbers = self._numbers(position, rows)
         others = self._exchanged(numbers, exchanged_share, random)
         made = []
-        for number in numbers:
-            example = others.get(number, self.examples[number])
+        for row, number in enumerate(numbers):
+            example = others.get(row, self.examples[number])
             if not self._fits(example, chunk_size, expansion_fraction, shape):
                 example = self.examples[number]
             mask = drawn_mask(example, chunk_size, expansion_fraction, gold_weight, random)
@@ -281,19 +293,19 @@ class InstructionSet:
     def _exchanged(
         self, numbers: Sequence[int], share: float, random: np.random.Generator
     ) -> dict[int, TokenizedExample]:
-        """Of a random share of these examples one with another answer, by number; not of those that cannot have one."""
+        """By row, a random share of these examples with another answer; not of those that cannot have it."""
         if not share:
             return {}
         made: dict[int, Instruction] = {}
-        for number in numbers:
+        for row, number in enumerate(numbers):
             known = self._texts[number]
-            answers = self._answers.get(known.kind, [])
+            answers = [answer for answer in self._answers.get(known.kind, ()) if answer != known.answer]
             if answers and random.random() < share:
                 other = exchanged(known, answers[int(random.integers(len(answers)))])
                 if other is not None:
-                    made[number] = other
+                    made[row] = other
         examples = zip(made, self._fitting(list(made.values())), strict=True) if made else ()
-        return {number: example for number, example in examples if example is not None}
+        return {row: example for row, example in examples if example is not None}
 
     def _fitting(self, instructions: Sequence[Instruction]) -> list[TokenizedExample | None]:
         """Each in tokens, with the distractors that fit; None for those whose gold passages or answers are too long."""
@@ -310,8 +322,10 @@ class InstructionSet:
         return slots, count - expanded, len(example.answer)
 
 
-def _plain(made: Instruction) -> list[Any]:
-    return [made.id, made.question, made.answer, list(made.passages), list(made.gold)]
+def _plain(made: Instruction, *, whole: bool) -> list[Any]:
+    """What a run depends on: of a `whole` one, kind and accepted forms too."""
+    plain = [made.id, made.question, made.answer, list(made.passages), list(made.gold)]
+    return [*plain, made.kind, list(made.answers)] if whole else plain
 
 
 def end_of_turn(template: PromptTemplate, eos_ids: Sequence[int]) -> int:
@@ -377,8 +391,11 @@ def _spelling(text: str, tokens: TokenizedText, answer: str) -> Mask:
     return mask
 
 
-def _whole_words(answer: str) -> re.Pattern[str]:
-    return re.compile(rf"(?<!\w){re.escape(answer)}(?!\w)", re.IGNORECASE)
+def _whole_words(answer: str, flags: re.RegexFlag = re.IGNORECASE) -> re.Pattern[str]:
+    """Where `answer` stands by itself: not in a longer word, nor as a part of a number such as 2.5 or 2,500."""
+    before = r"(?<!\d[.,])" if answer[:1].isdigit() else ""
+    after = r"(?![.,]\d)" if answer[-1:].isdigit() else ""
+    return re.compile(rf"(?<!\w){before}{re.escape(answer)}(?!\w){after}", flags)
 
 
 def answers_by_kind(instructions: Sequence[Instruction]) -> dict[str, list[str]]:
@@ -394,20 +411,24 @@ def exchanged(made: Instruction, answer: str) -> Instruction | None:
     """The example as if `answer` were its answer: the old one's places in gold passages hold the new one.
 
     What is so can only be read, not known (entity substitution, arXiv:2109.05052). None where the old answer stands
-    word for word in no gold passage, or in the question, or where the new one stands somewhere already.
+    word for word, in its own case, in no gold passage, or in the question, or where the new one stands somewhere
+    already, or where another accepted form of the old one would stay in a gold passage.
     """
     if not made.answer:
         return None
-    old, new = _whole_words(made.answer), _whole_words(answer)
+    old, new = _whole_words(made.answer, re.NOFLAG), _whole_words(answer)
     gold = [made.passages[number] for number in made.gold]
-    if old.search(made.question) or not any(map(old.search, gold)):
+    if _whole_words(made.answer).search(made.question) or not any(map(old.search, gold)):
         return None
     if any(map(new.search, (made.question, *made.passages))):
         return None
     passages = tuple(
         old.sub(lambda _: answer, text) if number in made.gold else text for number, text in enumerate(made.passages)
     )
-    return replace(made, answer=answer, passages=passages)
+    forms = [_whole_words(form) for form in made.answers if form.casefold() != made.answer.casefold()]
+    if any(form.search(passages[number]) for form in forms for number in made.gold):
+        return None
+    return replace(made, answer=answer, passages=passages, answers=())
 
 
 def _fitted(example: TokenizedExample, context_tokens: int) -> TokenizedExample | None:

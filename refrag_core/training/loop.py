@@ -399,6 +399,7 @@ def load_instructions(config: TrainingConfig, base: Checkpoint, model: TrainingM
         model.decoder,
         expansion_fractions=fractions,
         context_tokens=config.context_tokens,
+        exchange=any(task.exchanged_share for task in config.tasks),
         seed=config.seed,
     )
 

@@ -26,6 +26,8 @@ def closest_factors(update: Tensor, rank: int, scale: float, moment: Tensor | No
     By eigenvectors of the smaller Gram matrix: a few hundred matrices take seconds that way, not minutes.
     """
     matrix = update.detach().double()
+    if not rank:
+        return matrix.new_zeros((0, matrix.shape[1])).float(), matrix.new_zeros((matrix.shape[0], 0)).float()
     root = None if moment is None else _root(moment)
     seen = matrix if root is None else matrix @ root
     tall = seen.shape[0] > seen.shape[1]

@@ -191,4 +191,10 @@ def test_losses_on_training_documents_are_those_of_the_last_run_that_has_them() 
     lines = list(model_card._gap_to_training([RUN, RUN | {"step": 9}, RUN | {"step": 10, "evaluation": {}}]))
     assert lines[1] == "Nats a token of compressed context, random chunks expanded, after run 2:"
     assert lines[-1] == "| 8 | 0 | 2.100 | 2.300 | +0.200 |"
-    assert list(model_card._gap_to_training([{"step": 1}])) == []
+    assert list(model_card._gap_to_training([{"step": 1, "evaluation": None}])) == []
+
+
+def test_a_mean_says_of_what(made: Checkpoint, tmp_path: Path) -> None:
+    averaged = [{"fingerprint": letter * 64, "weight": 0.5, "training": None} for letter in "ab"]
+    lines = card(made, tmp_path, runs={"averaged": averaged}).splitlines()
+    assert f"| 1 |  |  |  |  |  | mean of 0.5 × {'a' * 12}, 0.5 × {'b' * 12} |" in lines

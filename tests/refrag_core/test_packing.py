@@ -201,7 +201,7 @@ def test_packing_again_replaces_the_checkpoint_and_keeps_the_model_card(trained:
 
 def test_what_is_no_place_for_a_checkpoint_stays_as_it_is(trained: Checkpoint, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UsageError, match="holds files and no checkpoint; expected a new folder"):
+    with pytest.raises(UsageError, match=r"holds notes\.txt and no checkpoint; expected a new folder"):
         pack_checkpoint(trained, tmp_path)
     assert trained.folder is not None
     with pytest.raises(UsageError, match="is the checkpoint that is to be packed"):

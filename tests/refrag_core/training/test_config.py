@@ -43,8 +43,9 @@ def test_overrides_reach_fields_and_tasks(tmp_path: Path) -> None:
         ("tasks=[{kind='recall', span_tokens=48}]", "divisor of output_tokens"),
         ("tasks=[{kind='recall', given_tokens=32}]", "fewer given than a span has"),
         ("tasks=[{kind='text', distillation=0.5}]", "teacher"),
-        ("tasks=[{kind='next-paragraph', last_share=1.5}]", "last_share and exchanged_share must be 0 to 1"),
-        ("tasks=[{kind='next-paragraph', expansion_fractions=[1.0]}]", "in a task that is not instruct"),
+        ("tasks=[{kind='next-paragraph', last_share=1.5}]", "last_share must be 0 to 1"),
+        ("tasks=[{kind='next-paragraph', expansion_fractions=[1.0]}]", "which instruct alone may have"),
+        ("tasks=[{kind='next-paragraph', exchanged_share=0.5}]", "next-paragraph has an exchanged_share"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, override: str, message: str) -> None:

@@ -310,7 +310,7 @@ def test_an_answer_is_exchanged_as_whole_words_in_gold_passages_alone() -> None:
     other = exchanged(instruction(), r"Lyon \1")  # nothing in it is a pattern
     assert other is not None
     assert other.answer == r"Lyon \1"
-    assert other.passages == ("Rome is not Paris.", r"Lyon \1, in France, is not Parisian: Lyon \1 is large.")
+    assert other.passages == ("Rome is not Paris.", "PARIS, in France, is not Parisian: " + r"Lyon \1 is large.")
     assert (other.id, other.question, other.gold, other.kind) == ("a", instruction().question, (1,), "capital")
 
 
@@ -323,10 +323,59 @@ def test_an_answer_is_exchanged_as_whole_words_in_gold_passages_alone() -> None:
         ({}, "paris"),  # its own
         ({}, "Rome"),  # a distractor has it
         ({}, "France"),  # the question has it
+        ({"passages": ("Rome.", "paris is large.")}, "Lyon"),  # in another case alone: it may be another word
+        ({"answers": ("Paris", "Parisian")}, "Lyon"),  # another accepted form would stay
+        ({"answer": "5%", "passages": ("Rome.", "It is 2.5%.")}, "7%"),  # a part of another number
     ],
 )
 def test_what_cannot_be_exchanged_stays(changes: dict[str, Any], answer: str) -> None:
     assert exchanged(instruction(**changes), answer) is None
+
+
+@pytest.mark.parametrize("text", ["12 of 2.12, 12,500 and 312", "12. 12, and 12"])
+def test_a_number_is_exchanged_where_it_stands_by_itself(text: str) -> None:
+    other = exchanged(instruction(question="How many?", answer="12", passages=("None.", text)), "90")
+    assert other is not None
+    assert other.passages[1] == {"12 of 2.12, 12,500 and 312": "90 of 2.12, 12,500 and 312"}.get(text, "90. 90, and 90")
+
+
+def test_accepted_forms_are_read_and_a_fingerprint_has_them_where_answers_are_exchanged(
+    tmp_path: Path, models: tuple[Path, Path]
+) -> None:
+    first = written(tmp_path / "first.jsonl", [RECORDS[0]])
+    second = written(tmp_path / "second.jsonl", [RECORDS[0] | {"answers": ["Paris", "Paname"], "kind": "other"}])
+    assert read_instructions(second)[0].answers == ("Paris", "Paname")
+    before, after = ([opened(file, models, exchange=e).fingerprint for file in (first, second)] for e in (False, True))
+    assert before[0] == before[1]
+    assert len({*before, *after}) == 3
+    with pytest.raises(CorpusError, match="line 1: answers is 'Paris'; expected a list of texts"):
+        read_instructions(written(first, [RECORDS[0] | {"answers": "Paris"}]))
+
+
+def test_what_would_not_fit_the_shape_stays(tmp_path: Path, models: tuple[Path, Path]) -> None:
+    """The other answer of its kind is longer than all rows: neither example is exchanged where that would not fit."""
+    words = ["river", "the long and winding road"]
+    records = [
+        {"id": f"{n}", "question": "Which?", "answer": word, "passages": [text], "gold": [0], "kind": "w"}
+        for n, (word, text) in enumerate(zip(words, ["It is river. " * 20, f"{words[1]}."], strict=True))
+    ]
+    file = written(tmp_path / "long.jsonl", records)
+    instructions = opened(file, models, expansion_fractions=[0.0], context_tokens=1024)
+    random = np.random.default_rng(0)
+    (example,) = instructions._exchanged([0], 1.0, random).values()
+    assert not instructions._fits(example, 8, 0.0, instructions.shape(8, 0.0))
+    arguments: dict[str, Any] = {"chunk_size": 8, "expansion_fraction": 0.0, "gold_weight": 1.0}
+    own = instructions.batch(0, 2, random=np.random.default_rng(1), **arguments)
+    same = instructions.batch(0, 2, random=np.random.default_rng(1), exchanged_share=1.0, **arguments)
+    row = [made.passages[0].tolist() for made in instructions.take(0, 2)].index(
+        instructions.examples[0].passages[0].tolist()
+    )
+    assert same.ids[row].tolist() == own.ids[row].tolist()
+    assert same.targets[row].tolist() == own.targets[row].tolist()
+    tight = opened(
+        file, models, expansion_fractions=[0.0], context_tokens=sum(map(len, instructions.examples[0].passages))
+    )
+    assert tight._exchanged([0], 1.0, random) == {}
 
 
 def test_answers_are_gathered_by_kind() -> None:
@@ -371,8 +420,7 @@ def test_a_share_of_the_examples_has_another_answer(tmp_path: Path, models: tupl
             assert before != "alone" or answer == "alone"  # no other answer of its kind
             changed += answer != before
         assert rows(0.5, seed) == rows(0.5, seed)
-    # Three of four rows can change, each with probability 1/2 · 2/3: one of the three words is its own.
-    assert changed / 60 == pytest.approx(1.0, abs=0.3)
+    assert changed / 60 == pytest.approx(1.5, abs=0.3)  # of the three rows that can change, each with probability 1/2
 
 
 def with_instructions(data: Path, models: tuple[Path, Path], output: Path, file: Path, **changes: Any) -> Any:

@@ -19,6 +19,7 @@ from refrag_core.errors import ConfigError
 from refrag_core.packing import PackOptions, pack_checkpoint
 from refrag_core.training.batches import NO_TOKEN, next_paragraph_batch
 from refrag_core.training.loop import Trainer, base_checkpoint
+from refrag_core.training.low_rank import closest_factors
 from refrag_core.training.model import (
     ChunkReadout,
     FullLinear,
@@ -71,6 +72,11 @@ def test_an_update_of_nothing_has_factors_of_nothing() -> None:
     down, up = factors(FullLinear(linear(), scale=2.0), 2)
     assert not down.any()
     assert not up.any()
+
+
+def test_factors_of_rank_0_are_none() -> None:
+    down, up = closest_factors(torch.ones((4, 3)), 0, 1.0)
+    assert (down.shape, up.shape) == ((0, 3), (4, 0))
 
 
 def test_a_full_update_goes_on_from_factors_of_any_rank() -> None:
