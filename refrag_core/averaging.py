@@ -7,7 +7,6 @@ stored as what comes closest to them again.
 
 import json
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from refrag_core.adapter import Adapter
 from refrag_core.checkpoint import AdapterConfig, Checkpoint
-from refrag_core.checkpoint_folder import expect_checkpoint_folder, install_checkpoint, trained_folder
+from refrag_core.checkpoint_folder import new_checkpoint, trained_folder
 from refrag_core.encoder import ENTRYWISE
 from refrag_core.errors import ConfigError, UsageError
 from refrag_core.stored_weights import write_weights
@@ -82,23 +81,19 @@ def average_checkpoints(
         _expect_alike(checkpoints[0], checkpoint)
         if own.resolve() == output.resolve():
             raise UsageError(f"{output} is one of the checkpoints; expected another folder for --output")
-    expect_checkpoint_folder(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
-        distances, error = _write(checkpoints, weights, Path(folder), options)
+    with new_checkpoint(output) as folder:
+        distances, error = _write(checkpoints, weights, folder, options)
         record = json.dumps({"averaged": origins}, indent=2)
-        (Path(folder) / TRAINING_FILE).write_text(f"{record}\n", encoding="utf-8")
-        made = Checkpoint.load(Path(folder))
-        report = AverageReport(
-            output=str(output),
-            fingerprint=made.fingerprint,
-            encode_fingerprint=made.encode_fingerprint,
-            weights=weights,
-            distances=distances,
-            relative_error=error,
-        )
-        install_checkpoint(Path(folder), output)
-    return report
+        (folder / TRAINING_FILE).write_text(f"{record}\n", encoding="utf-8")
+        made = Checkpoint.load(folder)
+    return AverageReport(
+        output=str(output),
+        fingerprint=made.fingerprint,
+        encode_fingerprint=made.encode_fingerprint,
+        weights=weights,
+        distances=distances,
+        relative_error=error,
+    )
 
 
 def _shares(weights: Sequence[float], count: int) -> list[float]:
@@ -206,6 +201,10 @@ def _mean_adapter(
 ) -> tuple[dict[str, Tensor], list[float], float]:
     """The stored mean, each adapter's distance from the mean, and the stored one's; one layer at a time."""
     names, scale = adapters[0].layers, adapters[0].scale
+    if any(adapter.layers != names for adapter in adapters):
+        raise ConfigError(
+            f"the checkpoints adapt other layers of the decoder; expected the same adapter_targets in each: {_REMEDY}"
+        )
     rank = max(adapter.rank for adapter in adapters) if options.adapter_rank is None else options.adapter_rank
     signs = any(adapter.has_signs for adapter in adapters) if options.adapter_signs is None else options.adapter_signs
     state: dict[str, Tensor] = {}
@@ -229,11 +228,7 @@ def _share(squares: float, whole: float) -> float:
 
 
 def _updates(adapters: Sequence[Adapter], name: str) -> list[Tensor]:
-    """Each adapter's whole update of a layer. Raises ConfigError where they adapt other layers."""
-    if any(adapter.layers != adapters[0].layers for adapter in adapters):
-        raise ConfigError(
-            f"the checkpoints adapt other layers of the decoder; expected the same adapter_targets in each: {_REMEDY}"
-        )
+    """Each adapter's whole update of a layer. Raises ConfigError where their shapes differ."""
     found = [adapter.update(name).dense(adapter.scale) for adapter in adapters]
     if any(update.shape != found[0].shape for update in found):
         raise ConfigError(f"the checkpoints' updates of {name!r} differ in shape; expected the same: {_REMEDY}")

@@ -162,6 +162,11 @@ class CheckpointConfig:
         return digest_json([self.encoder.fingerprint, *decoder, *(file.digest for file in self.encoder_files)])
 
     @property
+    def carries_models(self) -> bool:
+        """Whether encoder or decoder is a folder inside the checkpoint's."""
+        return any(model.reference.startswith(_INSIDE) for model in (self.encoder, self.decoder))
+
+    @property
     def weight_files(self) -> tuple[WeightFile, ...]:
         """All files of trained weights besides projection and policy."""
         return self.encoder_files + (self.adapter.files if self.adapter else ())

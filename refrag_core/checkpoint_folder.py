@@ -2,6 +2,9 @@
 
 import json
 import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from refrag_core.checkpoint import CONFIG_FILE, FORMAT, POLICY_FILE, PROJECTION_FILE, Checkpoint
@@ -10,7 +13,6 @@ from refrag_core.training.run_state import TRAINING_FILE
 
 _MODEL_CARD = "README.md"
 _WEIGHTS = re.compile(rf"{re.escape(PROJECTION_FILE)}|{re.escape(POLICY_FILE)}|(encoder|adapter)-\d{{5}}\.safetensors")
-_INSIDE = "./"
 _EXPECTED = "expected a new folder, or a checkpoint to replace"
 
 
@@ -25,8 +27,7 @@ def trained_folder(checkpoint: Checkpoint, purpose: str) -> Path:
     folder = checkpoint.folder
     if folder is None or not checkpoint.config.trained:
         raise ConfigError(f"checkpoint {folder} is not trained; expected trained weights {purpose}: train it first")
-    references = (checkpoint.config.encoder.reference, checkpoint.config.decoder.reference)
-    if any(reference.startswith(_INSIDE) for reference in references):
+    if checkpoint.config.carries_models:
         raise ConfigError(
             f"checkpoint {folder} carries a model of its own; expected references that others can follow {purpose}: "
             f"name a package, a hub id or a short name in its {CONFIG_FILE}"
@@ -34,8 +35,20 @@ def trained_folder(checkpoint: Checkpoint, purpose: str) -> Path:
     return folder
 
 
-def expect_checkpoint_folder(output: Path) -> None:
-    """Raise UsageError unless `output` is new, empty, or holds a checkpoint, which `install_checkpoint` replaces."""
+@contextmanager
+def new_checkpoint(output: Path) -> Iterator[Path]:
+    """An empty folder for a checkpoint, which takes the place of `output` when the context ends without an error.
+
+    A model card that was there stays. Raises UsageError unless `output` is new, empty, or holds a checkpoint.
+    """
+    _expect_checkpoint_folder(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
+        yield Path(folder)
+        _install(Path(folder), output)
+
+
+def _expect_checkpoint_folder(output: Path) -> None:
     if output.is_file():
         raise UsageError(f"{output} is a file; {_EXPECTED}")
     held = {path.name for path in output.iterdir()} if output.is_dir() else set()
@@ -54,11 +67,8 @@ def _is_ours(config: Path) -> bool:
     return isinstance(value, dict) and value.get("format") == FORMAT
 
 
-def install_checkpoint(made: Path, output: Path) -> None:
-    """Move all files of the folder `made` over, the config last, then drop weights that it does not name.
-
-    Without a config it is no checkpoint: one that is half moved is none. A model card that was there stays.
-    """
+def _install(made: Path, output: Path) -> None:
+    """Move all files over, the config last, then drop weights that it does not name. Without a config it is none."""
     output.mkdir(exist_ok=True)
     (output / CONFIG_FILE).unlink(missing_ok=True)
     names = sorted((path.name for path in made.iterdir()), key=lambda name: name == CONFIG_FILE)

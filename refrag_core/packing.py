@@ -6,7 +6,6 @@ float16. What is packed is a checkpoint of its own, with fingerprints of its own
 
 import json
 import math
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from refrag_core.adapter import Adapter, LayerUpdate
 from refrag_core.checkpoint import CONFIG_FILE, POLICY_FILE, PROJECTION_FILE, AdapterConfig, Checkpoint
-from refrag_core.checkpoint_folder import expect_checkpoint_folder, install_checkpoint, trained_folder
+from refrag_core.checkpoint_folder import new_checkpoint, trained_folder
 from refrag_core.encoder import ENTRYWISE
 from refrag_core.errors import ConfigError, ModelNotFoundError, UsageError
 from refrag_core.models import SHORT_NAMES, fingerprint_model, resolve_model
@@ -106,10 +105,9 @@ def pack_checkpoint(checkpoint: Checkpoint, output: Path, options: PackOptions |
     if options.chunk_size is not None and options.chunk_size not in checkpoint.config.chunk_sizes:
         known = ", ".join(map(str, checkpoint.config.chunk_sizes))
         raise ConfigError(f"checkpoint {source} is trained for chunk sizes {known}, not {options.chunk_size}")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
-        notes = _write(checkpoint, Path(folder), options)
-        made = Checkpoint.load(Path(folder))
+    with new_checkpoint(output) as folder:
+        notes = _write(checkpoint, folder, options)
+        made = Checkpoint.load(folder)
         parts = {part: _part_report(part, getattr(options, part), checkpoint, made) for part in _PARTS}
         report = PackReport(
             output=str(output),
@@ -120,8 +118,7 @@ def pack_checkpoint(checkpoint: Checkpoint, output: Path, options: PackOptions |
             parts={part: found for part, found in parts.items() if found.weights},
             notes=notes,
         )
-        _copy_record(source, Path(folder))
-        install_checkpoint(Path(folder), output)
+        _copy_record(source, folder)
     return report
 
 
@@ -130,7 +127,6 @@ def _source(checkpoint: Checkpoint, output: Path) -> Path:
     folder = trained_folder(checkpoint, "to pack")
     if folder.resolve() == output.resolve():
         raise UsageError(f"{output} is the checkpoint that is to be packed; expected another folder for --output")
-    expect_checkpoint_folder(output)
     return folder
 
 

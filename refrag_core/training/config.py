@@ -369,6 +369,13 @@ def _check_fit(config: TrainingConfig) -> None:
                 f"recall has span_tokens {task.span_tokens} and given_tokens {task.given_tokens}; expected a divisor "
                 f"of output_tokens {config.output_tokens}, and fewer given than a span has"
             )
+        if task.kind != "instruct" and 1.0 in task.expansion_fractions:
+            raise ConfigError(
+                f"{task.kind} has expansion_fractions with 1, all chunks, which instruct alone may have; expected "
+                f"fractions below 1: a text task reads all of it as tokens"
+            )
+        if task.kind != "instruct" and task.exchanged_share:
+            raise ConfigError(f"{task.kind} has an exchanged_share, but no answers; expected it in instruct alone")
         if task.kind == "interleaved":
             _check_interleaved(config, task)
         if task.kind == "text" and task.distillation and task.teacher != "base":
@@ -381,14 +388,6 @@ def _check_fit(config: TrainingConfig) -> None:
     for name in ("last_share", "exchanged_share"):
         if any(getattr(task, name) > 1.0 for task in config.tasks):
             raise ConfigError(f"{name} must be 0 to 1, a share of the rows")
-    for task in config.tasks:
-        if task.kind != "instruct" and 1.0 in task.expansion_fractions:
-            raise ConfigError(
-                f"{task.kind} has expansion_fractions with 1, all chunks, which instruct alone may have; expected "
-                f"fractions below 1: a text task reads all of it as tokens"
-            )
-        if task.kind != "instruct" and task.exchanged_share:
-            raise ConfigError(f"{task.kind} has an exchanged_share, but no answers; expected it in instruct alone")
     if config.adapter_signs and config.decoder_training != "full":
         raise ConfigError(
             f"adapter_signs is true with decoder_training {config.decoder_training!r}; expected full: signs are made "

@@ -299,8 +299,8 @@ class InstructionSet:
         made: dict[int, Instruction] = {}
         for row, number in enumerate(numbers):
             known = self._texts[number]
-            answers = [answer for answer in self._answers.get(known.kind, ()) if answer != known.answer]
-            if answers and random.random() < share:
+            if known.kind in self._answers and random.random() < share:
+                answers = [answer for answer in self._answers[known.kind] if answer != known.answer]
                 other = exchanged(known, answers[int(random.integers(len(answers)))])
                 if other is not None:
                     made[row] = other
