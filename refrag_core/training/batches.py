@@ -6,6 +6,7 @@ context (s = L·k), t slots of a row, n compressed chunks of a row, m prediction
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,16 @@ NO_TOKEN = -1
 
 
 @dataclass(frozen=True, slots=True)
+class Branches:
+    """What the slots of rows see that are no single text but a trunk and branches from it; the same in all rows."""
+
+    positions: Ids
+    """int64 `[t]`: the position of each slot in the text that it goes on with."""
+    visible: Mask
+    """bool `[t, t]`: which slots (columns) a slot (row) attends to."""
+
+
+@dataclass(frozen=True, slots=True)
 class TrainingBatch:
     """Rows of one shape. Every row has as many compressed chunks and as many predictions as the others."""
 
@@ -35,6 +46,19 @@ class TrainingBatch:
     """int64 `[b, m]`: slots whose next token is predicted."""
     targets: Ids
     """int64 `[b, m]`: those tokens, `losses.IGNORED` where there is none."""
+    branches: Branches | None = None
+    """None where every slot sees all before it."""
+
+    @property
+    def arrays(self) -> tuple[npt.NDArray[Any], ...]:
+        """What `TrainingModel` is called with, in its order, and the targets."""
+        seen = () if self.branches is None else (self.branches.positions, self.branches.visible)
+        return (self.ids, self.chunk_ids, self.places, self.predict_at, *seen, self.targets)
+
+    @property
+    def mean_attended(self) -> float:
+        """Slots that a slot attends to on average; half of the row where it sees all before it."""
+        return self.ids.shape[1] / 2 if self.branches is None else float(self.branches.visible.sum(axis=1).mean())
 
     @property
     def ragged(self) -> bool:
@@ -155,6 +179,60 @@ def interleaved_batch(token_ids: Ids, *, chunk_size: int, expansion_mask: Mask) 
     slots = np.nonzero(batch.ids != COMPRESSED)[1].reshape(rows, -1)
     full = replace(text_batch(token_ids), predict_at=predicted - 1, targets=targets)
     return replace(batch, predict_at=slots - 1, targets=targets), full
+
+
+def continuations_batch(
+    token_ids: Ids, starts: Ids, *, chunk_size: int, span_tokens: int
+) -> tuple[TrainingBatch, TrainingBatch]:
+    """Texts of which everything is compressed, with the tokens behind some places in them, each a branch of its own.
+
+    A branch sees the chunks before its place and its own tokens: as many short next paragraphs as there are branches,
+    for whose contexts encoder and decoder run once. One pass over the full text is the teacher of all of them.
+
+    Args:
+        token_ids: `[b, s]`, s = L·k.
+        starts: `[r]`, the chunks, none of them the first, in whose place a branch begins; the same in every row.
+        span_tokens: tokens that are predicted in a branch, its first from the vector before it.
+
+    Returns:
+        the batch (t = L + r·(span_tokens − 1)), and the same predictions from the full text.
+    """
+    rows, size = token_ids.shape
+    count, given = size // chunk_size, span_tokens - 1
+    first = starts * chunk_size
+    if size % chunk_size or first.min() == 0 or first.max() + span_tokens > size:
+        raise ConfigError(
+            f"{size} tokens in chunks of {chunk_size} have no branches of {span_tokens} tokens at chunks "
+            f"{int(starts.min())} to {int(starts.max())}; expected whole chunks, one before every branch, and all of "
+            f"its tokens"
+        )
+    predicted = (first[:, None] + np.arange(span_tokens)).reshape(-1)
+    read = (first[:, None] + np.arange(given)).reshape(-1)
+    slots = count + np.arange(len(starts) * given).reshape(len(starts), given)
+    compressed = np.full((rows, count), COMPRESSED, dtype=np.int64)
+    targets = token_ids[:, predicted]
+    batch = TrainingBatch(
+        ids=np.concatenate([compressed, token_ids[:, read]], axis=1),
+        chunk_ids=token_ids.reshape(rows, count, chunk_size),
+        places=_every_row(np.arange(count), rows),
+        predict_at=_every_row(np.concatenate([starts[:, None] - 1, slots], axis=1), rows),
+        targets=targets,
+        branches=_branches(starts, count, given),
+    )
+    return batch, replace(text_batch(token_ids), predict_at=_every_row(predicted - 1, rows), targets=targets)
+
+
+def _branches(starts: Ids, count: int, given: int) -> Branches:
+    """Of `count` chunks with `given` tokens behind every one of `starts`."""
+    positions = np.concatenate([np.arange(count), (starts[:, None] + np.arange(given)).reshape(-1)])
+    # Chunks are part of every text, up to the place where it branches off.
+    branch = np.concatenate([np.full(count, -1), np.repeat(np.arange(len(starts)), given)])
+    begins = np.concatenate([np.arange(count) + 1, np.repeat(starts, given)])
+    is_chunk = branch == -1
+    before = np.arange(len(positions)) <= np.arange(len(positions))[:, None]
+    of_trunk = is_chunk & (np.arange(len(positions)) < begins[:, None])
+    own = (branch == branch[:, None]) & before
+    return Branches(positions, np.where(is_chunk[:, None], is_chunk & before, of_trunk | own))
 
 
 def text_batch(token_ids: Ids, *, first: int = 1) -> TrainingBatch:

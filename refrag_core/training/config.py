@@ -1,7 +1,7 @@
 """The settings of a training run: one TOML file, validated, with overrides.
 
     [[tasks]]
-    kind = "reconstruct"       # reconstruct | recall | interleaved | next-paragraph | text | instruct
+    kind = "reconstruct"       # reconstruct | recall | interleaved | continuations | next-paragraph | text | instruct
     weight = 0.5               # share of the micro-batches
     batch_rows = 64            # windows a micro-batch
 
@@ -22,7 +22,7 @@ from refrag_core.models import DEFAULT_DECODER, DEFAULT_ENCODER
 from refrag_core.policy import num_expanded
 from refrag_core.stored_weights import StoredDtype
 
-TaskKind = Literal["reconstruct", "recall", "interleaved", "next-paragraph", "text", "instruct"]
+TaskKind = Literal["reconstruct", "recall", "interleaved", "continuations", "next-paragraph", "text", "instruct"]
 
 EXPANDING: tuple[TaskKind, ...] = ("recall", "interleaved", "next-paragraph", "instruct")
 """Tasks in which some chunks may be given as tokens."""
@@ -43,6 +43,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 _MAY_BE_ZERO = (
     "seed",
+    "steps",
     "evaluate_every",
     "weight_decay",
     "warmup",
@@ -66,6 +67,7 @@ ADDED_SETTINGS: dict[str, JSON] = {
     "match_dim": 0,
     "adapter_signs": False,
     "exchanged_share": 0.0,
+    "branches": 16,
 }
 """Settings that came later, with what runs did before them: a state that was saved then can still be resumed."""
 
@@ -111,12 +113,14 @@ class TaskConfig:
     """Share of the contexts of recall and next-paragraph whose last chunks are expanded, and not random ones."""
     span_tokens: int = 32
     """Tokens of a piece of the context that recall continues, and output_tokens is a multiple; of a run of expanded
-    chunks in interleaved, on average."""
+    chunks in interleaved, on average; of a branch in continuations."""
+    branches: int = 16
+    """Places in a window behind which continuations predicts the next tokens, with all before compressed."""
     given_tokens: int = 4
     """The first of them, which are given."""
     distillation: float = 0.0
-    """Weight of the KL divergence from the decoder that reads the full context, in the loss of next-paragraph and
-    interleaved; in that of text, from the teacher on the same text."""
+    """Weight of the KL divergence from the decoder that reads the full context, in the loss of next-paragraph,
+    continuations and interleaved; in that of text, from the teacher on the same text."""
     teacher: Teacher = "self"
     """That decoder: as it is being trained, or `base`, without its adapter."""
 
@@ -153,7 +157,7 @@ class TrainingConfig:
     output_tokens: int = 256
     """Tokens of the continuation that is predicted (o)."""
     steps: int = 1000
-    """Optimizer steps after which the run ends."""
+    """Optimizer steps after which the run ends; 0 to store what it starts from anew, in the form that is set here."""
     seconds: float | None = None
     """Training time after which the run ends, resumed parts counted together and steps in which a shape is captured
     left out; the schedule follows what is nearer."""
@@ -378,6 +382,8 @@ def _check_fit(config: TrainingConfig) -> None:
             raise ConfigError(f"{task.kind} has an exchanged_share, but no answers; expected it in instruct alone")
         if task.kind == "interleaved":
             _check_interleaved(config, task)
+        if task.kind == "continuations":
+            _check_continuations(config, task)
         if task.kind == "text" and task.distillation and task.teacher != "base":
             raise ConfigError(
                 "text has distillation from the decoder that is being trained, which says what the decoder says "
@@ -418,3 +424,20 @@ def _check_interleaved(config: TrainingConfig, task: TaskConfig) -> None:
                 f"expansion_fractions {', '.join(f'{fraction:g}' for fraction in task.expansion_fractions)}; expected "
                 f"whole chunks, and fractions that expand at least one of them, which are predicted, and leave one"
             )
+
+
+def _check_continuations(config: TrainingConfig, task: TaskConfig) -> None:
+    window = config.context_tokens + config.output_tokens
+    for size in config.chunk_sizes:
+        places = branch_places(window, size, task.span_tokens)
+        if window % size or task.branches > places:
+            raise ConfigError(
+                f"continuations has {task.branches} branches of span_tokens {task.span_tokens} in windows of {window} "
+                f"tokens (context_tokens and output_tokens), chunk size {size}; expected whole chunks, and at most "
+                f"{max(places, 0)} branches: one behind every chunk that has as many tokens behind it"
+            )
+
+
+def branch_places(window: int, chunk_size: int, span_tokens: int) -> int:
+    """Chunks of a window of so many tokens behind which there are `span_tokens` more."""
+    return (window - span_tokens) // chunk_size

@@ -23,8 +23,9 @@ class PreparedExample:
 
     example: Example
     own: tuple[Tensor, ...]
+    """`TrainingBatch.arrays`."""
     full: tuple[Tensor, ...]
-    """Of the full context, empty without one."""
+    """Those of the full context, empty without one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,5 @@ def prepared(example: Example, *, pinned: bool) -> PreparedExample:
 
 
 def _tensors(batch: TrainingBatch, pinned: bool) -> tuple[Tensor, ...]:
-    arrays = (batch.ids, batch.chunk_ids, batch.places, batch.predict_at, batch.targets)
-    tensors = (torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
+    tensors = (torch.from_numpy(np.ascontiguousarray(array)) for array in batch.arrays)
     return tuple(tensor.pin_memory() if pinned else tensor for tensor in tensors)

@@ -33,7 +33,7 @@ from refrag_core.checkpoint import (
 from refrag_core.decoder import own_eos_ids
 from refrag_core.devices import resolve_device
 from refrag_core.digests import digest_json
-from refrag_core.errors import ConfigError
+from refrag_core.errors import ConfigError, UnsupportedDecoderError
 from refrag_core.models import DEFAULT_DECODER, DEFAULT_ENCODER, fingerprint_model, load_tokenizer, resolve_model
 from refrag_core.training.backward import Backward, CapturedBackward, Gradients, Inputs, Losses, upload
 from refrag_core.training.config import TaskConfig, TrainingConfig
@@ -70,8 +70,9 @@ from refrag_core.training.token_shards import Split, TokenShards, TokenSplit, Wi
 from refrag_core.training.trained_checkpoint import load_training_model, save_trained_checkpoint, write_record
 
 _SHORT_EVALUATION_WINDOWS = 64
-_READOUT_STRIDE = 4
+_UNCUT_EVALUATION_WINDOWS = 32
 _MOMENT_STEPS = 16
+_READOUT_STRIDE = 4
 """Of so many chunks one is read out, which tells vectors as much and takes a fourth of the time."""
 
 
@@ -102,6 +103,7 @@ class Trainer:
         length = config.context_tokens + config.output_tokens
         self.windows = Windows(self.shards.split("train"), length=length, seed=config.seed)
         self.model = load_training_model(self.base, config).to(self.device)
+        self._refuse_unreadable_tasks()
         self.instructions = load_instructions(config, self.base, self.model)
         self.data_fingerprint = self.shards.fingerprint
         if self.instructions is not None:
@@ -127,6 +129,14 @@ class Trainer:
         """A line for the log, once."""
         if self.processes.is_first:
             print(message, file=sys.stderr, flush=True)
+
+    def _refuse_unreadable_tasks(self) -> None:
+        if not self.model.reads_branches and any(task.kind == "continuations" for task in self.config.tasks):
+            raise UnsupportedDecoderError(
+                f"decoder type {self.model.decoder.config.model_type!r} has layers that do not attend to the whole row, "
+                f"or attention that takes no mask; expected a decoder with full attention for a continuations task: "
+                f"leave it out, next-paragraph learns the same from one place a row"
+            )
 
     @property
     def progress(self) -> float:
@@ -197,11 +207,11 @@ class Trainer:
         own, full = made.own, made.full
 
         def compute(inputs: Inputs) -> tuple[Tensor, Losses]:
-            ids, chunk_ids, places, predict_at, targets = inputs[: len(own)]
+            ids, chunk_ids, places, predict_at, *branches, targets = inputs[: len(own)]
             with self.autocast():
                 teacher = self._teacher(task, inputs[len(own) :])
                 vectors = self.model.vectors(chunk_ids, ragged)
-                hidden = self.model.read(ids, vectors, places, predict_at)
+                hidden = self.model.read(ids, vectors, places, predict_at, *branches)
             loss = vocabulary_loss(
                 hidden,
                 self.model.head,
@@ -290,15 +300,22 @@ class Trainer:
         return evaluate_splits(self.shards, splits, run, summary=summary, say=self.say)
 
     def _finish(self) -> None:
+        result = self._evaluate_uncut() if self.config.decoder_training == "full" else {}
         self.say("writing the checkpoint")
         adapter = self.save_checkpoint().load_adapter()
         if adapter is not None and self.config.decoder_training == "full":
             start_adapter(self.model.decoder, adapter)  # what is evaluated is what the checkpoint holds
-        result = {}
         for split, found in self._evaluated(("held_out", "train", "reported"), self.config.evaluation_windows):
             result[split] = found
             (self.folder / EVALUATION_FILE).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         write_record(self.folder / "checkpoint", self._record(result))
+
+    def _evaluate_uncut(self) -> dict[str, Any]:
+        """What the trained matrices do as they are: what the same windows cost more afterwards, the checkpoint's form
+        does."""
+        self.say("whole matrices, before the checkpoint's form of them:")
+        windows = min(_UNCUT_EVALUATION_WINDOWS, self.config.evaluation_windows)
+        return {f"{split}_uncut": found for split, found in self._evaluated(("held_out",), windows)}
 
     @torch.no_grad()
     def _input_moments(self) -> dict[str, Tensor] | None:
@@ -312,7 +329,7 @@ class Trainer:
                 position = made.next_position
                 with torch.compiler.set_stance("force_eager"), self.autocast():
                     for prepared in made.examples:
-                        self.model(*upload(prepared.own[:4], self.device), prepared.example.batch.ragged)
+                        self.model(*upload(prepared.own[:-1], self.device), ragged=prepared.example.batch.ragged)
         return moments
 
     def save_checkpoint(self) -> Checkpoint:

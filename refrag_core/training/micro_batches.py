@@ -10,6 +10,7 @@ from refrag_core.training.batches import (
     Ids,
     Mask,
     TrainingBatch,
+    continuations_batch,
     interleaved_batch,
     last_or_random_masks,
     next_paragraph_batch,
@@ -18,7 +19,7 @@ from refrag_core.training.batches import (
     run_masks,
     text_batch,
 )
-from refrag_core.training.config import EXPANDING, TaskConfig, TrainingConfig
+from refrag_core.training.config import EXPANDING, TaskConfig, TrainingConfig, branch_places
 from refrag_core.training.instruct_data import InstructionSet
 from refrag_core.training.schedule import chunk_counts, length_weights, normalised
 from refrag_core.training.token_shards import Windows
@@ -95,6 +96,8 @@ def make_example(
         return Example(f"reconstruct/k{size}", task, batch, None)
     if task.kind == "interleaved":
         return _interleaved(planned, tokens)
+    if task.kind == "continuations":
+        return _continuations(planned, tokens)
     fraction, chunks = planned.expansion_fraction, config.context_tokens // size
     masks = last_or_random_masks(len(context), chunks, num_expanded(chunks, fraction), task.last_share, random)
     if task.kind == "recall":
@@ -112,6 +115,14 @@ def _interleaved(planned: MicroBatch, tokens: Ids) -> Example:
     masks = run_masks(len(tokens), chunks, count, runs, planned.random)
     batch, full = interleaved_batch(tokens, chunk_size=size, expansion_mask=masks)
     return Example(f"interleaved/k{size}/p{fraction:g}", task, batch, full if task.distillation else None)
+
+
+def _continuations(planned: MicroBatch, tokens: Ids) -> Example:
+    task, size = planned.task, planned.chunk_size
+    places = branch_places(tokens.shape[1], size, task.span_tokens)
+    starts = np.sort(planned.random.permutation(places)[: task.branches]) + 1
+    batch, full = continuations_batch(tokens, starts, chunk_size=size, span_tokens=task.span_tokens)
+    return Example(f"continuations/k{size}", task, batch, full if task.distillation else None)
 
 
 def _recall(config: TrainingConfig, planned: MicroBatch, context: Ids, masks: Mask) -> TrainingBatch:

@@ -261,17 +261,41 @@ class TrainingModel(nn.Module):
         weight: Tensor = self.decoder.get_output_embeddings().weight
         return weight
 
-    def forward(
-        self, ids: Tensor, chunk_ids: Tensor, places: Tensor, predict_at: Tensor, ragged: bool = False
-    ) -> Tensor:
-        """Last hidden states `[b·m, d_dec]` of the slots `predict_at`. Arguments as in `TrainingBatch`."""
-        return self.read(ids, self.vectors(chunk_ids, ragged), places, predict_at)
+    @property
+    def reads_branches(self) -> bool:
+        """Whether rows may have `refrag_core.training.batches.Branches`."""
+        return self._causal
 
-    def read(self, ids: Tensor, vectors: Tensor | None, places: Tensor, predict_at: Tensor) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        chunk_ids: Tensor,
+        places: Tensor,
+        predict_at: Tensor,
+        positions: Tensor | None = None,
+        visible: Tensor | None = None,
+        *,
+        ragged: bool = False,
+    ) -> Tensor:
+        """Last hidden states `[b·m, d_dec]` of the slots `predict_at`. Arguments as in `TrainingBatch` and `Branches`."""
+        return self.read(ids, self.vectors(chunk_ids, ragged), places, predict_at, positions, visible)
+
+    def read(
+        self,
+        ids: Tensor,
+        vectors: Tensor | None,
+        places: Tensor,
+        predict_at: Tensor,
+        positions: Tensor | None = None,
+        visible: Tensor | None = None,
+    ) -> Tensor:
         """The same from `vectors` of the chunks."""
         mask = torch.ones_like(ids, dtype=torch.bool) if self._causal else None
         hidden: Tensor = self.decoder.base_model(
-            inputs_embeds=self.embed(ids, vectors, places), attention_mask=mask, use_cache=False
+            inputs_embeds=self.embed(ids, vectors, places),
+            attention_mask=mask if visible is None else visible[None, None],
+            position_ids=None if positions is None else positions[None],
+            use_cache=False,
         ).last_hidden_state
         index = predict_at[:, :, None].expand(-1, -1, hidden.shape[2])
         return hidden.gather(1, index).flatten(0, 1)

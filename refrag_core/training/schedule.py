@@ -12,9 +12,9 @@ _LAST_STAGE_RATIO = 5259.0
 
 
 def progress_of(step: int, steps: int, elapsed: float, seconds: float | None) -> float:
-    """From 0 to 1: of the steps, or of the seconds where these are limited and nearer to their end."""
+    """From 0 to 1: of the steps, or of the seconds where these are limited and nearer to their end. 1 without steps."""
     of_seconds = elapsed / seconds if seconds else 0.0
-    return min(1.0, max(step / steps, of_seconds))
+    return min(1.0, max(step / steps if steps else 1.0, of_seconds))
 
 
 def learning_rate_factor(progress: float, *, warmup: float, floor: float = 0.0) -> float:

@@ -19,7 +19,7 @@ from refrag_core.training.processes import Processes
 class FlopModel:
     """Floating point operations of training, for the model FLOPs utilisation.
 
-    Forward passes count 2 a weight and position, attention 2·t·d_dec a layer and position (causal), and
+    Forward passes count 2 a weight and position, attention 4·d_dec a layer, position and attended slot (on average half of the row where all before is seen), and
     backward passes twice the forward; a frozen decoder and the output layer, whose weights get no gradient,
     once. Nothing that is computed again counts.
     """
@@ -54,7 +54,7 @@ class FlopModel:
         return made + (self._of_batch(example.full, 2, 2) if example.full is not None else 0.0)
 
     def _of_batch(self, batch: TrainingBatch, factor: int, head_factor: int) -> float:
-        attention = factor * self.layers * self.width * int(batch.ids.shape[1])
+        attention = factor * self.layers * self.width * 2.0 * batch.mean_attended
         return batch.num_positions * (factor * self.decoder_weights + attention) + (
             head_factor * self.head_weights * int(batch.targets.size)
         )

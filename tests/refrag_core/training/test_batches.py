@@ -3,6 +3,7 @@ import pytest
 
 from refrag_core.errors import ConfigError
 from refrag_core.training.batches import (
+    continuations_batch,
     interleaved_batch,
     last_or_random_masks,
     next_paragraph_batch,
@@ -117,6 +118,41 @@ def test_interleaved_predicts_its_expanded_tokens_from_slots_and_from_the_full_t
 def test_interleaved_refuses_a_first_chunk_that_nothing_precedes() -> None:
     with pytest.raises(ConfigError, match="begins with an expanded chunk"):
         interleaved_batch(np.zeros((1, 4), np.int64), chunk_size=2, expansion_mask=np.asarray([[True, False]]))
+
+
+def test_continuations_branch_off_a_compressed_text() -> None:
+    batch, full = continuations_batch(
+        rows([1, 2, 3, 4, 5, 6, 7, 8], [11, 12, 13, 14, 15, 16, 17, 18]),
+        np.asarray([1, 2]),
+        chunk_size=2,
+        span_tokens=3,
+    )
+    assert batch.ids.tolist() == [[V, V, V, V, 3, 4, 5, 6], [V, V, V, V, 13, 14, 15, 16]]
+    assert batch.chunk_ids.tolist() == [[[1, 2], [3, 4], [5, 6], [7, 8]], [[11, 12], [13, 14], [15, 16], [17, 18]]]
+    assert batch.places.tolist() == [[0, 1, 2, 3]] * 2
+    assert batch.predict_at.tolist() == [[0, 4, 5, 1, 6, 7]] * 2
+    assert batch.targets.tolist() == full.targets.tolist() == [[3, 4, 5, 5, 6, 7], [13, 14, 15, 15, 16, 17]]
+    assert full.predict_at.tolist() == [[1, 2, 3, 3, 4, 5]] * 2
+    assert batch.branches is not None
+    assert batch.branches.positions.tolist() == [0, 1, 2, 3, 1, 2, 2, 3]
+    assert batch.branches.visible.astype(int).tolist() == [
+        [1, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0, 0],
+        [1, 0, 0, 0, 1, 0, 0, 0],
+        [1, 0, 0, 0, 1, 1, 0, 0],
+        [1, 1, 0, 0, 0, 0, 1, 0],
+        [1, 1, 0, 0, 0, 0, 1, 1],
+    ]
+    assert (batch.mean_attended, full.mean_attended) == (22 / 8, 4.0)
+    assert [array.shape for array in batch.arrays] == [(2, 8), (2, 4, 2), (2, 4), (2, 6), (8,), (8, 8), (2, 6)]
+
+
+@pytest.mark.parametrize("starts", [[0, 1], [1, 3]])
+def test_continuations_need_a_chunk_before_them_and_all_of_their_tokens(starts: list[int]) -> None:
+    with pytest.raises(ConfigError, match="8 tokens in chunks of 2 have no branches of 3 tokens at chunks"):
+        continuations_batch(np.zeros((1, 8), np.int64), np.asarray(starts), chunk_size=2, span_tokens=3)
 
 
 def test_run_masks_alternate_in_as_many_runs_in_every_row() -> None:

@@ -139,6 +139,29 @@ def test_training_goes_on_from_a_checkpoint(tmp_path: Path, data: Path, models: 
         Trainer(settings(data, models, tmp_path / "three", **changes))
 
 
+def test_without_steps_a_run_stores_what_it_starts_from_in_its_own_form(
+    tmp_path: Path, data: Path, models: tuple[Path, Path]
+) -> None:
+    """Of a rank that is enough nothing is lost, of a lower one something is, which the evaluation shows."""
+    exact = {"encoder_dtype": "float32", "adapter_dtype": "float32", "decoder_training": "full"}
+    assert Trainer(settings(data, models, tmp_path / "one", adapter_rank=32, steps=20, **exact)).run()
+    start = {"checkpoint": str(tmp_path / "one" / "checkpoint"), "steps": 0}
+    evaluations = {}
+    for name, rank in (("same", 32), ("cut", 2)):
+        trainer = Trainer(settings(data, models, tmp_path / name, adapter_rank=rank, **exact, **start))
+        assert trainer.run()
+        assert trainer.step == 0
+        evaluations[name] = json.loads((tmp_path / name / "evaluation.json").read_text())
+    first, same = (Checkpoint.load(tmp_path / name / "checkpoint").load_adapter() for name in ("one", "same"))
+    assert first is not None
+    assert same is not None
+    for layer in first.layers:
+        assert torch.allclose(first.update(layer).dense(first.scale), same.update(layer).dense(same.scale), atol=1e-4)
+    before, after = (evaluations["cut"][key]["full"] for key in ("held_out_uncut", "held_out"))
+    assert before == pytest.approx(evaluations["same"]["held_out"]["full"], abs=1e-3)
+    assert abs(after - before) > 1e-3
+
+
 def test_evaluation_has_every_condition(tmp_path: Path, data: Path, models: tuple[Path, Path]) -> None:
     assert Trainer(settings(data, models, tmp_path, steps=2)).run()
     result = json.loads((tmp_path / "evaluation.json").read_text())
@@ -165,6 +188,16 @@ def test_plain_text_can_be_held_to_the_decoder_before_training(
     assert divergences[0] == pytest.approx(0.0, abs=1e-6)
     assert divergences[-1] > 1e-4
     assert {name for line in lines for name in line["losses"]} >= {"text", "recall/k2/p0.25", "recall/k4/p0.25"}
+
+
+def test_many_continuations_of_a_text_are_learnt_at_once(tmp_path: Path, data: Path, models: tuple[Path, Path]) -> None:
+    tasks = [{"kind": "continuations", "batch_rows": 4, "span_tokens": 4, "branches": 3, "distillation": 0.5}]
+    trainer = Trainer(settings(data, models, tmp_path, tasks=tasks, steps=60, decoder_training="full", log_every=20))
+    assert trainer.run()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert {name for line in lines for name in line["losses"]} == {"continuations/k2", "continuations/k4"}
+    assert min(value for line in lines for value in line["divergences"].values()) > 0.0
+    assert lines[-1]["losses"]["continuations/k2"] < lines[0]["losses"]["continuations/k2"] - 0.1
 
 
 def test_interleaved_text_is_learnt_from_the_decoder_that_reads_all_of_it(

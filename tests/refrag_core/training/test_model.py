@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from refrag_core.adapter import Adapter, LayerUpdate, closest_signs
 from refrag_core.checkpoint import Checkpoint
 from refrag_core.decoder import Decoder, merge_adapter
-from refrag_core.errors import ConfigError
+from refrag_core.errors import ConfigError, UnsupportedDecoderError
 from refrag_core.packing import PackOptions, pack_checkpoint
-from refrag_core.training.batches import NO_TOKEN, next_paragraph_batch
+from refrag_core.training.batches import NO_TOKEN, TrainingBatch, continuations_batch, next_paragraph_batch
 from refrag_core.training.loop import Trainer, base_checkpoint
+from refrag_core.training.losses import token_nll
 from refrag_core.training.low_rank import closest_factors
 from refrag_core.training.model import (
     ChunkReadout,
@@ -30,6 +31,7 @@ from refrag_core.training.model import (
 )
 from refrag_core.training.trained_checkpoint import load_training_model
 from tests.refrag_core.training.conftest import settings
+from tests.tiny_models import decoder_folder
 
 
 def linear() -> nn.Linear:
@@ -320,3 +322,30 @@ def test_layers_are_compiled_once_for_all_shapes(tmp_path: Path, data: Path, mod
     pairs = zip(plain.parameters(), compiled.parameters(), strict=True)
     assert all(torch.allclose(a.grad, b.grad, atol=1e-4) for a, b in pairs if a.grad is not None and b.grad is not None)
     assert graphs[2] == graphs[1]  # the first two shapes may share a size by chance
+
+
+def test_branches_read_as_if_each_were_a_row_of_its_own(tmp_path: Path, data: Path, models: tuple[Path, Path]) -> None:
+    """Of every branch the same losses as of its context and tokens alone, in the order of its predictions."""
+    model = Trainer(settings(data, models, tmp_path)).model.eval()
+    tokens = np.random.default_rng(0).integers(5, 60, (2, 16))
+    starts = np.asarray([1, 2, 3])
+    batch, _ = continuations_batch(tokens, starts, chunk_size=4, span_tokens=4)
+
+    def losses(made: TrainingBatch) -> Tensor:
+        *arrays, targets = (torch.from_numpy(array) for array in made.arrays)
+        with torch.no_grad():
+            return token_nll(model(*arrays), model.head, targets.reshape(-1)).reshape(targets.shape)
+
+    found = losses(batch).reshape(2, 3, 4)
+    for branch, start in enumerate(starts.tolist()):
+        mask = np.zeros((2, start), dtype=bool)
+        context, output = tokens[:, : 4 * start], tokens[:, 4 * start : 4 * start + 4]
+        alone = losses(next_paragraph_batch(context, output, chunk_size=4, expansion_mask=mask))
+        assert torch.allclose(found[:, branch], alone, atol=1e-4)
+
+
+def test_branches_need_a_decoder_with_full_attention(tmp_path: Path, data: Path, models: tuple[Path, Path]) -> None:
+    folder = decoder_folder(tmp_path / "sliding", "mistral", sliding_window=8)
+    tasks = [{"kind": "continuations", "batch_rows": 4, "span_tokens": 4, "branches": 3}]
+    with pytest.raises(UnsupportedDecoderError, match="leave it out, next-paragraph learns the same"):
+        Trainer(settings(data, (models[0], folder), tmp_path / "run", tasks=tasks))

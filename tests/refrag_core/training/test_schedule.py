@@ -7,6 +7,7 @@ def test_progress_follows_what_is_nearer_to_its_end() -> None:
     assert progress_of(25, 100, 9.0, None) == 0.25
     assert progress_of(25, 100, 9.0, 10.0) == 0.9
     assert progress_of(120, 100, 9.0, 10.0) == 1.0
+    assert progress_of(0, 0, 0.0, 10.0) == 1.0
 
 
 def test_warm_up_then_cosine() -> None:
