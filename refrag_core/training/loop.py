@@ -133,7 +133,7 @@ class Trainer:
     def _refuse_unreadable_tasks(self) -> None:
         if not self.model.reads_branches and any(task.kind == "continuations" for task in self.config.tasks):
             raise UnsupportedDecoderError(
-                f"decoder type {self.model.decoder.config.model_type!r} has layers that do not attend to the whole row, "
+                f"decoder type {self.model.decoder.config.model_type!r} has layers that do not see the whole row, "
                 f"or attention that takes no mask; expected a decoder with full attention for a continuations task: "
                 f"leave it out, next-paragraph learns the same from one place a row"
             )

@@ -277,7 +277,8 @@ class TrainingModel(nn.Module):
         *,
         ragged: bool = False,
     ) -> Tensor:
-        """Last hidden states `[b·m, d_dec]` of the slots `predict_at`. Arguments as in `TrainingBatch` and `Branches`."""
+        """Last hidden states `[b·m, d_dec]` of the slots `predict_at`; arguments as in `TrainingBatch` and its
+        `Branches`."""
         return self.read(ids, self.vectors(chunk_ids, ragged), places, predict_at, positions, visible)
 
     def read(

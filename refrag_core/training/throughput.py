@@ -19,9 +19,9 @@ from refrag_core.training.processes import Processes
 class FlopModel:
     """Floating point operations of training, for the model FLOPs utilisation.
 
-    Forward passes count 2 a weight and position, attention 4·d_dec a layer, position and attended slot (on average half of the row where all before is seen), and
-    backward passes twice the forward; a frozen decoder and the output layer, whose weights get no gradient,
-    once. Nothing that is computed again counts.
+    Forward passes count 2 a weight and position, attention 4·d_dec a layer, position and attended slot (on average
+    half of the row where all before is seen), and backward passes twice the forward; a frozen decoder and the output
+    layer, whose weights get no gradient, once. Nothing that is computed again counts.
     """
 
     decoder_weights: int
