@@ -293,10 +293,15 @@ def test_plot(workshop: Workshop, tmp_path: Path) -> None:
     done = call("train", "plot", workshop.root / "reconstruct", "-o", tmp_path / "made" / "log.png", "--json")
     assert (tmp_path / "made" / "log.png").read_bytes().startswith(b"\x89PNG")
     gaps = "held out: gap closed, random expansion"
-    expected = {"loss, nats a token", gaps, "learning rate", "decoder positions a second"}
-    assert set(done.json["panels"]) == expected
+    losses_of = {task: f"{task}: loss, nats a token" for task in ("reconstruct", "next-paragraph")}
+    others = {gaps, "learning rate", "decoder positions a second"}
+    assert set(losses_of.values()) | others == set(done.json["panels"])
     assert set(done.json["panels"][gaps]) == {f"k={size}, p={p}" for size in (2, 4) for p in ("0", "0.1", "0.25")}
-    assert any(name.startswith("reconstruct/k") for name in done.json["panels"]["loss, nats a token"])
+    assert {"k2", "k4"} >= set(done.json["panels"][losses_of["reconstruct"]]) > set()
+    assert all(name.startswith("k") and "/p" in name for name in done.json["panels"][losses_of["next-paragraph"]])
+    mixed = call("train", "plot", workshop.root / "next-paragraph", "-o", tmp_path / "mixed.png", "--json").json
+    taught = "next-paragraph: divergence from the teacher, nats a token"
+    assert {taught, losses_of["next-paragraph"]} < set(mixed["panels"])
     policy = call("train", "plot", workshop.root / "policy", "-o", tmp_path / "policy.svg", "--json").json["panels"]
     assert policy["loss of the policy"] == ["policy_loss", "warm_start_loss"]
     assert {"reward, reward std", "held out: nats gained by the policy", "learning rate"} <= set(policy)

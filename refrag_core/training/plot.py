@@ -30,7 +30,8 @@ def panels(lines: Sequence[Mapping[str, Any]]) -> list[Panel]:
     logged = [line for line in lines if "held_out" not in line]
     held_out = [line for line in lines if "held_out" in line]
     made = [
-        Panel("loss, nats a token", _columns(logged, _losses)),
+        *_task_panels(logged, "losses", "loss, nats a token"),
+        *_task_panels(logged, "divergences", "divergence from the teacher, nats a token"),
         Panel("loss of the policy", _columns(logged, _fields(_POLICY_LOSSES))),
         *(Panel(", ".join(names).replace("_", " "), _columns(logged, _fields(names))) for names in _POLICY_PANELS),
         Panel("held out: gap closed, random expansion", _columns(held_out, _gaps)),
@@ -49,9 +50,12 @@ def _columns(lines: Sequence[Mapping[str, Any]], values: Any) -> dict[str, Point
     return {name: found[name] for name in sorted(found)}
 
 
-def _losses(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    yield from line.get("losses", {}).items()
-    yield from ((f"{name}, divergence", value) for name, value in line.get("divergences", {}).items())
+def _task_panels(lines: Sequence[Mapping[str, Any]], key: str, title: str) -> Iterator[Panel]:
+    """One for each task, whose curves are its chunk sizes and expansion fractions: all in one would be unreadable."""
+    curves = _columns(lines, lambda line: line.get(key, {}).items())
+    for task in dict.fromkeys(name.partition("/")[0] for name in curves):
+        own = {name: points for name, points in curves.items() if name.partition("/")[0] == task}
+        yield Panel(f"{task}: {title}", {name.partition("/")[2] or task: points for name, points in own.items()})
 
 
 def _fields(names: Sequence[str]) -> Any:
