@@ -215,6 +215,8 @@ def _run_rows(number: int, run: Mapping[str, Any]) -> Iterator[tuple[object, ...
     tasks = ", ".join(f"{task['kind']} {task.get('weight', 1.0):g}" for task in config.get("tasks", []))
     sizes = ", ".join(map(str, config.get("chunk_sizes", [])))
     epochs = run["epoch"] + 1 if "epoch" in run else ""
+    if run.get("step") == 0:
+        tasks, epochs = "none: stores what it begins from anew", ""
     processes = run.get("processes", 1)
     hardware = f"{processes} × {run['device']}" if processes > 1 else run.get("device", "")
     yield (number, *_time(run), epochs, sizes, hardware, tasks)

@@ -8,12 +8,14 @@ documents; losses are in nats a token, expanded chunks are drawn at random. One 
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from refrag_core.errors import MissingExtraError, RefragError, UsageError
+from refrag_core.training.plot import check_format
 
 STYLES = {
     "no context": ("black", "--"),
@@ -23,6 +25,10 @@ STYLES = {
     "last tokens, as many positions as p = 0": ("#777777", "--"),
     "full context": ("black", ":"),
 }
+
+_WINDOWS = ("windows", "documents", "context_tokens", "output_tokens")
+_ROUNDING = 0.01
+"""Nats by which one loss differs between devices and precisions, at the most."""
 
 Point = tuple[float, float]
 """(GPU seconds, nats a token)."""
@@ -34,28 +40,46 @@ def read_points(arguments: Sequence[str]) -> dict[int, dict[str, list[Point]]]:
     Raises UsageError for what is no SECONDS:FILE of an evaluation, and for evaluations that cannot be compared.
     """
     found: dict[int, dict[str, list[Point]]] = {}
-    read = {}
+    first: dict[str, Any] | None = None
     for argument in arguments:
-        seconds, _, path = argument.partition(":")
-        try:
-            held_out = json.loads(Path(path).read_text(encoding="utf-8"))["held_out"]
-            read[argument] = (held_out["windows"], held_out["base"]["full"])
-            rows = {int(key[11:]): row for key, row in held_out.items() if key.startswith("chunk_size_")}
-            for size, row in rows.items():
-                for name, loss in _losses(held_out, row).items():
-                    found.setdefault(size, {}).setdefault(name, []).append((float(seconds), loss))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(
-                f"{argument!r} is no SECONDS:FILE of a training run's evaluation.json with held-out documents "
-                f"({error!r}); expected such as 860:runs/whole/evaluation.json"
-            ) from error
-    odd = [argument for argument in arguments if read[argument] != read[arguments[0]]]
-    if odd:
-        raise UsageError(
-            f"{odd[0]} was evaluated on other windows than {arguments[0]}, and losses on them cannot be compared; "
-            f"expected as many windows of the same documents"
-        )
+        seconds, held_out = _read(argument)
+        first = held_out if first is None else first
+        _refuse_other_windows(argument, held_out, arguments[0], first)
+        for key in (name for name in held_out if name.startswith("chunk_size_")):
+            curves = found.setdefault(int(key[11:]), {})
+            for name, loss in _losses(held_out, held_out[key]).items():
+                curves.setdefault(name, []).append((seconds, loss))
     return {size: found[size] for size in sorted(found)}
+
+
+def _read(argument: str) -> tuple[float, dict[str, Any]]:
+    seconds, _, path = argument.partition(":")
+    try:
+        held_out = json.loads(Path(path).read_text(encoding="utf-8"))["held_out"]
+        for row in (held_out[key] for key in held_out if key.startswith("chunk_size_")):
+            _losses(held_out, row)
+        _ = held_out["base"]["full"]
+        return float(seconds), held_out
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{argument!r} is no SECONDS:FILE of a training run's evaluation.json with held-out documents "
+            f"({error!r}); expected such as 860:runs/whole/evaluation.json"
+        ) from error
+
+
+def _refuse_other_windows(argument: str, own: Mapping[str, Any], other_argument: str, other: Mapping[str, Any]) -> None:
+    """The same windows: as many, as long, and as hard for the decoder before training, rounding left aside."""
+    shapes = [tuple(found.get(key) for key in _WINDOWS) for found in (own, other)]
+    losses = [found["base"]["full"] for found in (own, other)]
+    if shapes[0] != shapes[1] or not math.isclose(*losses, abs_tol=_ROUNDING):
+        told = [
+            f"{dict(zip(_WINDOWS, shape, strict=True))}, untrained {loss:.3f} nats"
+            for shape, loss in zip(shapes, losses, strict=True)
+        ]
+        raise UsageError(
+            f"{argument} was evaluated on {told[0]}, and {other_argument} on {told[1]}; expected the same windows: "
+            f"losses on others cannot be compared"
+        )
 
 
 def _losses(held_out: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, float]:
@@ -65,7 +89,7 @@ def _losses(held_out: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, fl
 
 
 def draw(curves: Mapping[int, Mapping[str, Sequence[Point]]], output: Path) -> None:
-    """Write the figure. Raises MissingExtraError without matplotlib."""
+    """Write the figure. Raises MissingExtraError without matplotlib, ConfigError for an output that is no image."""
     try:
         import matplotlib
     except ImportError as error:
@@ -73,6 +97,7 @@ def draw(curves: Mapping[int, Mapping[str, Sequence[Point]]], output: Path) -> N
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    check_format(output, pyplot)
     figure, axes = pyplot.subplots(
         1, len(curves), figsize=(6.4 * len(curves), 4.8), squeeze=False, layout="constrained", sharey=True
     )

@@ -114,10 +114,10 @@ class TaskConfig:
     span_tokens: int = 32
     """Tokens of a piece of the context that recall continues, and output_tokens is a multiple; of a run of expanded
     chunks in interleaved, on average; of a branch in continuations."""
+    given_tokens: int = 4
+    """The first of the tokens of a piece, which are given, in recall."""
     branches: int = 16
     """Places in a window behind which continuations predicts the next tokens, with all before compressed."""
-    given_tokens: int = 4
-    """The first of them, which are given."""
     distillation: float = 0.0
     """Weight of the KL divergence from the decoder that reads the full context, in the loss of next-paragraph,
     continuations and interleaved; in that of text, from the teacher on the same text."""
@@ -429,12 +429,17 @@ def _check_interleaved(config: TrainingConfig, task: TaskConfig) -> None:
 def _check_continuations(config: TrainingConfig, task: TaskConfig) -> None:
     window = config.context_tokens + config.output_tokens
     for size in config.chunk_sizes:
-        places = branch_places(window, size, task.span_tokens)
-        if window % size or task.branches > places:
+        if window % size:
             raise ConfigError(
-                f"continuations has {task.branches} branches of span_tokens {task.span_tokens} in windows of {window} "
-                f"tokens (context_tokens and output_tokens), chunk size {size}; expected whole chunks, and at most "
-                f"{max(places, 0)} branches: one behind every chunk that has as many tokens behind it"
+                f"continuations has windows of {window} tokens (context_tokens and output_tokens) and chunk size "
+                f"{size}; expected whole chunks"
+            )
+        places = max(0, branch_places(window, size, task.span_tokens))
+        if task.branches > places:
+            raise ConfigError(
+                f"continuations has {task.branches} branches in windows of {window} tokens, and with chunk size {size} "
+                f"there are {task.span_tokens} more (span_tokens) behind {places} chunks; expected one behind each at "
+                f"most: fewer branches, a shorter span, or longer windows"
             )
 
 

@@ -6,7 +6,7 @@ predict its first from), with the same weights. Gap closed G = (none − refrag)
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -77,7 +77,7 @@ class Scorer:
 
     @torch.no_grad()
     def _batch(self, batch: TrainingBatch) -> Losses:
-        arrays = (batch.ids, batch.chunk_ids, batch.places, batch.predict_at)
+        *arrays, _ = batch.arrays
         with torch.compiler.set_stance("force_eager"), self._autocast():
             hidden = self._model(*(torch.from_numpy(array).to(self._device) for array in arrays))
             targets = torch.from_numpy(batch.targets.reshape(-1)).to(self._device)
@@ -88,7 +88,7 @@ class Scorer:
 
 def without_first_prediction(batch: TrainingBatch) -> TrainingBatch:
     """The batch without the first of its predictions."""
-    return TrainingBatch(batch.ids, batch.chunk_ids, batch.places, batch.predict_at[:, 1:], batch.targets[:, 1:])
+    return replace(batch, predict_at=batch.predict_at[:, 1:], targets=batch.targets[:, 1:])
 
 
 def expansion_masks(selection: Selection, rows: int, num_chunks: int, count: int, seed: int) -> Mask:

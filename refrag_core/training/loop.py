@@ -4,7 +4,8 @@ A run's folder holds
     checkpoint/      the trained checkpoint (`refrag_core.checkpoint`) and training.json
     state/           weights, AdamW's moments (safetensors) and position, to resume from
     metrics.jsonl    one line a logged step
-    evaluation.json  losses on held-out documents, at the end
+    evaluation.json  losses on held-out documents, at the end; `held_out_uncut` are those of whole matrices before the
+                     checkpoint's form of them
 
 What a step computes depends on the config and the step's number alone (besides the clock, where the config
 limits seconds), so that a resumed run gives the same losses, bit for bit on a CPU.
@@ -70,7 +71,6 @@ from refrag_core.training.token_shards import Split, TokenShards, TokenSplit, Wi
 from refrag_core.training.trained_checkpoint import load_training_model, save_trained_checkpoint, write_record
 
 _SHORT_EVALUATION_WINDOWS = 64
-_UNCUT_EVALUATION_WINDOWS = 32
 _MOMENT_STEPS = 16
 _READOUT_STRIDE = 4
 """Of so many chunks one is read out, which tells vectors as much and takes a fourth of the time."""
@@ -97,6 +97,7 @@ class Trainer:
         self.log = RunLog(self.folder, tensorboard=config.tensorboard, active=self.processes.is_first)
         self.device = self.processes.device or torch.device(resolve_device(config.device))
         self.base = base_checkpoint(config)
+        _refuse_storing_untrained(self.base, config)
         self.shards = TokenShards.open(
             Path(config.data), tokenizer_fingerprint=self.base.config.decoder.tokenizer_fingerprint
         )
@@ -131,12 +132,14 @@ class Trainer:
             print(message, file=sys.stderr, flush=True)
 
     def _refuse_unreadable_tasks(self) -> None:
-        if not self.model.reads_branches and any(task.kind == "continuations" for task in self.config.tasks):
-            raise UnsupportedDecoderError(
-                f"decoder type {self.model.decoder.config.model_type!r} has layers that do not see the whole row, "
-                f"or attention that takes no mask; expected a decoder with full attention for a continuations task: "
-                f"leave it out, next-paragraph learns the same from one place a row"
-            )
+        if self.model.reads_branches or all(task.kind != "continuations" for task in self.config.tasks):
+            return
+        config = self.model.decoder.config.get_text_config()
+        raise UnsupportedDecoderError(
+            f"a continuations task gives attention a mask of its own, and decoder type {config.model_type!r} with "
+            f"attention {config._attn_implementation!r} takes none, or has layers that see a part of the row; expected "
+            f"full attention by sdpa: leave the task out, next-paragraph learns the same from one place a row"
+        )
 
     @property
     def progress(self) -> float:
@@ -311,10 +314,10 @@ class Trainer:
         write_record(self.folder / "checkpoint", self._record(result))
 
     def _evaluate_uncut(self) -> dict[str, Any]:
-        """What the trained matrices do as they are: what the same windows cost more afterwards, the checkpoint's form
-        does."""
+        """What the trained matrices do as they are: what held-out windows cost more afterwards, the checkpoint's form
+        of them does."""
         self.say("whole matrices, before the checkpoint's form of them:")
-        windows = min(_UNCUT_EVALUATION_WINDOWS, self.config.evaluation_windows)
+        windows = self.config.evaluation_windows
         return {f"{split}_uncut": found for split, found in self._evaluated(("held_out",), windows)}
 
     @torch.no_grad()
@@ -446,6 +449,15 @@ def base_checkpoint(config: TrainingConfig) -> Checkpoint:
     _check_named_model("decoder", config.decoder, DEFAULT_DECODER, base.config.decoder, config.checkpoint)
     check_chunk_sizes(base, config.chunk_sizes, config.checkpoint)
     return base
+
+
+def _refuse_storing_untrained(base: Checkpoint, config: TrainingConfig) -> None:
+    """What a run writes counts as trained."""
+    if config.steps == 0 and not base.config.trained:
+        raise ConfigError(
+            f"steps is 0 and checkpoint is {config.checkpoint!r}, so that nothing trained would be stored; expected a "
+            f"trained checkpoint to store anew: name one, or train some steps"
+        )
 
 
 def _check_named_model(

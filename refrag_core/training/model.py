@@ -352,8 +352,8 @@ def read_rows_causally(decoder: Any) -> bool:
         return False
     AttentionInterface.register(_CAUSAL, sdpa_attention_forward)
     AttentionMaskInterface.register(_CAUSAL, _no_mask)
-    decoder.set_attn_implementation(_CAUSAL)
-    return True
+    decoder.set_attn_implementation(_CAUSAL)  # some decoders leave it as it was, with a warning
+    return bool(config._attn_implementation == _CAUSAL)
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

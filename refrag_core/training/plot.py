@@ -84,8 +84,8 @@ def plot_run(run: Path, output: Path) -> list[Panel]:
     drawn = panels([*logged, *_last_evaluation(run, logged)])
     if not drawn:
         raise ConfigError(
-            f"{run} has no {METRICS_FILE} with logged steps; expected the folder of a training run: give the config's "
-            f"`output`"
+            f"{run} has no {METRICS_FILE} with logged steps; expected the folder of a training run that took "
+            f"steps: give the config's `output`"
         )
     _draw(drawn, run.name, output)
     return drawn
@@ -107,7 +107,7 @@ def _draw(drawn: Sequence[Panel], title: str, output: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    _check_format(output, pyplot)
+    check_format(output, pyplot)
     rows = (len(drawn) + 1) // 2
     figure, axes = pyplot.subplots(rows, 2, figsize=(13, 4 * rows), squeeze=False, layout="constrained")
     for axis, panel in zip(axes.flat, drawn, strict=False):
@@ -120,7 +120,8 @@ def _draw(drawn: Sequence[Panel], title: str, output: Path) -> None:
     pyplot.close(figure)
 
 
-def _check_format(output: Path, pyplot: Any) -> None:
+def check_format(output: Path, pyplot: Any) -> None:
+    """Raise ConfigError for an output whose suffix is no image's."""
     known = sorted(pyplot.figure().canvas.get_supported_filetypes())
     pyplot.close()
     if output.suffix[1:].lower() not in known:

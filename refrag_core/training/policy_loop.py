@@ -186,6 +186,11 @@ class PolicyTrainer:
             return with_match(self.base.load_policy(), config.match_dim, seed=config.seed + 1)
         if own.trained:
             self.say("begins a new policy: the checkpoint's trained one has another shape or reads no query")
+        if config.steps == 0:
+            raise ConfigError(
+                f"steps is 0 and checkpoint {config.checkpoint} has no trained policy of this shape, so that a new one "
+                f"would be stored as it is; expected a policy to evaluate: take another checkpoint, or train some steps"
+            )
         return initialise_policy(
             self.base.config.d_enc,
             query_dim=query_dim,

@@ -45,7 +45,7 @@ class RunResult:
     metrics: dict[str, Any]
     """The last logged ones."""
     evaluation: dict[str, Any]
-    """By split; empty before the end."""
+    """By split, and of whole matrices held_out_uncut; empty before the end."""
 
 
 def shipped_configs() -> dict[str, Path]:

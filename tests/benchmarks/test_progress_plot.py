@@ -40,10 +40,13 @@ def test_what_is_no_evaluation_is_refused(tmp_path: Path, argument: str) -> None
 
 def test_evaluations_over_other_windows_are_refused(tmp_path: Path) -> None:
     first = write(tmp_path / "a.json", 2.8)
-    for changes in ({"windows": 16}, {"base": {"full": 2.7}}):
+    told = [("'windows': 16.*2.500 nats, and .*'windows': 8", {"windows": 16}), ("2.700 nats", {"base": {"full": 2.7}})]
+    for message, changes in told:
         second = write(tmp_path / "b.json", 2.6, **changes)
-        with pytest.raises(UsageError, match="was evaluated on other windows"):
+        with pytest.raises(UsageError, match=f"was evaluated on .*{message}.*; expected the same windows"):
             read_points([f"1:{first}", f"2:{second}"])
+    rounded = write(tmp_path / "b.json", 2.6, base={"full": 2.502})
+    assert len(read_points([f"1:{first}", f"2:{rounded}"])[8]["p = 0"]) == 2
 
 
 def test_the_figure_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,5 +54,7 @@ def test_the_figure_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str
     output = tmp_path / "made" / "progress.png"
     assert progress_plot.main([f"1:{write(tmp_path / 'a.json', 2.8)}", "--output", str(output)]) == 0
     assert output.read_bytes().startswith(b"\x89PNG")
+    assert progress_plot.main([f"1:{tmp_path / 'a.json'}", "--output", str(tmp_path / "made.xyz")]) == 2
+    assert "expected an image's" in capsys.readouterr().err
     assert progress_plot.main(["1:none.json", "--output", str(output)]) == 2
     assert "error: '1:none.json' is no SECONDS:FILE" in capsys.readouterr().err

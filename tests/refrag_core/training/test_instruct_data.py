@@ -445,7 +445,7 @@ def test_padding_changes_nothing(tmp_path: Path, data: Path, models: tuple[Path,
 
     def losses(chosen: list[Any], shape: BatchShape) -> list[list[float]]:
         batch = instruction_batch(chosen, chunk_size=4, shape=shape)
-        arrays = [torch.from_numpy(a) for a in (batch.ids, batch.chunk_ids, batch.places, batch.predict_at)]
+        arrays = [torch.from_numpy(a) for a in batch.arrays[:-1]]
         hidden = trainer.model(*arrays, ragged=batch.ragged)
         targets = torch.from_numpy(batch.targets).reshape(-1)
         nll = token_nll(hidden, trainer.model.head, targets).reshape(batch.targets.shape)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from refrag_core.checkpoint import Checkpoint
+from refrag_core.checkpoint import Checkpoint, initialise_checkpoint
 from refrag_core.composition import ContextPassage, compose, pad_batch
 from refrag_core.errors import ConfigError, TrainingDivergedError
 from refrag_core.template import PromptTemplate
@@ -160,6 +160,18 @@ def test_without_steps_a_run_stores_what_it_starts_from_in_its_own_form(
     before, after = (evaluations["cut"][key]["full"] for key in ("held_out_uncut", "held_out"))
     assert before == pytest.approx(evaluations["same"]["held_out"]["full"], abs=1e-3)
     assert abs(after - before) > 1e-3
+
+
+def test_a_run_of_no_steps_stores_nothing_untrained(tmp_path: Path, data: Path, models: tuple[Path, Path]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^steps is 0 and checkpoint is None, so that nothing trained would be stored"
+    ):
+        Trainer(settings(data, models, tmp_path / "none", steps=0))
+    initialise_checkpoint(encoder_reference=str(models[0]), decoder_reference=str(models[1]), seed=0).save(
+        tmp_path / "untrained"
+    )
+    with pytest.raises(ConfigError, match=r"untrained', so that .* name one, or train some steps$"):
+        Trainer(settings(data, models, tmp_path / "fresh", steps=0, checkpoint=str(tmp_path / "untrained")))
 
 
 def test_evaluation_has_every_condition(tmp_path: Path, data: Path, models: tuple[Path, Path]) -> None:

@@ -33,6 +33,8 @@ from refrag_core.training.trained_checkpoint import load_training_model
 from tests.refrag_core.training.conftest import settings
 from tests.tiny_models import decoder_folder
 
+LINEAR = {"mistral": ["q_proj"], "falcon": ["query_key_value"]}
+
 
 def linear() -> nn.Linear:
     torch.manual_seed(0)
@@ -344,8 +346,17 @@ def test_branches_read_as_if_each_were_a_row_of_its_own(tmp_path: Path, data: Pa
         assert torch.allclose(found[:, branch], alone, atol=1e-4)
 
 
-def test_branches_need_a_decoder_with_full_attention(tmp_path: Path, data: Path, models: tuple[Path, Path]) -> None:
-    folder = decoder_folder(tmp_path / "sliding", "mistral", sliding_window=8)
+@pytest.mark.parametrize(("family", "changes"), [("mistral", {"sliding_window": 8}), ("falcon", {"alibi": True})])
+def test_branches_need_a_decoder_with_full_attention(
+    tmp_path: Path, data: Path, models: tuple[Path, Path], family: str, changes: dict[str, Any]
+) -> None:
+    folder = decoder_folder(tmp_path / "decoder", family, **changes)
     tasks = [{"kind": "continuations", "batch_rows": 4, "span_tokens": 4, "branches": 3}]
-    with pytest.raises(UnsupportedDecoderError, match="leave it out, next-paragraph learns the same"):
-        Trainer(settings(data, (models[0], folder), tmp_path / "run", tasks=tasks))
+    config = settings(data, (models[0], folder), tmp_path / "run", tasks=tasks, adapter_targets=LINEAR[family])
+    message = (
+        rf"^a continuations task gives attention a mask of its own, and decoder type '{family}' with attention "
+        r"'sdpa' takes none, or has layers that see a part of the row; expected full attention by sdpa: leave the task "
+        r"out, next-paragraph learns the same from one place a row$"
+    )
+    with pytest.raises(UnsupportedDecoderError, match=message):
+        Trainer(config)

@@ -458,3 +458,16 @@ def test_the_command_line(
     assert policy_loop.main([str(tmp_path / "policy.toml"), "--set", "steps=one"]) == 2
     assert "steps" in capsys.readouterr().err
     assert load_policy_config(Path("benchmarks/training/policy.toml")).seconds == 80.0
+
+
+def test_without_steps_a_policy_is_evaluated_and_stored(data: Path, trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^steps is 0 and checkpoint .* has no trained policy of this shape"):
+        PolicyTrainer(policy_settings(data, trained, tmp_path / "none", steps=0))
+    assert PolicyTrainer(policy_settings(data, trained, tmp_path / "one")).run()
+    start = tmp_path / "one" / "checkpoint"
+    again = PolicyTrainer(policy_settings(data, start, tmp_path / "two", steps=0))
+    assert again.run()
+    assert again.step == 0
+    one, two = (Checkpoint.load(folder).load_policy() for folder in (start, tmp_path / "two" / "checkpoint"))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert "held_out" in json.loads((tmp_path / "two" / "evaluation.json").read_text())
