@@ -225,14 +225,12 @@ def continuations_batch(
 def _branches(starts: Ids, count: int, given: int) -> Branches:
     """Of `count` chunks with `given` tokens behind every one of `starts`."""
     positions = np.concatenate([np.arange(count), (starts[:, None] + np.arange(given)).reshape(-1)])
-    # Chunks are part of every text, up to the place where it branches off.
-    branch = np.concatenate([np.full(count, -1), np.repeat(np.arange(len(starts)), given)])
-    begins = np.concatenate([np.arange(count) + 1, np.repeat(starts, given)])
-    is_chunk = branch == -1
-    before = np.arange(len(positions)) <= np.arange(len(positions))[:, None]
-    of_trunk = is_chunk & (np.arange(len(positions)) < begins[:, None])
-    own = (branch == branch[:, None]) & before
-    return Branches(positions, np.where(is_chunk[:, None], is_chunk & before, of_trunk | own))
+    branch = np.concatenate([np.full(count, -1), np.repeat(np.arange(len(starts)), given)])  # -1: the chunks, the trunk
+    trunk_read = np.concatenate([np.arange(count) + 1, np.repeat(starts, given)])
+    slots = np.arange(len(positions))
+    of_trunk = (branch == -1) & (slots < trunk_read[:, None])
+    of_branch = (branch != -1) & (branch == branch[:, None]) & (slots <= slots[:, None])
+    return Branches(positions, of_trunk | of_branch)
 
 
 def text_batch(token_ids: Ids, *, first: int = 1) -> TrainingBatch:
