@@ -29,7 +29,7 @@ say "verifying every file"
 "$bin/refrag" index verify "$index"
 
 say "asking a question"
-question="In which country is Mount Kilimanjaro?"
+question="In which city was the poet Omar Khayyam born?"
 echo "$question"
 if [ -n "$trained" ]; then
   "$bin/refrag" ask "$index" "$question" --top-k 3 --max-new-tokens 48 --policy learned --expansion-fraction 0.1
