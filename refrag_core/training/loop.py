@@ -34,7 +34,7 @@ from refrag_core.checkpoint import (
 from refrag_core.decoder import own_eos_ids
 from refrag_core.devices import resolve_device
 from refrag_core.digests import digest_json
-from refrag_core.errors import ConfigError, UnsupportedDecoderError
+from refrag_core.errors import ConfigError, ModelNotFoundError, UnsupportedDecoderError
 from refrag_core.models import DEFAULT_DECODER, DEFAULT_ENCODER, fingerprint_model, load_tokenizer, resolve_model
 from refrag_core.training.backward import Backward, CapturedBackward, Gradients, Inputs, Losses, upload
 from refrag_core.training.config import TaskConfig, TrainingConfig
@@ -444,11 +444,22 @@ def base_checkpoint(config: TrainingConfig) -> Checkpoint:
         return initialise_checkpoint(
             encoder_reference=config.encoder, decoder_reference=config.decoder, seed=config.seed
         )
-    base = load_checkpoint(config.checkpoint)
+    base = load_config_checkpoint(config.checkpoint)
     _check_named_model("encoder", config.encoder, DEFAULT_ENCODER, base.config.encoder, config.checkpoint)
     _check_named_model("decoder", config.decoder, DEFAULT_DECODER, base.config.decoder, config.checkpoint)
     check_chunk_sizes(base, config.chunk_sizes, config.checkpoint)
     return base
+
+
+def load_config_checkpoint(reference: str) -> Checkpoint:
+    """The checkpoint that a config goes on from. Raises ModelNotFoundError, with what to do in a run of stages."""
+    try:
+        return load_checkpoint(reference)
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(
+            f"the config's checkpoint cannot be loaded: {error}. Where it is the checkpoint of the stage before, train "
+            f"that first, or name another with --set checkpoint=…"
+        ) from error
 
 
 def _refuse_storing_untrained(base: Checkpoint, config: TrainingConfig) -> None:

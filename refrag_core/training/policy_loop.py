@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from refrag_core.checkpoint import Checkpoint, PolicyConfig, load_checkpoint
+from refrag_core.checkpoint import Checkpoint, PolicyConfig
 from refrag_core.devices import resolve_device
 from refrag_core.errors import ConfigError, RefragError, UsageError
 from refrag_core.models import load_tokenizer, resolve_model
@@ -45,7 +45,7 @@ from refrag_core.policy import (
 )
 from refrag_core.retriever import load_retriever
 from refrag_core.training.evaluate import evaluate_splits
-from refrag_core.training.loop import autocast_of, check_chunk_sizes, open_instructions
+from refrag_core.training.loop import autocast_of, check_chunk_sizes, load_config_checkpoint, open_instructions
 from refrag_core.training.model import compile_layers
 from refrag_core.training.policy_answers import AnsweredQuestions
 from refrag_core.training.policy_config import PolicyTrainingConfig, load_policy_config
@@ -101,7 +101,7 @@ class PolicyTrainer:
         self.folder = Path(config.output)
         self.log = RunLog(self.folder, tensorboard=config.tensorboard)
         self.device = torch.device(resolve_device(config.device))
-        self.base = load_checkpoint(config.checkpoint)
+        self.base = load_config_checkpoint(config.checkpoint)
         _check_base(self.base, config)
         tokenizer_fingerprint = self.base.config.decoder.tokenizer_fingerprint
         self.shards = TokenShards.open(Path(config.data), tokenizer_fingerprint=tokenizer_fingerprint)

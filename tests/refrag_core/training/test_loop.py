@@ -8,7 +8,7 @@ import torch
 
 from refrag_core.checkpoint import Checkpoint, initialise_checkpoint
 from refrag_core.composition import ContextPassage, compose, pad_batch
-from refrag_core.errors import ConfigError, TrainingDivergedError
+from refrag_core.errors import ConfigError, ModelNotFoundError, TrainingDivergedError
 from refrag_core.template import PromptTemplate
 from refrag_core.training.batches import next_paragraph_batch
 from refrag_core.training.loop import Trainer
@@ -172,6 +172,16 @@ def test_a_run_of_no_steps_stores_nothing_untrained(tmp_path: Path, data: Path, 
     )
     with pytest.raises(ConfigError, match=r"untrained', so that .* name one, or train some steps$"):
         Trainer(settings(data, models, tmp_path / "fresh", steps=0, checkpoint=str(tmp_path / "untrained")))
+
+
+def test_a_stage_whose_checkpoint_is_not_there_says_what_comes_first(
+    tmp_path: Path, data: Path, models: tuple[Path, Path]
+) -> None:
+    message = (
+        r"^the config's checkpoint cannot be loaded: .*stage-1.*\. Where it is .* train that first, or name another"
+    )
+    with pytest.raises(ModelNotFoundError, match=message):
+        Trainer(settings(data, models, tmp_path / "run", checkpoint="runs/stage-1"))
 
 
 def test_evaluation_has_every_condition(tmp_path: Path, data: Path, models: tuple[Path, Path]) -> None:
