@@ -73,8 +73,7 @@ class PolicyTrainingConfig:
     held_out_instructions: str | None = None
     """Such a file, all of which the evaluation reads."""
     steps: int = 1000
-    """Optimizer steps after which the run ends; 0 to evaluate and store the policy that
-    there is."""
+    """Optimizer steps after which the run ends; 0 to evaluate and store the policy that there is."""
     seconds: float | None = None
     """Training time after which the run ends, resumed parts counted together; the schedule follows what is nearer."""
     stop_after_seconds: float | None = None
