@@ -306,6 +306,7 @@ class FolderStore:
         It only spares two builders from doing the same work; the commit itself needs no lock. Raises
         IndexLockedError while another live process holds it.
         """
+        is_new = not self.root.exists()
         self.root.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.root, os.O_RDONLY)
         holder = f"{WORK}/builder"
@@ -322,6 +323,9 @@ class FolderStore:
                 yield
             finally:
                 self._leave_work(holder)
+                if is_new:  # a build that was refused leaves nothing behind
+                    with contextlib.suppress(OSError):
+                        self.root.rmdir()
         finally:
             os.close(handle)
 

@@ -364,6 +364,7 @@ def test_a_chunk_size_that_the_checkpoint_was_not_made_for(small: SmallIndex) ->
     small.options = small.with_models(chunk_size=11)
     with pytest.raises(ConfigError, match="chunk size 11 was asked for, the checkpoint was made for"):
         small.build()
+    assert not small.path.exists()
 
 
 def test_an_empty_corpus_commits_nothing(small: SmallIndex) -> None:

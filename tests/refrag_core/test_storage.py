@@ -68,6 +68,18 @@ def test_files_leave_out_work_in_progress(tmp_path: Path) -> None:
     assert list(store.files()) == ["CURRENT", "a/1", "b/2"]
 
 
+def test_a_builder_that_made_nothing_leaves_nothing(tmp_path: Path) -> None:
+    """Not even the folder that it made; one that was there stays, and so does what somebody wrote."""
+    made, there, used = (tmp_path / name for name in ("made", "there", "used"))
+    there.mkdir()
+    for root in (made, there):
+        with pytest.raises(ValueError, match="refused"), FolderStore(root).lock():
+            raise ValueError("refused")
+    with FolderStore(used).lock():
+        FolderStore(used).create("CURRENT", b"1")
+    assert (made.exists(), there.exists(), (used / "CURRENT").read_bytes()) == (False, True, b"1")
+
+
 def _hold(root: Path) -> None:
     with FolderStore(root).lock():
         time.sleep(60)
