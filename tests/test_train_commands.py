@@ -496,7 +496,8 @@ def bad_data(shop: Workshop, tmp: Path) -> Iterator[tuple[list[object], int, str
     yield (
         shop.arguments("next-paragraph", run, checkpoint=tmp / "gone"),
         1,
-        rf"the config's checkpoint cannot be loaded: model '{tmp}/gone' not found: .*train that first, or name another.*",
+        rf"the config's checkpoint cannot be loaded: model '{tmp}/gone' not found: .*train that first, or name another "
+        "with --set checkpoint=…",
     )
     yield (
         shop.arguments("instruct", run, instructions=tmp / "gone.jsonl"),
