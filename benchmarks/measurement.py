@@ -7,9 +7,11 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from refrag_core.errors import RefragError
 
 
 def say(message: str) -> None:
@@ -64,6 +66,17 @@ def quantiles(seconds: Sequence[float], *, unit: float) -> dict[str, float]:
 def add_output(parser: argparse.ArgumentParser) -> None:
     """The option that every benchmark has."""
     parser.add_argument("--output", type=Path, help="write the JSON result to this file as well")
+
+
+def exit_code_of(make: Callable[[], None], output: Path) -> int:
+    """0 and the name of what was made on stdout, or 2 and on stderr what was wrong."""
+    try:
+        make()
+    except RefragError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(output)
+    return 0
 
 
 def finish(name: str, arguments: Mapping[str, Any], results: Mapping[str, Any], output: Path | None) -> None:

@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from refrag_core.errors import MissingExtraError, RefragError, UsageError
-from refrag_core.training.plot import check_format
+from benchmarks.measurement import exit_code_of
+from refrag_core.errors import UsageError
+from refrag_core.training.plot import pyplot_for, save_figure
 
 STYLES = {
     "no context": ("black", "--"),
@@ -42,24 +43,24 @@ def read_points(arguments: Sequence[str]) -> dict[int, dict[str, list[Point]]]:
     found: dict[int, dict[str, list[Point]]] = {}
     first: dict[str, Any] | None = None
     for argument in arguments:
-        seconds, held_out = _read(argument)
+        seconds, held_out, losses = _read(argument)
         first = held_out if first is None else first
         _refuse_other_windows(argument, held_out, arguments[0], first)
-        for key in (name for name in held_out if name.startswith("chunk_size_")):
-            curves = found.setdefault(int(key[11:]), {})
-            for name, loss in _losses(held_out, held_out[key]).items():
+        for size, named in losses.items():
+            curves = found.setdefault(size, {})
+            for name, loss in named.items():
                 curves.setdefault(name, []).append((seconds, loss))
     return {size: found[size] for size in sorted(found)}
 
 
-def _read(argument: str) -> tuple[float, dict[str, Any]]:
+def _read(argument: str) -> tuple[float, dict[str, Any], dict[int, dict[str, float]]]:
+    """Seconds, the held-out evaluation, and its losses by chunk size and name."""
     seconds, _, path = argument.partition(":")
     try:
         held_out = json.loads(Path(path).read_text(encoding="utf-8"))["held_out"]
-        for row in (held_out[key] for key in held_out if key.startswith("chunk_size_")):
-            _losses(held_out, row)
+        rows = {int(key[11:]): row for key, row in held_out.items() if key.startswith("chunk_size_")}
         _ = held_out["base"]["full"]
-        return float(seconds), held_out
+        return float(seconds), held_out, {size: _losses(held_out, row) for size, row in rows.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"{argument!r} is no SECONDS:FILE of a training run's evaluation.json with held-out documents "
@@ -90,14 +91,7 @@ def _losses(held_out: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, fl
 
 def draw(curves: Mapping[int, Mapping[str, Sequence[Point]]], output: Path) -> None:
     """Write the figure. Raises MissingExtraError without matplotlib, ConfigError for an output that is no image."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise MissingExtraError("the figure needs matplotlib: pip install 'refrag[train]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    check_format(output, pyplot)
+    pyplot = pyplot_for(output)
     figure, axes = pyplot.subplots(
         1, len(curves), figsize=(6.4 * len(curves), 4.8), squeeze=False, layout="constrained", sharey=True
     )
@@ -110,9 +104,7 @@ def draw(curves: Mapping[int, Mapping[str, Sequence[Point]]], output: Path) -> N
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("held-out documents, nats a token")
     axes[0][-1].legend(fontsize="small")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=150)
-    pyplot.close(figure)
+    save_figure(pyplot, figure, output, dpi=150)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -121,13 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("evaluations", nargs="+", metavar="SECONDS:FILE")
     parser.add_argument("--output", type=Path, required=True, metavar="PNG")
     given = parser.parse_args(arguments)
-    try:
-        draw(read_points(given.evaluations), given.output)
-    except RefragError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(given.output)
-    return 0
+    return exit_code_of(lambda: draw(read_points(given.evaluations), given.output), given.output)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refrag_core.errors import MissingExtraError, RefragError, UsageError
+from benchmarks.measurement import exit_code_of
+from refrag_core.errors import UsageError
+from refrag_core.training.plot import pyplot_for, save_figure
 
 COLOURS = {
     "last tokens": "#777777",
@@ -113,14 +115,8 @@ def _point(table: Mapping[str, Any], p: str, choice: str, rate: float, log_perpl
 
 
 def draw(drawn: Sequence[Panel], output: Path, *, log_perplexity: bool) -> None:
-    """Write the figure. Raises MissingExtraError without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise MissingExtraError("the figure needs matplotlib: pip install 'refrag[train]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    """Write the figure. Raises MissingExtraError without matplotlib, ConfigError for an output that is no image."""
+    pyplot = pyplot_for(output)
     figure, axes = pyplot.subplots(
         1, len(drawn), figsize=(6.4 * len(drawn), 4.8), squeeze=False, layout="constrained", sharey=not log_perplexity
     )
@@ -128,9 +124,7 @@ def draw(drawn: Sequence[Panel], output: Path, *, log_perplexity: bool) -> None:
         _draw_panel(axis, panel)
         axis.set_ylabel("log-perplexity, nats a token" if log_perplexity else "gap closed (0 no, 1 full context)")
     axes[0][-1].legend(fontsize="small")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=150)
-    pyplot.close(figure)
+    save_figure(pyplot, figure, output, dpi=150)
 
 
 def _draw_panel(axis: Any, panel: Panel) -> None:
@@ -164,14 +158,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, metavar="PNG")
     parser.add_argument("--log-perplexity", action="store_true", help="in place of the gap closed")
     given = parser.parse_args(arguments)
-    try:
+
+    def made() -> None:
         reports = [read_report(path) for path in given.results]
         draw(panels(reports, log_perplexity=given.log_perplexity), given.output, log_perplexity=given.log_perplexity)
-    except RefragError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(given.output)
-    return 0
+
+    return exit_code_of(made, given.output)
 
 
 if __name__ == "__main__":

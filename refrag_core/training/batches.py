@@ -58,7 +58,9 @@ class TrainingBatch:
     @property
     def mean_attended(self) -> float:
         """Slots that a slot attends to on average; half of the row where it sees all before it."""
-        return self.ids.shape[1] / 2 if self.branches is None else float(self.branches.visible.sum(axis=1).mean())
+        slots = int(self.ids.shape[1])
+        # Counted for every micro-batch between two steps: count_nonzero, which is many times quicker than a sum.
+        return slots / 2 if self.branches is None else np.count_nonzero(self.branches.visible) / slots
 
     @property
     def ragged(self) -> bool:

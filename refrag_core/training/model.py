@@ -272,14 +272,11 @@ class TrainingModel(nn.Module):
         chunk_ids: Tensor,
         places: Tensor,
         predict_at: Tensor,
-        positions: Tensor | None = None,
-        visible: Tensor | None = None,
-        *,
+        *branches: Tensor,
         ragged: bool = False,
     ) -> Tensor:
-        """Last hidden states `[b·m, d_dec]` of the slots `predict_at`; arguments as in `TrainingBatch` and its
-        `Branches`."""
-        return self.read(ids, self.vectors(chunk_ids, ragged), places, predict_at, positions, visible)
+        """Last hidden states `[b·m, d_dec]` of the slots `predict_at`; arguments as in `TrainingBatch.arrays`."""
+        return self.read(ids, self.vectors(chunk_ids, ragged), places, predict_at, *branches)
 
     def read(
         self,
@@ -290,7 +287,7 @@ class TrainingModel(nn.Module):
         positions: Tensor | None = None,
         visible: Tensor | None = None,
     ) -> Tensor:
-        """The same from `vectors` of the chunks."""
+        """The same from `vectors` of the chunks; `positions` and `visible` as in `Branches`."""
         mask = torch.ones_like(ids, dtype=torch.bool) if self._causal else None
         hidden: Tensor = self.decoder.base_model(
             inputs_embeds=self.embed(ids, vectors, places),

@@ -100,14 +100,7 @@ def _last_evaluation(run: Path, logged: Sequence[Mapping[str, Any]]) -> Iterator
 
 
 def _draw(drawn: Sequence[Panel], title: str, output: Path) -> None:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise MissingExtraError("the figure needs matplotlib: pip install 'refrag[train]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    check_format(output, pyplot)
+    pyplot = pyplot_for(output)
     rows = (len(drawn) + 1) // 2
     figure, axes = pyplot.subplots(rows, 2, figsize=(13, 4 * rows), squeeze=False, layout="constrained")
     for axis, panel in zip(axes.flat, drawn, strict=False):
@@ -115,17 +108,33 @@ def _draw(drawn: Sequence[Panel], title: str, output: Path) -> None:
     for axis in axes.flat[len(drawn) :]:
         axis.set_axis_off()
     figure.suptitle(title)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=120)
-    pyplot.close(figure)
+    save_figure(pyplot, figure, output, dpi=120)
 
 
-def check_format(output: Path, pyplot: Any) -> None:
-    """Raise ConfigError for an output whose suffix is no image's."""
+def pyplot_for(output: Path) -> Any:
+    """matplotlib.pyplot, to draw into an image file without a display.
+
+    Raises MissingExtraError without matplotlib, and ConfigError for an output whose suffix is no image's.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise MissingExtraError("the figure needs matplotlib: pip install 'refrag[train]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
     known = sorted(pyplot.figure().canvas.get_supported_filetypes())
     pyplot.close()
     if output.suffix[1:].lower() not in known:
         raise ConfigError(f"{output} has suffix {output.suffix!r}; expected an image's: {', '.join(known)}")
+    return pyplot
+
+
+def save_figure(pyplot: Any, figure: Any, output: Path, *, dpi: int) -> None:
+    """Write a finished figure, in a folder that may be new, and drop it."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=dpi)
+    pyplot.close(figure)
 
 
 def _draw_panel(axis: Any, panel: Panel) -> None:
