@@ -81,7 +81,7 @@ def evaluate_qa(
 
     Args:
         saved: file that keeps the answers as they come and from which a killed evaluation goes on.
-        on_answer: gets a line for every question.
+        on_answer: gets a line for every question, with what was answered from the full context.
 
     Returns `checkpoint`, its fingerprint; `settings`, by name: `answered` (an accepted answer stands in the output as
     whole words), `answered_from_gold` (and a gold document is among the passages), exact match and F1 (also over the
@@ -102,7 +102,7 @@ def evaluate_qa(
             for number in block:
                 question = asked[number].question
                 said = answers.known[question.id][FULL].text
-                on_answer(f"{number + 1}/{len(asked)} {question.question} {said!r}")
+                on_answer(f"{number + 1}/{len(asked)} {question.question} {FULL}: {said!r}")
     outputs = [answers.known[one.question.id] for one in asked]
     timed = _timed(runtime, asked[: options.timed_questions], outputs, options)
     return {"checkpoint": runtime.checkpoint.fingerprint} | _report(asked, outputs, timed, options)
